@@ -47,6 +47,9 @@ _ELEMENTWISE = (
     "Cast", "Dropout", "BatchNormalization",
 )  # fmt: skip
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean")
+#: Operators with outputs from 0 to 1 for every input, as the gates of squeeze-and-excitation.
+_GATES = ("Sigmoid", "HardSigmoid", "Softmax")
+_BOUNDED = "bounded by its operator"
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,10 @@ class _Propagation:
 
     def _derived(self, node: NodeProto, runner: Any) -> Spread | None:
         given = [self._found[name] for name in node.input if name in self._found]
-        if not given or node.domain not in ("", "ai.onnx"):
+        if node.domain not in ("", "ai.onnx"):
             return None
+        if not given:
+            return self._gate(node)
         if node.op_type in _ELEMENTWISE:
             return self._elementwise(node, runner, given)
         if node.op_type in _POOLS and len(given) == 1:
@@ -183,6 +188,14 @@ class _Propagation:
         values = result.reshape(len(_POINTS), -1)
         return Spread(values, first.base, first.axis, first.rank, _derived_from(first.source))
 
+    def _gate(self, node: NodeProto) -> Spread | None:
+        """Return values spread evenly from 0 to 1 for an operator that is bounded by them; its input is not known."""
+        shape = self._shapes[node.output[0]]
+        if node.op_type not in _GATES or len(shape) < 2:
+            return None
+        values = np.repeat(np.linspace(0.0, 1.0, len(_POINTS))[:, None], shape[1], axis=1)
+        return Spread(values, next(self._bases), 1, len(shape), _BOUNDED)
+
     def _combined(self, node: NodeProto, given: list[Spread]) -> Spread | None:
         """Return the sum, difference or product of two independent tensors, as a normal within their limits."""
         one, other = given
@@ -205,6 +218,8 @@ class _Propagation:
         else:
             return None
         values = np.clip(mean + std * _POINTS[:, None], *ends)
+        if _BOUNDED in (one.source, other.source):  # an open gate leaves the other tensor's whole range
+            values[0], values[-1] = ends
         return Spread(values, next(self._bases), one.axis, one.rank, "derived from BatchNorm")
 
     def _moved(self, node: NodeProto, given: Spread) -> Spread | None:

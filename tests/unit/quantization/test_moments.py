@@ -83,3 +83,17 @@ def test_independent_tensors_add_means_and_variances() -> None:
     found = spreads(plan, {"x": TrainedMoments(MEAN, STD), "p": TrainedMoments(2 * MEAN, STD)}, {}, shapes)["y"]
     np.testing.assert_allclose(found.mean, 3 * MEAN, atol=1e-3)
     np.testing.assert_allclose(found.std, np.sqrt(2) * STD, rtol=2e-3)
+
+
+@pytest.mark.parametrize("gate", ["Sigmoid", "HardSigmoid"])
+def test_a_gate_of_an_unknown_tensor_leaves_the_whole_range_of_its_product(gate: str) -> None:
+    plan = graph([(gate, ["u"], "g"), ("Relu", ["x"], "r"), ("Mul", ["r", "g"], "y")])
+    plan.model.graph.node.insert(1, helper.make_node("Conv", ["x", "square"], ["u"]))
+    plan.model.graph.initializer.append(numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "square"))
+    shapes = {"x": (2, 3, 4, 4), "u": (2, 3, 4, 4), "g": (2, 3, 1, 1), "r": (2, 3, 4, 4), "y": (2, 3, 4, 4)}
+    found = spreads(plan, {"x": TrainedMoments(MEAN, STD)}, {}, shapes)
+    assert "u" not in found
+    assert found["y"].values.max() == pytest.approx(found["r"].values.max())
+    assert found["y"].values.min() == 0
+    np.testing.assert_allclose(found["y"].mean, found["r"].mean / 2, rtol=0.05, atol=0.01)
+    assert found["y"].range().source == "derived from BatchNorm"
