@@ -368,14 +368,15 @@ def zoo_subject(name: str) -> Subject:
     """Return a torchvision network with random weights, gammas and betas, whose statistics are those of photos."""
     import torch
 
-    from bnexport.nn.moving_statistics import norm_layers, recalibrate
+    from bnexport.nn.moving_statistics import recalibrate
 
     torch.manual_seed(0)
     module = require("torchvision", purpose="the networks").models.get_model(name, weights=None).eval()
     with torch.no_grad():
-        for norm in norm_layers(module):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0.0, 0.3)
+        for norm in module.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0.0, 0.3)
     from bnexport.data.preprocessing import Preprocessing
 
     image = Preprocessing(3, 224, 224, mean=_MEAN, std=_STD)

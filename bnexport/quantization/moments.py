@@ -218,7 +218,8 @@ class _Propagation:
         else:
             return None
         values = np.clip(mean + std * _POINTS[:, None], *ends)
-        if _BOUNDED in (one.source, other.source):  # an open gate leaves the other tensor's whole range
+        if node.op_type == "Mul" and _BOUNDED in (one.source, other.source):  # an open gate leaves the whole range
+            values = one.values * other.mean if other.source == _BOUNDED else other.values * one.mean
             values[0], values[-1] = ends
         return Spread(values, next(self._bases), one.axis, one.rank, "derived from BatchNorm")
 

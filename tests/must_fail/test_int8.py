@@ -250,7 +250,7 @@ def test_a_file_of_an_old_operator_set_is_converted(tmp_path: Path) -> None:
     [
         (["--calibrate", "one.npy"], "the calibration has 1 sample"),
         (["--calibrate", "constant.npy"], "all samples of the calibration are the same"),
-        (["--calibrate", "nan.npy"], "nan.npy has NaN"),
+        (["--calibrate", "nan.npy"], "nan.npy holds NaN or infinity in sample 7"),
         (["--calibrate", "shape.npy"], "shape.npy"),
         (["--calibrate", "absent.npy"], "absent.npy"),
         (["--calibrate", "none"], "the network has no BatchNorm from which ranges could be read"),
