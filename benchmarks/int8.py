@@ -219,14 +219,15 @@ class _Row:
         self._scores, self._exact = scores.astype(np.float64), exact.astype(np.float64)
         self.accuracy = None if labels is None else float((scores.argmax(axis=1) == labels).mean())
         self.changed = int((scores.argmax(axis=1) != exact.argmax(axis=1)).sum())
-        self.predicted = self.factor = None
+        self.predicted: float | None = None
+        self.factor: float | None = None
         self.speed = ""
 
     def predict(self, emulated: Array) -> None:
         """Compare the noise on the emulated images with that of the emulation."""
         n = len(emulated)
-        self.predicted = _snr(emulated, self._exact[:n])
-        self.factor = 10 ** ((self.predicted - _snr(self._scores[:n], self._exact[:n])) / 20)
+        predicted = _snr(emulated, self._exact[:n])
+        self.predicted, self.factor = predicted, 10 ** ((predicted - _snr(self._scores[:n], self._exact[:n])) / 20)
 
     def cells(self) -> list[str]:
         """Return the row of the table."""
@@ -234,13 +235,18 @@ class _Row:
         if not self.channels:
             return [self.name, self.kernels, right, *[""] * (len(_HEADS) - 3)]
         return [
-            self.name, self.kernels, right, str(self.changed), f"{self._expected():.0f}",
+            self.name, self.kernels, right, str(self.changed), f"{self.expected:.0f}",
             f"{1 - self.changed / len(self._exact):.3f}", f"{_snr(self._scores, self._exact):.1f}",
-            "" if self.predicted is None else f"{self.predicted:.1f}", "" if self.factor is None else f"{self.factor:.2f}",
-            f"{self.unsafe} of {self.channels}", self.speed,
+            *self.prediction, f"{self.unsafe} of {self.channels}", self.speed,
         ]  # fmt: skip
 
-    def _expected(self) -> float:
+    @property
+    def prediction(self) -> tuple[str, str]:
+        """Return the cells of the predicted noise and of the measured one as its multiple."""
+        return ("", "") if self.predicted is None else (f"{self.predicted:.1f}", f"{self.factor:.2f}")
+
+    @property
+    def expected(self) -> float:
         """Return the changed labels if the noise of other images is added to each image's scores, in several draws."""
         rng, n = np.random.default_rng(0), len(self._exact)
         errors, labels = self._scores - self._exact, self._exact.argmax(axis=1)
@@ -251,11 +257,14 @@ class _Row:
 def _missed(rows: Sequence[_Row]) -> list[str]:
     """Return the targets that bnexport's files do not reach."""
     ours = [row for row in rows if row.name.startswith(_OURS)]
-    best = min(row.changed for row in rows if row not in ours and row.kernels == "precise")
+    best = min(
+        (row for row in rows if row not in ours and row.kernels == "precise"), key=lambda row: row.changed, default=None
+    )
     found = [
-        f"{row.name} changes {row.changed} labels, the best other file with precise kernels {best}"
+        f"{row.name} changes {row.changed} labels ({row.expected:.0f} expected), {best.name} with precise kernels"
+        f" {best.changed} ({best.expected:.0f} expected)"
         for row in ours
-        if row.kernels == "default" and row.changed > best
+        if best is not None and row.kernels == "default" and row.changed > best.changed
     ]
     found += [f"{row.name}: {row.unsafe} channels can saturate" for row in ours if row.unsafe]
     return found + [
@@ -381,7 +390,7 @@ def zoo_subject(name: str) -> Subject:
 
     image = Preprocessing(3, 224, 224, mean=_MEAN, std=_STD)
     crops = torch.from_numpy(image.apply(_crops(_PICTURES, 96, (224, 224), 180))[1::2])
-    recalibrate(module, crops.split(16))
+    recalibrate(module, torch.split(crops, 16))
     return _subject(name, module, _MEAN, _STD, 48)
 
 
@@ -403,7 +412,7 @@ def zoo_ranges(name: str) -> Section:
     row.predict(next(iter(IntegerEmulator(free.model).evaluate({subject.input: subject.images[:4]}).values())))
     cells = [
         name, str(len(shares)), ranged(Spread.of(shares)), f"{max(clipped):.1e}", f"{_snr(scores, exact):.1f}",
-        f"{_snr(runner(calibrated.model)(subject.images), exact):.1f}", f"{row.predicted:.1f}", f"{row.factor:.2f}",
+        f"{_snr(runner(calibrated.model)(subject.images), exact):.1f}", *row.prediction,
     ]  # fmt: skip
     heads = [
         "network", "tensors", "predicted / real width", "largest share of clipped values", "SNR without data, dB",
