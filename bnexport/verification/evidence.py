@@ -176,8 +176,7 @@ def prepare(
 def file_checks(evidence: Evidence, *, read: Collection[str]) -> tuple[list[Row], dict[str, str]]:
     """Prove the written files in float64 (stage 1). Return the checks, and proof -> why it was not made.
 
-    Where a proof takes more than a second, a file of torch that is not among those ``read`` by the runtimes has only its weights
-    compared.
+    If a proof takes more than a second, then a file of torch that no runtime reads (``read``) has only its weights compared.
     """
     rows: list[Row] = []
     skipped: dict[str, str] = {}
