@@ -30,7 +30,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.environment import describe, environment
 from bnexport.files import write_atomically
 from bnexport.onnx_files.models import read_model
-from bnexport.optional import installed, require
+from bnexport.optional import installed, one_line, require
 from bnexport.quantization.int8_audit import instructions
 from bnexport.quantization.int8_plan import with_scales_per_channel
 from bnexport.quantization.integer_emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
@@ -185,7 +185,14 @@ def compared(subject: Subject) -> Section:
         unsafe, channels = sum(int(layer.unsafe.sum()) for layer in layers), sum(len(layer.codes) for layer in layers)
         emulated: dict[str, Array] = {}
         for kernels in kinds:
-            run = runner(model, kernels)
+            try:
+                run = runner(model, kernels)
+            except (
+                RuntimeError
+            ) as refusal:  # the engines' errors; OpenVINO can't compile some files of onnxruntime's quantizer
+                progress(one_line(refusal))
+                rows.append(_Row(name, f"{kernels} can't load it", exact, exact, None))
+                continue
             row = _Row(name, kernels, run(subject.images), exact, subject.labels, unsafe, channels)
             way = SATURATING if kernels == "default" and unsafe and "saturates" in instructions() else EXACT
             images = subject.images[: subject.saturated if way == SATURATING else subject.emulated]
