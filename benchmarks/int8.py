@@ -457,7 +457,7 @@ def speed_of(name: str) -> Section:
 
 
 #: Networks whose predicted ranges are compared with real ones.
-ZOO = ("mobilenet_v2", "vgg11_bn", "shufflenet_v2_x1_0", "regnet_x_400mf", "densenet121")
+ZOO = ("mobilenet_v2", "mnasnet1_0", "shufflenet_v2_x1_0", "regnet_x_400mf", "densenet121")
 #: Name of a part -> its measurement.
 PARTS: dict[str, Callable[[], Section]] = {
     "bn-lenet": lambda: compared(reference_bundle()),
