@@ -127,6 +127,8 @@ class _Propagation:
                 self._constants[name] = constant
             elif name in self._known:
                 self._found[name] = self._normal(self._known[name], len(self._shapes[name]))
+            elif node.op_type == "Split":
+                self._found |= self._parts(node)
             elif name in self._shapes and (spread := self._derived(node, runner)) is not None:
                 self._found[name] = spread
         return self._found
@@ -235,17 +237,41 @@ class _Propagation:
         elif axis == 1 and len(after) == 2 and after[1] == int(np.prod(before[1:])):  # flattened: each channel repeats
             values = np.repeat(values, after[1] // before[1], axis=1)
         elif axis != -1:
-            values, axis = values.mean(axis=1, keepdims=True), -1
-            values[0], values[-1] = given.values.min(), given.values.max()
+            values, axis = _without_channels([values], [1]), -1
         return Spread(values, next(self._bases), axis, len(after), _derived_from(given.source))
 
     def _joined(self, node: NodeProto, given: list[Spread]) -> Spread | None:
         rank = len(self._shapes[node.output[0]])
         axis = attributes(node)["axis"] % rank
-        if any(spread.axis != axis for spread in given):
+        if any(spread.axis not in (axis, -1) for spread in given):
             return None
-        values = np.concatenate([spread.values for spread in given], axis=1)
-        return Spread(values, next(self._bases), axis, rank, "derived from BatchNorm")
+        values = [spread.values for spread in given]
+        if all(spread.axis == axis for spread in given):
+            joined = np.concatenate(values, axis=1)
+        else:
+            joined = _without_channels(values, [self._shapes[name][axis] for name in node.input])
+            axis = -1
+        return Spread(joined, next(self._bases), axis, rank, "derived from BatchNorm")
+
+    def _parts(self, node: NodeProto) -> dict[str, Spread]:
+        """Return the spreads of the outputs of a Split, each with its channels."""
+        given, found, at = self._found.get(node.input[0]), {}, 0
+        if given is None:
+            return {}
+        axis = attributes(node).get("axis", 0) % given.rank
+        for name in node.output:
+            end = at + self._shapes[name][axis]
+            values = given.values[:, at:end] if axis == given.axis else given.values
+            found[name] = Spread(values, next(self._bases), given.axis, given.rank, _derived_from(given.source))
+            at = end
+        return found
+
+
+def _without_channels(values: Sequence[Array], sizes: Sequence[int]) -> Array:
+    """Return the mean of the channels of several tensors (points, channels) as one channel, with the range of all."""
+    whole = np.average([part.mean(axis=1) for part in values], axis=0, weights=sizes)[:, None]
+    whole[0], whole[-1] = min(part.min() for part in values), max(part.max() for part in values)
+    return np.asarray(whole)
 
 
 def _derived_from(source: str) -> str:
