@@ -269,3 +269,35 @@ def test_a_norm_beside_a_scaled_convolution_goes_into_it(factor: float) -> None:
     model = parts(forward)
     model.kernel = nn.Parameter(torch.randn(4, 4, 3, 3))
     assert [row.outcome for row in check(model, images()).report.rows] == ["merged"]
+
+
+class Amplifies(nn.Module):
+    """The mean over an image, in which changes of single pixels average out, and a function that multiplies its last digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.bn(self.conv(x)).mean((2, 3)) * 1e4).sin()
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_rounding_that_the_network_amplifies_is_no_fault(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(seed)
+    model, x = randomise(Amplifies()).eval(), torch.randn(2, 3, 32, 32)
+    report = bnexport.fold(model, x).report
+    assert [row.outcome for row in report.rows] == ["backward"]
+    assert not report.warnings
+    assert report.error is not None
+    assert report.error < 1e-10
+    original = fold_module._fold_copy
+
+    def wrong(*options: object) -> object:
+        folded, outcome, exact, growth = original(*options)  # type: ignore[arg-type]
+        exact["conv.bias"] = exact["conv.bias"] * (1 + 1e-9)
+        return folded, outcome, exact, growth
+
+    monkeypatch.setattr(fold_module, "_fold_copy", wrong)
+    with pytest.raises(ProofError):
+        bnexport.fold(model, x)
