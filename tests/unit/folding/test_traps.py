@@ -263,8 +263,8 @@ def test_an_input_of_the_wrong_shape_is_named_as_the_cause(x: Tensor | tuple[Ten
 @pytest.mark.parametrize("factor", [2.0, -0.5])
 def test_a_norm_beside_a_scaled_convolution_goes_into_it(factor: float) -> None:
     def forward(m: Parts, x: Tensor) -> Tensor:
-        y = m.conv(x).relu()
-        return torch.add(m.bn(y), functional.conv2d(y, m.kernel, padding=1), alpha=factor)
+        y = m.conv(x).tanh()
+        return torch.add(m.bn(y) + y.sin(), functional.conv2d(y, m.kernel, padding=1), alpha=factor)
 
     model = parts(forward)
     model.kernel = nn.Parameter(torch.randn(4, 4, 3, 3))
