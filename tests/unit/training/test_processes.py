@@ -177,7 +177,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_resumes(tmp_path):
         wait_until(lambda: (out / "metrics.jsonl").exists(), 120)
         processes[1].send_signal(signal.SIGKILL)
         for rank in (0, 2):
-            _, error = processes[rank].communicate(timeout=60)
+            _, error = processes[rank].communicate(timeout=240)
             assert processes[rank].returncode == 3, error
             assert "Error: another process of this training ended" in error
             assert "start again with --resume, with any number of processes" in error
