@@ -387,7 +387,8 @@ def zoo_subject(name: str) -> Subject:
     from bnexport.nn.moving_statistics import recalibrate
 
     torch.manual_seed(0)
-    module = require("torchvision", purpose="the networks").models.get_model(name, weights=None).eval()
+    module = require("torchvision", purpose="the networks").models.get_model(name, weights=None)
+    module.eval()
     with torch.no_grad():
         for norm in module.modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
