@@ -149,6 +149,13 @@ def _by_nncf(subject: Subject) -> ModelProto | None:
         return read_model(after.read_bytes())
 
 
+def _nncf_version() -> str:
+    python, program = os.environ.get(NNCF), "from importlib.metadata import version; print(version('nncf'))"
+    if not python:
+        return "not installed"
+    return subprocess.run([python, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+
+
 def runner(model: ModelProto, kernels: str = "default") -> Callable[[Array], Array]:
     """Return a function that runs a model's first output on one thread: "default", "precise" or "OpenVINO" kernels."""
     if kernels == "OpenVINO":
