@@ -486,8 +486,9 @@ def page(parts: Sequence[Mapping[str, Any]]) -> str:
     loads = [part["load"] for part in parts]
     machines = sorted({part["machine"] for part in parts})
     return render(
-        "int8.md.jinja", sections=sections, machines=machines, low=min(loads), high=max(loads), rounds=_ROUNDS
-    )
+        "int8.md.jinja", sections=sections, machines=machines, nncf=_nncf_version(), low=min(loads), high=max(loads),
+        rounds=_ROUNDS,
+    )  # fmt: skip
 
 
 def main() -> int:
