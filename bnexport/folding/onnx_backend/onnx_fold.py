@@ -217,7 +217,9 @@ def _check_conversion(
 def _check_written(original: ModelProto, model: ModelProto) -> None:
     """Check that the written model is as valid as the original, also in the checker's full check."""
     if (size := model.ByteSize()) > MAX_BYTES:
-        raise ExportError(f"the folded model has {size} bytes, one file holds 2 GB", remedy="Fold it in parts")
+        raise ExportError(
+            f"the folded model has {size} bytes, but one file holds at most 2 GB", remedy="Fold it in parts"
+        )
     if is_fully_valid(original) and not is_fully_valid(model):
         raise ProofError("the folded model is not valid ONNX", remedy="Please report it with the file")
     check_valid(model, "the folded model")

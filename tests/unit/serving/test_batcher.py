@@ -173,7 +173,7 @@ def test_a_full_queue_refuses_and_recovers() -> None:
         await asyncio.sleep(0.01)
         tasks += [asyncio.create_task(ask(batcher, 1.0)) for _ in range(2)]
         await asyncio.sleep(0.01)
-        with pytest.raises(NotServing, match="2 requests wait") as caught:
+        with pytest.raises(NotServing, match="2 requests are waiting") as caught:
             batcher.submit(rows(1.0), 1)
         assert caught.value.status == 503
         runner.gate.set()

@@ -256,8 +256,8 @@ def test_the_command_line_ends_so_where_several_train(monkeypatch, capsys, size,
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "1"}, "RANK is 1 of WORLD_SIZE 1"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 of WORLD_SIZE 2"),
+        ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE is 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x', not a number"),
         ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
