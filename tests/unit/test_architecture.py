@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 #: Floor 0 has an order of its own, from top to bottom; each may import those after it.
 GROUND = (
+    "tuned",
     "bundle",
     "tensor_proto",
     "proto_messages",
