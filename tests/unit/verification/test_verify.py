@@ -51,7 +51,7 @@ def test_the_right_bundle_passes_on_every_cpu_runtime(report: VerificationReport
         assert sizes == ["1", "2", "7", "64", "0"]
 
 
-def test_the_report_says_what_it_covers(report: VerificationReport) -> None:
+def test_the_report_states_what_it_covers(report: VerificationReport) -> None:
     assert "weights.safetensors" in report.reference
     assert report.inputs == "1000 test images of digits"
     assert report.accuracy["n"] == 1000
@@ -102,7 +102,7 @@ def test_a_changed_file_is_named_and_not_opened(
     assert all(row.passed for row in found.rows if row.subject == "torchscript-cpu")
 
 
-def test_a_stranger_and_a_missing_file_fail(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_extra_and_a_missing_file_fail(bundle: Bundle, tmp_path: Path) -> None:
     folder = copy_bundle(bundle, tmp_path / "1")
     (folder / "an extra.txt").write_text("hello")
     (folder / "weights.safetensors").unlink()
@@ -156,7 +156,7 @@ def test_runtimes_by_name(bundle: Bundle) -> None:
                 verify(bundle, runtimes=[spec.name])
 
 
-def test_nothing_run_is_no_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verification_that_ran_nothing_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def unavailable(*_args: object) -> None:
         raise RuntimeUnavailable("x can't run here: no y", remedy="z")
 
@@ -260,12 +260,12 @@ def test_the_accuracy_at_export_must_come_out_again(bundle: Bundle, tmp_path: Pa
     rows = [row for row in verify(again, runtimes=FAST).rows if row.stage == "accuracy"]
     assert [(row.case, row.passed) for row in rows] == [("first image", True), ("images", True)]
     wrong = dict(report.accuracy, correct=report.accuracy["correct"] - 20)
-    told = reseal(again.path, verification={"accuracy": wrong})
-    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "images")]
+    changed = reseal(again.path, verification={"accuracy": wrong})
+    assert [(row.stage, row.case) for row in verify(changed, runtimes=FAST).failures] == [("accuracy", "images")]
     mean, deviation = report.accuracy["first_image"]
     wrong = dict(report.accuracy, first_image=[mean, deviation * 1.05])
-    told = reseal(again.path, verification={"accuracy": wrong})
-    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "first image")]
+    changed = reseal(again.path, verification={"accuracy": wrong})
+    assert [(row.stage, row.case) for row in verify(changed, runtimes=FAST).failures] == [("accuracy", "first image")]
 
 
 def test_the_original_is_evaluated_once_on_each_input(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
