@@ -25,6 +25,7 @@ from bnexport.benchmarking.worker import MOST_INPUTS, Worker, save_inputs
 from bnexport.environment import available_memory, cpu_name, cpu_state, environment
 from bnexport.errors import RuntimeUnavailable, Unavailable, UsageError
 from bnexport.progress import Progress, part_of, silent
+from bnexport.tuned import Tuning, write_tuning
 from bnexport.verification.budget import Budget
 from bnexport.verification.inputs import build_suite
 from bnexport.verification.scope import Scope
@@ -89,6 +90,23 @@ def benchmark(request: BenchmarkRequest, *, progress: Progress = silent) -> Benc
         request.rounds,
         interrupted=not whole,
     )
+
+
+def save_tunings(report: BenchmarkReport) -> list[Path]:
+    """Write tuned.json into each bundle that has a right variant; return the files.
+
+    Raises:
+        RuntimeUnavailable: No winner is named, because the machine was busy.
+        OutputError: A bundle's folder can't be written.
+    """
+    if report.busy:
+        raise RuntimeUnavailable(f"tuned.json is not written: {report.busy}", remedy="Measure on an idle machine")
+    written = []
+    for subject in report.subjects:
+        choices = {item.goal: item.best.choice for item in report.recommended_for(subject) if subject.file is None}
+        if choices:
+            written.append(write_tuning(subject.bundle.path, Tuning.here(subject.bundle, choices)))
+    return written
 
 
 def _save_inputs(subject: Subject, variants: Sequence[Variant], folder: Path, seed: int) -> str:
@@ -239,17 +257,20 @@ def _is_same(recorded: VerificationReport | None, runtime: str, description: Map
 def _rounds(
     request: BenchmarkRequest, variants: Sequence[Variant], workers: Mapping[Any, Worker], progress: Progress
 ) -> tuple[dict[Variant, list[Round]], list[dict[str, float]], bool]:
-    """Let every variant measure once per round, in a new order each.
+    """Let every variant measure once per round, in a random order; every second round has the reversed order of the last.
+
+    So a machine that slows down or speeds up over two rounds favours no variant.
 
     Returns:
         The rounds of each variant, the facts of each measurement, and False if an interrupt ended the measurement.
     """
     measured: dict[Variant, list[Round]] = {variant: [] for variant in variants}
     facts: list[dict[str, float]] = []
-    order = random.Random(request.seed)
+    shuffled, order = random.Random(request.seed), list(variants)
     try:
         for number in range(request.rounds):
-            for place, variant in enumerate(order.sample(variants, len(variants))):
+            order = order[::-1] if number % 2 else shuffled.sample(variants, len(variants))
+            for place, variant in enumerate(order):
                 progress(
                     f"round {number + 1} of {request.rounds}",
                     number * len(variants) + place,

@@ -12,6 +12,7 @@ from bnexport.benchmarking.spread import Quantile, p99, quantile, ratio
 from bnexport.bundle import Manifest
 from bnexport.errors import BundleError
 from bnexport.runtimes.replay import GOLDEN_BOUND, golden_bound
+from bnexport.tuned import Choice, Goal
 from bnexport.verification.verdict import VerificationReport, labels_right
 
 #: Name and version of the JSON report: a new key needs no new version, a changed meaning does.
@@ -128,6 +129,20 @@ class Result:
         """Return "PASS", "FAIL", "WRONG" or UNKNOWN."""
         return "WRONG" if self.wrong else self.verdict.word
 
+    @property
+    def choice(self) -> Choice:
+        """Return the settings with their measurements, as tuned.json keeps them."""
+        settings = self.variant
+        return Choice(
+            settings.runtime,
+            settings.batch,
+            settings.threads,
+            settings.sessions,
+            self.p50.value * 1e3,
+            self.images_per_second,
+            self.cpu_per_image * 1e6,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         variant, tail = self.variant, self.p99
@@ -168,14 +183,14 @@ def _in_ms(found: Quantile) -> dict[str, float]:
 
 
 #: Goal -> (its words, a round's figure that is smallest at the best: seconds, or images per second with a minus).
-GOALS: dict[str, tuple[str, Callable[[Round, Variant], float]]] = {
+GOALS: dict[Goal, tuple[str, Callable[[Round, Variant], float]]] = {
     "latency": ("lowest latency", lambda part, _: statistics.median(part.times)),
     "throughput": ("highest throughput", lambda part, variant: -len(part.times) * variant.batch / part.elapsed),
     "cpu": ("least CPU", lambda part, variant: part.cpu / (len(part.times) * variant.batch)),
 }
 
 
-def per_round(result: Result, goal: str) -> list[float]:
+def per_round(result: Result, goal: Goal) -> list[float]:
     """Return the figure of a goal in each round."""
     return [GOALS[goal][1](part, result.variant) for part in result.rounds]
 
@@ -202,7 +217,7 @@ def results_of(measured: Sequence[tuple[Variant, Loaded, Sequence[Round], Runtim
 class Recommendation:
     """The best variant for one goal."""
 
-    goal: str  # A key of GOALS
+    goal: Goal
     best: Result
     ties: tuple[Result, ...]  # Variants whose ratio to the best has an interval that holds 1
 

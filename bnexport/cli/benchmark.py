@@ -70,6 +70,7 @@ def _listed(counts: tuple[int, ...]) -> str:
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of inputs and order."
 )
+@click.option("--save", is_flag=True, help="Write the recommended settings into each bundle, as tuned.json.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON. - prints it instead of the table.")
 @click.option("--html", "html_file", metavar="FILE", help="Write the report as one self-contained HTML page.")
 @click.option("--plot", "plot_file", metavar="FILE.svg", help="Draw throughput against latency as an SVG file.")
@@ -110,6 +111,11 @@ def command(ctx: click.Context, /, bundles: tuple[Path, ...], **options: Any) ->
     if report.interrupted:
         raise KeyboardInterrupt
     _write_files(report, outputs)
+    if options["save"]:
+        from bnexport.benchmarking.benchmark import save_tunings
+
+        for path in save_tunings(report):
+            click.echo(f"Saved {path}", err=outputs["json_file"] == STDOUT)
     ctx.exit(0 if report.right else 1)
 
 

@@ -167,7 +167,8 @@ def curves_of(report: BenchmarkReport) -> list[SpeedCurve]:
     dashes = list(dict.fromkeys(key[2:] for key in gathered))
     return [
         SpeedCurve(
-            f"{key[0]} {key[1]}, {key[2]} x {key[3]}" + (f" ({rows[0].word})" if rows[0].word != "PASS" else ""),
+            f"{key[0]} {key[1]}, {key[2]} x {key[3]}"
+            + (f" ({rows[0].word})" if rows[0].word not in ("PASS", UNKNOWN) else ""),
             colours.index(key[:2]),
             dashes.index(key[2:]),
             tuple((row.p50.value * 1e3, row.images_per_second) for row in rows),

@@ -181,10 +181,10 @@ def speeds(curves: Sequence[SpeedCurve]) -> Markup:
     across = _decades([point[0] for curve in curves for point in curve.points])
     up = _decades([point[1] for curve in curves for point in curve.points])
     parts = [f"<style>{_speed_style()}</style>"]
-    for share, label in up.ticks(7):
+    for share, label in _decade_ticks(up):
         y = _n(height * (1 - share))
         parts.append(f'<path class="g" d="M{left} {y}h{width}"/><text x="{left - 4}" y="{y}" dy="3.5">{label}</text>')
-    for share, label in across.ticks(7):
+    for share, label in _decade_ticks(across):
         x = _n(left + width * share)
         parts.append(f'<path class="g" d="M{x} 0v{height}"/><text class="m" x="{x}" y="{height + 13}">{label}</text>')
     parts.append(f'<text class="m" x="{left + width / 2}" y="{height + 28}">median time of a call, ms</text>')
@@ -195,14 +195,14 @@ def speeds(curves: Sequence[SpeedCurve]) -> Markup:
         look = f"c{curve.colour % len(_COLOURS)} d{curve.dash % len(_DASHES)}"
         parts.append(f'<path class="{look}" d="{_line(xs, ys)}"/>')
         parts += [f'<path class="{look} p" d="M{_n(x)} {_n(y)}v.01"/>' for x, y in zip(xs, ys, strict=True)]
-        y = height + 46 + 14 * place
+        line = height + 46 + 14 * place
         name = curve.name if len(curve.name) <= _LONGEST_NAME else f"{curve.name[: _LONGEST_NAME - 3]}..."
         parts.append(
-            f'<path class="{look}" d="M0 {y}h30"/><text class="s" x="38" y="{y}" dy="3.5">{escape(name)}</text>'
+            f'<path class="{look}" d="M0 {line}h30"/><text class="s" x="38" y="{line}" dy="3.5">{escape(name)}</text>'
         )
     whole = height + 46 + 14 * len(curves)
     return Markup(
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="speeds" viewBox="0 -26 {left + width + 14} {whole + 26}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="speeds" viewBox="-8 -26 {left + width + 34} {whole + 26}" role="img" '
         f'aria-label="throughput against latency">{"".join(parts)}</svg>'
     )  # numbers, fixed words and escaped names
 
@@ -212,6 +212,16 @@ def _decades(values: Sequence[float]) -> ChartAxis:
     logs = [math.log10(value) for value in values if 0 < value < math.inf] or [0.0]
     low = math.floor(min(logs) + 1e-9)
     return ChartAxis(low, max(low + 1, math.ceil(max(logs) - 1e-9)))
+
+
+def _decade_ticks(axis: ChartAxis) -> list[tuple[float, str]]:
+    """Return (place from 0 to 1, label) of every decade: "0.01", "100", "10k"."""
+    width = axis.high - axis.low
+    labels = [
+        f"{10.0**at:g}" if at < 3 else f"{10 ** (at % 3)}{'kMGTPE'[at // 3 - 1]}"
+        for at in range(axis.low, axis.high + 1)
+    ]
+    return [(place / width, label) for place, label in enumerate(labels)]
 
 
 def _speed_style() -> str:

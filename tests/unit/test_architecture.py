@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("onnx_pipeline",),
     ("pipeline",),
     ("reporting",),
-    ("auditing", "evaluating"),
+    ("auditing", "evaluating", "benchmarking"),
     ("verification", "serving", "deploying"),
     ("training", "folding", "exporting", "runtimes", "quantization"),
     ("loading", "onnx_files"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +155,25 @@ def test_runtimes_by_name(bundle: Bundle) -> None:
         if spec.device == "cuda" and spec.available() is not None:
             with pytest.raises(RuntimeUnavailable, match=f"{spec.name} can't run here"):
                 verify(bundle, runtimes=[spec.name])
+
+
+def test_a_file_that_no_named_runtime_reads_is_proved_where_that_is_cheap_or_requested(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def proofs(runtimes: Sequence[str] | None, **scope: bool) -> tuple[set[str], set[str]]:
+        found = verify(bundle, runtimes=runtimes, scope=Scope(max_samples=2, **scope))
+        assert found.passed
+        assert {row.subject for row in found.rows if row.stage == "weights"} == {"model.pt", "model.pt2"}
+        skipped = {name.removeprefix("proof of ") for name in found.skipped if name.startswith("proof of ")}
+        return {row.subject for row in found.rows if row.stage == "file-proof"}, skipped
+
+    monkeypatch.setattr("bnexport.verification.evidence._SHORT_PROOF", 0)  # as for a large network
+    assert proofs(["onnxruntime-cpu"]) == ({"model.onnx"}, {"model.pt", "model.pt2"})
+    assert proofs(["torchscript-cpu"]) == ({"model.onnx", "model.pt"}, {"model.pt2"})
+    every = {"model.onnx", "model.pt", "model.pt2"}
+    assert proofs(["onnxruntime-cpu"], all_files=True) == (every, set())
+    assert proofs(["onnxruntime-cpu"], thorough=True) == (every, set())
+    assert proofs(None) == (every, set())
 
 
 def test_a_verification_that_ran_nothing_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
