@@ -59,6 +59,8 @@ NETWORKS: dict[str, tuple[tuple[int, ...], int]] = {
 GAIN, SHARE, LATENCY = 1.2, 0.9, 1.05
 #: Batches from which the settings of BN-LeNet are chosen, and those of the peers.
 TUNED_BATCHES, PEER_BATCHES = (1, 16, 32, 64, 128), (32, 256)
+#: Engines with their own defaults, next to the tuned settings.
+PEERS = ("ONNX Runtime", "OpenVINO, throughput hint")
 _CHILD = "import sys; from benchmarks.runtime_speed import child; child(*sys.argv[1:])"
 _INPUTS = 8
 Run = Callable[[Array], object]
