@@ -36,7 +36,7 @@ from bnexport.benchmarking.request import BenchmarkRequest
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.environment import available_cores, describe, environment
 from bnexport.errors import BnexportError, RuntimeUnavailable
-from bnexport.optional import one_line
+from bnexport.optional import one_line, require
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
@@ -76,7 +76,7 @@ def _module(path: Path, _threads: int | None) -> Run:
 def _compiled(path: Path, _threads: int | None) -> Run:
     import torch
 
-    module = torch.compile(torch.load(path, weights_only=False))
+    module: Any = torch.compile(torch.load(path, weights_only=False))
     return torch.inference_mode()(lambda x: module(torch.from_numpy(x)).numpy())
 
 
@@ -99,8 +99,7 @@ def _onnxruntime(path: Path, threads: int | None) -> Run:
 
 
 def _openvino(path: Path, threads: int | None) -> Run:
-    import openvino
-
+    openvino = require("openvino", purpose="this side")
     hints = {} if threads is None else {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(path / MODEL_ONNX, "CPU", hints).create_infer_request()
     return lambda x: request.infer([x])
@@ -108,8 +107,7 @@ def _openvino(path: Path, threads: int | None) -> Run:
 
 def _openvino_queue(path: Path, _threads: int | None) -> Run:
     """Return a function that starts a request as soon as one of the queue is free."""
-    import openvino
-
+    openvino = require("openvino", purpose="this side")
     compiled = openvino.Core().compile_model(path / MODEL_ONNX, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
     queue = openvino.AsyncInferQueue(compiled)
     return lambda x: queue.start_async([x])
@@ -408,26 +406,27 @@ def throughput(bundle: Path, choice: Choice, rounds: int, seconds: float) -> Ite
 
 
 def latency(bundle: Path, choice: Choice, rounds: int, seconds: float) -> Target:
-    """Compare bnexport's runner with bare ONNX Runtime at batch 1, each with the best number of threads of both."""
+    """Compare the tuned settings at batch 1 with bare ONNX Runtime, which has the best number of threads."""
     shape, counts = (1, *NETWORKS[LENET][0]), sorted({1, available_cores()})
-    runtime = "onnxruntime-cpu"
     found: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as stack:
-        ours = choice.threads if choice.runtime == runtime else 1
-        keys = [("ONNX Runtime", count) for count in counts] + [(runtime, ours)]
-        sides = {key: stack.enter_context(Side(key[0], bundle, key[1])) for key in keys}
+        own = (choice.runtime, choice.threads)
+        sides = {
+            key: stack.enter_context(Side(key[0], bundle, key[1]))
+            for key in [own, *(("ONNX Runtime", count) for count in counts)]
+        }
         for number in range(1, rounds + 1):
             progress(f"latency: round {number} of {rounds}")
             for key, side in sides.items():
                 found.setdefault(key, []).append(side.measure(shape, seconds).p50)
-    best = min(keys[:-1], key=lambda key: statistics.median(found[key]))
-    mine, bare = found[keys[-1]], found[best]
+    mine = found.pop(own)
+    best = min(found, key=lambda key: statistics.median(found[key]))
     compared = (
-        f"bnexport's runner, {ours} thread(s): {statistics.median(mine) * 1e3:.1f} us; "
-        f"bare ONNX Runtime, {best[1]} thread(s): {statistics.median(bare) * 1e3:.1f} us"
+        f"{choice.runtime} in bnexport, threads: {choice.threads}: {statistics.median(mine) * 1e3:.1f} us; "
+        f"bare ONNX Runtime, threads: {best[1]}: {statistics.median(found[best]) * 1e3:.1f} us"
     )
-    ratios = [a / b for a, b in zip(mine, bare, strict=True)]
-    return Target("latency of one image, over bare ONNX Runtime", compared, ratios, LATENCY, at_least=False)
+    ratios = [a / b for a, b in zip(mine, found[best], strict=True)]
+    return Target("latency of one image, tuned over bare ONNX Runtime", compared, ratios, LATENCY, at_least=False)
 
 
 def bulk(bundle: Path, choice: Choice, rounds: int, images: int) -> Target:
@@ -497,7 +496,8 @@ def main() -> int:
     given = parser.parse_args()
     wheels = "BNEXPORT_WHEELS" in os.environ
     chosen = known(parser, given.networks, tuple(NETWORKS), "network")
-    parts, load = [], os.getloadavg()[0]
+    parts: list[tuple[str, list[list[str]], dict[str, str], int]] = []
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bnexport-runtime-speed-") as place:
         found = targets(Path(place), given.rounds, given.seconds, given.images)
         for network in () if given.no_table else chosen:
