@@ -80,6 +80,21 @@ class Engine:
         rows = tuple(self._row(site, by_op) for site in self.sites)
         return EngineResult(rows, tuple(self.warnings), tuple(self.dropped))
 
+    def push_scale(self, op: Op) -> bool:
+        """Move a scale into all of its readers; False, and nothing changed, where that is not exact."""
+        assert isinstance(op.kind, ConstantAffine)
+        plan = self._plan()
+        plan.path[op] = None
+        plan.edit(op, Identity())
+        try:
+            plan.push(op, op.kind.affine.scale_alone())
+            if not plan_error(self.graph, plan) <= MAX_SITE_ERROR:
+                return False
+        except (Refused, NotComparedError):
+            return False
+        self._carry_out(plan)
+        return True
+
     def _left(self) -> list[_Site]:
         left = [
             site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, ConstantAffine)
