@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from bnexport.serving.serving_limits import ServingLimits
 from bnexport.tensors import ELEMENT_TYPES, Array
 
 _KINDS = ("float32", "uint8")
-_ROUNDS, _CALLS, _REQUESTS = 2, 5, 20
+_ROUNDS, _CALLS, _REQUESTS = 15, 20, 150
 _NORMAL = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.286,), (0.353,))}
 
 
@@ -55,8 +56,8 @@ def request_of(bundle: Bundle, image: Array) -> tuple[bytes, int]:
     preprocessing = preprocessing_of(bundle.manifest)
     assert preprocessing is not None
     array = preprocessing.apply(image[np.newaxis])
-    item = {"name": "input", "shape": list(array.shape), "datatype": ELEMENT_TYPES[array.dtype.name].datatype}
-    item["parameters"] = {"binary_data_size": array.nbytes}
+    datatype, size = ELEMENT_TYPES[array.dtype.name].datatype, {"binary_data_size": array.nbytes}
+    item = {"name": "input", "shape": list(array.shape), "datatype": datatype, "parameters": size}
     head = json.dumps({"inputs": [item], "parameters": {"binary_data_output": True}}).encode()
     return head + array.tobytes(), len(head)
 
@@ -74,7 +75,7 @@ def decoding(bundles: dict[str, Bundle], image: Array) -> list[dict[str, float]]
     calls = {}
     for kind, bundle in bundles.items():
         decoder, (body, length) = Decoder(bundle.manifest.signature, ServingLimits()), request_of(bundle, image)
-        calls[kind] = lambda decoder=decoder, body=body, length=length: decoder.decode(body, length)
+        calls[kind] = partial(decoder.decode, body, length)
     return [{kind: cpu(call, _CALLS) for kind, call in calls.items()} for _ in range(_ROUNDS)]
 
 
@@ -83,7 +84,7 @@ def converting(bundles: dict[str, Bundle], image: Array) -> list[dict[str, float
     calls = {kind: preprocessing_of(bundle.manifest) for kind, bundle in bundles.items()}
     batch = image[np.newaxis]
     return [
-        {kind: cpu(lambda made=made: made.apply(batch), _CALLS) for kind, made in calls.items() if made is not None}
+        {kind: cpu(partial(made.apply, batch), _CALLS) for kind, made in calls.items() if made is not None}
         for _ in range(_ROUNDS)
     ]
 

@@ -255,12 +255,12 @@ class ExportRequest:
             raise UsageError("--rename-classes is given without --labels", remedy="Pass --labels, or leave it out")
         if self.preprocessing is not None and (self.mean is not None or self.std is not None):
             raise UsageError("both preprocessing and mean with std are given", remedy="Give one of them")
-        for what, given, known in (
+        for what, stated, known in (
             ("precision", self.precision, STORED_PRECISIONS),
             ("input type", self.input_type, INPUT_TYPES),
         ):
-            if given not in known:
-                raise UsageError(f"the {what} {given!r} is not known", remedy=f"Known: {', '.join(known)}")
+            if stated not in known:
+                raise UsageError(f"the {what} {stated!r} is not known", remedy=f"Known: {', '.join(known)}")
         object.__setattr__(self, "allow_flips", read_share(self.allow_flips, "--allow-flips"))
         for flag, given in (
             ("--calibrate", self.calibrate is not None),

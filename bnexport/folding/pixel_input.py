@@ -119,7 +119,7 @@ def _prepended(model: ModelProto, given: str, operator: str, operand: Tensor | N
         if model.ir_version < 4:  # where every initializer is listed as an input
             listed = helper.make_tensor_value_info(constant.name, constant.data_type, list(constant.dims))
             model.graph.input.append(listed)
-    settings = {"to": TensorProto.FLOAT} if operator == "Cast" else {}
+    settings: dict[str, Any] = {"to": TensorProto.FLOAT} if operator == "Cast" else {}
     for graph in graphs(model):
         for node in graph.node:
             node.input[:] = [result if name == given else name for name in node.input]

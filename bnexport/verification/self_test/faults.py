@@ -425,7 +425,8 @@ def _fold_mean(file: PixelFile) -> str:
         raise NotTried("the first layer is not a convolution with padding")
     weight = file.array(layer.input[1])
     taps = weight.reshape(*weight.shape[:2], -1).sum(axis=2)
-    moved = (taps * grouped(mean.reshape(-1), *taps.shape, int(settings.get("group", 1)))).sum(axis=1)
+    groups = int(settings.get("group", 1))
+    moved = (taps * grouped(mean.reshape(-1), len(taps), taps.shape[1], groups)).sum(axis=1)
     old = file.array(layer.input[2]) if len(layer.input) > 2 else 0.0
     if len(layer.input) < 3:
         layer.input.append(f"{name}_bias")
