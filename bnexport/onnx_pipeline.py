@@ -15,7 +15,7 @@ from bnexport.data.preprocessing import Preprocessing, original_feeds
 from bnexport.environment import environment
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.request import ExportRequest, InputSpec, parse_inputs
-from bnexport.exporting.signature import check_labels, of_pixels
+from bnexport.exporting.signature import check_labels, of_dtype
 from bnexport.files import refuse_existing_file, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
@@ -111,7 +111,7 @@ def _file_source(file: Path, name: str, version: int, request: ExportRequest, pr
     model = result.model
     if request.input_type == "uint8" and image is not None:
         model = pixel_model(model, Preprocessing.from_json(image), _requested(request.inputs))
-        signature = of_pixels(signature)
+        signature = of_dtype(signature, "uint8")
     manifest = Manifest(
         name, version, signature, {"source": file.name, "options": {}}, request.dataset, image,
         request.labels, onnx_facts(request, model), environment(), result.report.to_json(),
@@ -194,7 +194,7 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
     signature = manifest.signature
     try:
         engine = evaluator(original)
-        shapes = _sample_shapes(signature, request.inputs)
+        shapes = _sample_shapes(of_dtype(signature, "float32") if manifest.takes_pixels else signature, request.inputs)
         if shapes is None:
             shapes = {name: array.shape[1:] for name, array in first_that_works(engine, original, 0)[0].items()}
         images = real_images(manifest, data_dir=request.images_at(request.dataset))
@@ -258,7 +258,7 @@ def _sample_shapes(signature: Signature, texts: tuple[str, ...]) -> dict[str, tu
         wanted = given[spec.name]
         sizes = zip(spec.sample_shape, wanted.shape, strict=False)
         wrong = len(wanted.shape) != len(spec.sample_shape) or any(isinstance(d, int) and d != s for d, s in sizes)
-        if wrong or (wanted.dtype != spec.dtype and spec.dtype != "uint8"):  # files that take pixels: of the original
+        if wrong or wanted.dtype != spec.dtype:
             declared = "x".join(map(str, spec.sample_shape)) or "scalar"
             raise UsageError(
                 f"--input does not fit {spec.name!r}, which the file declares as {declared}:{spec.dtype}",

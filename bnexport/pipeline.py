@@ -25,7 +25,7 @@ from bnexport.evaluating.network import TrainedNetwork, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.export_onnx import stamp_metadata
 from bnexport.exporting.formats import FORMATS, ExportJob
-from bnexport.exporting.half import in_precision
+from bnexport.exporting.half import PRECISIONS, in_precision
 from bnexport.exporting.request import (
     ExportRequest,
     InputSpec,
@@ -33,7 +33,7 @@ from bnexport.exporting.request import (
     model_and_version,
     parse_inputs,
 )
-from bnexport.exporting.signature import check_labels, of_pixels, signature_of
+from bnexport.exporting.signature import check_labels, of_dtype, signature_of
 from bnexport.exporting.triton_config import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, refuse_existing_file, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
@@ -189,7 +189,7 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
     if request.dynamic_size:
         signature = with_smallest_sizes(signature, loaded.module, result.model, specs)
     check_labels(signature, loaded.labels)
-    signature = of_pixels(signature) if request.input_type == "uint8" else signature
+    signature = of_dtype(signature, "uint8") if request.input_type == "uint8" else signature
     manifest = Manifest(
         name, version, signature, loaded.network, loaded.dataset, loaded.preprocessing, loaded.labels,
         onnx_facts(request), environment(), result.report.to_json(), request.expected_accuracy(loaded.dataset),
@@ -219,7 +219,8 @@ def _on_pixels(
     if not manifest.takes_pixels or manifest.preprocessing is None:
         return folded, inputs
     pixels = torch.randint(0, 256, inputs[0].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return pixel_module(folded, Preprocessing.from_json(manifest.preprocessing)), (pixels,)
+    stored = PRECISIONS[str(manifest.onnx["precision"])]
+    return pixel_module(folded, Preprocessing.from_json(manifest.preprocessing), stored), (pixels,)
 
 
 def fold_weights(

@@ -35,14 +35,17 @@ from bnexport.onnx_files.names import Names
 aten = torch.ops.aten
 
 
-def pixel_module(folded: GraphModule, image: Preprocessing) -> GraphModule:
-    """Return a copy of a folded graph with one image input that takes uint8 pixels (n, channels, height, width)."""
+def pixel_module(folded: GraphModule, image: Preprocessing, stored: torch.dtype = torch.float32) -> GraphModule:
+    """Return a copy of a folded graph with one image input that takes uint8 pixels (n, channels, height, width).
+
+    The weights of the copy are to be ``stored`` in that type: a factor that would make them too small for it stays in a Mul.
+    """
     module = copy.deepcopy(folded)
     mean, factor = _constants(image)
     (given,) = module.graph.find_nodes(op="placeholder")
     scaled = _inserted(module, given, aten.mul.Tensor, _attribute(module, given, "pixel_factor", factor))
     graph = TorchGraph(module)
-    if _moved(graph, graph.by_node.get(scaled), factor, graph.elements):
+    if _moved(graph, graph.by_node.get(scaled), factor, graph.elements, stored):
         TorchWriter(graph).write(())
     if bool(mean.any()):
         _inserted(module, given, aten.sub.Tensor, _attribute(module, given, "pixel_mean", mean))
@@ -80,13 +83,13 @@ def _constants(image: Preprocessing) -> tuple[Tensor, Tensor]:
     return mean / image.scale, image.scale / std
 
 
-def _moved(graph: Graph, site: Op | None, factor: Tensor, elements: int) -> bool:
+def _moved(graph: Graph, site: Op | None, factor: Tensor, elements: int, stored: torch.dtype = torch.float32) -> bool:
     """Move the factor into its readers; return False where one of them can't take it, or would need a copy of a weight."""
     if site is None or not isinstance(site.kind, ConstantAffine):
         return False
     exact = factor.unsqueeze(0)  # the constant in the graph is rounded to float32
     site.kind = ConstantAffine(Affine.of(exact, torch.zeros_like(exact)))
-    return Engine(graph, GrowthBudget(elements, 1.0, apart=True)).push_scale(site)
+    return Engine(graph, GrowthBudget(elements, 1.0, apart=True)).push_scale(site, stored)
 
 
 def _attribute(module: GraphModule, given: Node, name: str, value: Tensor) -> Node:

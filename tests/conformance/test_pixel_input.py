@@ -142,6 +142,18 @@ def test_a_mean_of_zero_is_not_subtracted() -> None:
     assert targets[:2] == [torch.ops.aten.to.dtype, torch.ops.aten.conv2d.default]
 
 
+def test_a_factor_that_float16_weights_cannot_hold_stays_a_multiplication() -> None:
+    network = randomise(NETWORKS["padded convolution"][0]()).eval()
+    with torch.no_grad():
+        network.a.weight.mul_(1e-3)
+        network.b.running_var.fill_(1.0)
+        network.b.weight.fill_(1.0)
+    folded_network = fold(network, (torch.randn(2, 3, 8, 8),)).model
+    for stored, multiplies in ((torch.float32, False), (torch.bfloat16, False), (torch.float16, True)):
+        targets = {node.target for node in pixel_module(folded_network, IMAGE, stored).graph.nodes}
+        assert (torch.ops.aten.mul.Tensor in targets) == multiplies
+
+
 # --- bundles ---
 
 #: Name -> the options of the export.

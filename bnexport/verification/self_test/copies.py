@@ -128,9 +128,11 @@ def folded_weights(network: nn.Module, example: tuple[Tensor, ...], manifest: Ma
 
     folded = fold(network, example, prove=False).model
     if manifest.takes_pixels and manifest.preprocessing is not None:
+        from bnexport.exporting.half import PRECISIONS
         from bnexport.folding.pixel_input import pixel_module
 
-        folded = pixel_module(folded, Preprocessing.from_json(manifest.preprocessing))
+        stored = PRECISIONS[str(manifest.onnx.get("precision", "float32"))]
+        folded = pixel_module(folded, Preprocessing.from_json(manifest.preprocessing), stored)
     return dict(folded.state_dict())
 
 
