@@ -166,7 +166,7 @@ def signature_of_file(model: ModelProto) -> Signature:
             raise ExportError(f"{name!r} is in half precision; bundles are verified in float32", remedy=_FILE_ALONE)
     inputs = [_spec(value) for value in model.graph.input if value.name not in stored]
     if not inputs:
-        raise ExportError("the file takes no input", remedy=_FILE_ALONE)
+        raise ExportError("the file has no input", remedy=_FILE_ALONE)
     return Signature(tuple(inputs), tuple(_spec(value) for value in model.graph.output))
 
 
