@@ -28,6 +28,7 @@ from bnexport.bundle import Bundle
 from bnexport.data.preprocessing import preprocessing_of
 from bnexport.environment import describe, environment
 from bnexport.exporting.request import ExportRequest
+from bnexport.nn.calling import to_eval_mode
 from bnexport.pipeline import fold_and_export
 from bnexport.serving.protocol.decoding import Decoder
 from bnexport.serving.serving_limits import ServingLimits
@@ -43,7 +44,7 @@ def exported(folder: Path, channels: int, size: int) -> dict[str, Bundle]:
     torch.manual_seed(0)
     first = [nn.Conv2d(channels, 16, 3, 2, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
     second = [nn.Conv2d(16, 16, 3, 2, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
-    network = nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)).eval()
+    network = to_eval_mode(nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)))
     mean, std = _NORMAL[channels]
     for kind in _KINDS:
         request = ExportRequest(input_type=kind, allow_untrained=True, formats=("onnx",))

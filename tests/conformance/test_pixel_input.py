@@ -34,6 +34,7 @@ from bnexport.exporting.triton_config import triton_config
 from bnexport.folding.fold import fold
 from bnexport.folding.onnx_backend.onnx_fold import fold_onnx
 from bnexport.folding.pixel_input import pixel_model, pixel_module
+from bnexport.nn.calling import to_eval_mode
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import read_model
 from bnexport.onnx_pipeline import fold_and_export_onnx
@@ -108,7 +109,7 @@ def error(found: Array, exact: Array) -> float:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_graph_takes_pixels_and_computes_the_same(name: str, tmp_path: Path) -> None:
     make, multiplies = NETWORKS[name]
-    network, pixels = randomise(make()).eval(), pixel_batch()
+    network, pixels = to_eval_mode(randomise(make())), pixel_batch()
     exact = original(network, pixels)
     result = fold(network, (torch.randn(2, 3, 8, 8),))
     before = {key: tensor.clone() for key, tensor in result.model.state_dict().items()}
@@ -136,14 +137,14 @@ def test_the_graph_takes_pixels_and_computes_the_same(name: str, tmp_path: Path)
 
 def test_a_mean_of_zero_is_not_subtracted() -> None:
     image = replace(IMAGE, mean=(0.0, 0.0, 0.0))
-    network = randomise(NETWORKS["padded convolution"][0]()).eval()
+    network = to_eval_mode(randomise(NETWORKS["padded convolution"][0]()))
     module = pixel_module(fold(network, (torch.randn(2, 3, 8, 8),)).model, image)
     targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
     assert targets[:2] == [torch.ops.aten.to.dtype, torch.ops.aten.conv2d.default]
 
 
 def test_a_factor_that_float16_weights_cannot_hold_stays_a_multiplication() -> None:
-    network = randomise(NETWORKS["padded convolution"][0]()).eval()
+    network = to_eval_mode(randomise(NETWORKS["padded convolution"][0]()))
     with torch.no_grad():
         network.a.weight.mul_(1e-3)
         network.b.running_var.fill_(1.0)
@@ -411,9 +412,8 @@ def test_a_server_takes_pixels_over_every_protocol(
 
 
 def test_evaluation_counts_the_same_labels(tmp_path: Path) -> None:
-    network = randomise(
-        nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 784, 10))
-    ).eval()
+    layers = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 784, 10)
+    network = to_eval_mode(randomise(nn.Sequential(*layers)))
     counts = {}
     for kind in ("float32", "uint8"):
         request = ExportRequest(input_type=kind, dataset="digits", mean=(0.2,), std=(0.3,), allow_low_accuracy=True)
@@ -457,8 +457,8 @@ def export(tmp_path: Path, *words: str) -> tuple[int, Path]:
         "    def forward(self, a, b):\n"
         "        return self.net(a + b)\n"
         "def make():\n    return residual()\n"
-        "def two():\n    return Two().eval()\n"
-        "def flat():\n    return nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3)).eval()\n"
+        "def two():\n    return Two()\n"
+        "def flat():\n    return nn.Sequential(nn.Linear(7, 3), nn.BatchNorm1d(3))\n"
         "def bytes_in():\n"
         "    class Bytes(nn.Module):\n"
         "        def __init__(self):\n"
@@ -466,7 +466,7 @@ def export(tmp_path: Path, *words: str) -> tuple[int, Path]:
         "            self.net = residual()\n"
         "        def forward(self, x):\n"
         "            return self.net(x.float() / 255)\n"
-        "    return Bytes().eval()\n"
+        "    return Bytes()\n"
     )
     out = tmp_path / "models" / "net" / "1"
     code = run(["fold-and-export", words[0].replace("CODE", str(source)), "--out", str(out), *words[1:], "--quiet"])
