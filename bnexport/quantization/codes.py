@@ -173,6 +173,11 @@ class Coding:
         return (-128, 127) if self.signed else (0, 255)
 
     @property
+    def is_plain(self) -> bool:
+        """True if the code is the value: pixels as uint8."""
+        return (float(self.scale), self.zero, self.signed) == (1.0, 0, False)
+
+    @property
     def zero_array(self) -> Array:
         """Return the zero point in the type of the codes."""
         return np.array(self.zero, np.int8 if self.signed else np.uint8)

@@ -355,5 +355,5 @@ def test_options_of_int8_alone_are_refused_without_it() -> None:
     for options in ({"calibrate": "none"}, {"target": "tensorrt"}, {"allow_flips": "1%"}, {"float_layers": ("a",)}):
         with pytest.raises(UsageError, match="is given without precision"):
             ExportRequest(**options)
-    with pytest.raises(UsageError, match="is not a share"):
+    with pytest.raises(UsageError, match="is neither a percentage nor a fraction"):
         ExportRequest(precision="int8", allow_flips="many")
