@@ -269,8 +269,9 @@ def _prepared(network: str, folder: Path) -> Any:
     from benchmarks.efficientnet_lite import lite0
 
     row = next(item for item in real_networks.NETWORKS if item.name.lower() == LITE)
-    module = lite0().eval()
+    module = lite0()
     module.load_state_dict(torch.load(real_networks.unpacked(row) / row.member, weights_only=True))
+    module.eval()
     torch.save(module, folder / f"{network}.module")
     return module
 
