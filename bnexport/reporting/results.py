@@ -115,7 +115,8 @@ def print_statistics(
         print_json(value if stale is None else {**value, "staleness": stale.to_json()})
         return
     console = make_console()
-    console.print(literal(_summary(inspection), console))
+    for line in _summary(inspection):
+        console.print(literal(line, console))
     table = make_table(console)
     table.add_column("BatchNorm", overflow="fold")
     for heading in ("channels", "eps", "|gamma|", "moving var", "|scale|"):
@@ -199,12 +200,12 @@ _MARKS = {
 }
 
 
-def _summary(inspection: Inspection) -> str:
+def _summary(inspection: Inspection) -> tuple[str, str]:
     layers = inspection.layers
     channels = sum(len(layer.channels) for layer in layers)
     marks = [(sum(len(layer.marked(mark)) for layer in layers), text) for mark, text in _MARKS.items()]
     found = ", ".join(f"{count} {text}" for count, text in marks if count) or "none dead, exploding or not finite"
-    return f"{len(layers)} BatchNorm layers with {channels} channels: {found}\nin {inspection.file}"
+    return f"{len(layers)} BatchNorm layers with {channels} channels: {found}", f"in {inspection.file}"
 
 
 def _marks(layer: LayerStatistics) -> str:
