@@ -10,6 +10,7 @@
     models/bn_lenet/1/manifest.json         signature, preprocessing, labels, hashes, versions, fold report, verdicts
     models/bn_lenet/1/test_data_set_0/      golden input_0.pb / output_0.pb (the layout of onnx_test_runner)
     models/bn_lenet/1/report.html           one self-contained page
+    models/bn_lenet/1/tuned.json            optional: settings measured on one machine (``tuned``), outside the hashes
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ MODEL_TORCHSCRIPT = "model.pt"
 MODEL_EXPORTED = "model.pt2"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.html"
+TUNED = "tuned.json"
 GOLDEN = "test_data_set_0"
 #: Precisions of the weights in a model file; ``Manifest.onnx`` states it under "precision".
 STORED_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -87,7 +89,7 @@ class Manifest:
     fold: Mapping[str, Any] = field(default_factory=dict)  # The fold report (``folding.FoldReport.to_json``)
     # The verdict at export (``verification.VerificationReport.to_json``)
     verification: Mapping[str, Any] = field(default_factory=dict)
-    # Path inside the bundle -> ``{"sha256": ..., "size": ...}``, for every file except the manifest
+    # Path inside the bundle -> ``{"sha256": ..., "size": ...}``, for every file except the manifest and tuned.json
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -316,9 +318,10 @@ def write_golden(folder: Path, signature: Signature, inputs: Mapping[str, Array]
 
 
 def _names(folder: Path) -> list[str]:
-    """Return the files below ``folder`` except the manifest, as sorted POSIX paths."""
+    """Return the files below ``folder``, as sorted POSIX paths, except the manifest and a tuned.json that is a plain file."""
     entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(name for path in entries if (name := path.relative_to(folder).as_posix()) != MANIFEST)
+    outside = {MANIFEST} if place_problem(folder, TUNED) else {MANIFEST, TUNED}
+    return sorted({path.relative_to(folder).as_posix() for path in entries} - outside)
 
 
 def _digest(value: Mapping[str, Any]) -> str:

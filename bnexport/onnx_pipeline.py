@@ -25,6 +25,7 @@ from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_files.models import multiplications
 from bnexport.pipeline import Source, onnx_facts, publish
 from bnexport.progress import Progress, silent
+from bnexport.quantization.int8_plan import with_scales_per_channel
 from bnexport.quantization.moments import Seen, seen_in_file
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
@@ -103,6 +104,8 @@ def _file_source(file: Path, name: str, version: int, request: ExportRequest, pr
     """Check and fold a file."""
     progress("folding and proving the fold", 0, 1)
     result = fold_onnx(file, max_growth=request.max_growth, clamps=request.clamps, inputs=_requested(request.inputs))
+    if request.precision == "int8":
+        result = replace(result, model=with_scales_per_channel(result.model))
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
     image = request.image(parse_inputs(request.inputs) if request.inputs else ())

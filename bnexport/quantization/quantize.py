@@ -108,6 +108,11 @@ def quantise(
         ranges[name] = Range(pixels[name].low, pixels[name].high, ranges[name].mean, "pixels")
     plan.drop(set(plan.tensors) - set(ranges))
     ranges = {name: _shared(ranges[name], ranges[plan.tensors[name]]) for name in plan.tensors}
+    warnings += [
+        f"{name} is always 0 ({found.source}): its codes represent 0 to 1"
+        for name, found in ranges.items()
+        if found.is_zero
+    ]
     model = quantised_model(plan, ranges, options.target)
     return Int8Result(model, _record(plan, ranges, options, calibration, warnings))
 

@@ -63,7 +63,7 @@ def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target:
         target: One of ``bundle.INT8_TARGETS``.
 
     Raises:
-        ModelError: A range has no width or is not finite.
+        ModelError: A range is not finite.
         ExportError: The written model is not valid ONNX.
     """
     codings = {name: coding_of(name, ranges[name], target) for name in plan.tensors}

@@ -105,7 +105,7 @@ def render_report(
     base = run_command or next(iter(commands), "")
     commanded = [(run.name, command_of(run, base, seed=verification.seed)) for run in lines]
     faults, files, changed = ordered_faults(verification), file_groups(verification), flips(verification)
-    page = _environment().get_template(TEMPLATE)
+    page = page_environment().get_template(TEMPLATE)
     return page.render(
         manifest=manifest,
         **dict(zip(("inputs", "outputs"), _specs(manifest), strict=True)),
@@ -160,7 +160,7 @@ def verification_page(bundle: Bundle, report: VerificationReport, *, command: st
     )
 
 
-def _environment() -> jinja2.Environment:
+def page_environment() -> jinja2.Environment:
     """Return the templates' environment, with autoescape: labels and module paths come from untrusted files."""
     folder = resources.files("bnexport.reporting").joinpath("templates")
     sources = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".jinja")}
