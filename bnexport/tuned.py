@@ -47,10 +47,13 @@ class Choice:
 
     def __str__(self) -> str:
         """Return the settings in words: "onnxruntime-cpu, 2 sessions x 1 thread, batch 32"."""
-        counted = (
-            f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((self.sessions, "session"), (self.threads, "thread"))
-        )
-        return f"{self.runtime}, {' x '.join(counted)}, batch {self.batch}"
+        return f"{self.runtime}, {self.settings}"
+
+    @property
+    def settings(self) -> str:
+        """Return the settings without the runtime: "2 sessions x 1 thread, batch 32"."""
+        counts = ((self.sessions, "session"), (self.threads, "thread"))
+        return " x ".join(f"{n} {what}{'' if n == 1 else 's'}" for n, what in counts) + f", batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,19 @@ def read_tuning(bundle_folder: str | Path | Bundle) -> Tuning | str | None:
     return _mismatch(tuning, bundle) or tuning
 
 
-def tuned_choice(bundle: Bundle, goal: Goal) -> Choice | str | None:
-    """Return the choice for a goal; as in ``read_tuning``, a reason or None without one."""
+def tuned_choice(bundle: Bundle, goal: Goal, runtime: str) -> Choice | str | None:
+    """Return the choice for a goal if it is for this runtime; as in ``read_tuning``, a reason or None without one."""
     found = read_tuning(bundle)
     if not isinstance(found, Tuning):
         return found
-    return found.choices.get(goal, f"{TUNED} has no choice for the goal {goal}")
+    if (choice := found.choices.get(goal)) is None:
+        return f"{TUNED} has no choice for the goal {goal}"
+    return choice if choice.runtime == runtime else f"{TUNED} has another runtime for the goal {goal}: {choice.runtime}"
+
+
+def tuning_line(found: Choice | str) -> str:
+    """Return the line that a command prints: the applied settings, or the reason why none apply."""
+    return f"not tuned: {found}" if isinstance(found, str) else f"tuned: {found.settings}"
 
 
 def _mismatch(tuning: Tuning, bundle: Bundle) -> str | None:

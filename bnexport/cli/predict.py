@@ -48,6 +48,10 @@ class BulkDisplay(BulkProgress):
     ) -> None:
         self._bar.stop()
 
+    def on_tuning(self, line: str) -> None:
+        """Print the line."""
+        self._console.print(line)
+
     def on_start(self, rows: int, done: int, workers: int) -> None:
         """Print the number of images and workers."""
         self._rows, self._done = rows, done
@@ -93,9 +97,13 @@ _BULK = {
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="With --out: number of sessions with one thread each.  [default: one per core; GPU: 1]",
+    help="With --out: number of sessions with one thread each.  [default: tuned.json, or one per core; GPU: 1]",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="With --out: number of images per call.  [default: 256]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="With --out: images per call.  [default: tuned.json, or 256]",
+)
 @click.option("--shard-rows", type=click.IntRange(min=1), help="With --out: number of rows per file.  [default: 10000]")
 @click.option("--column", help="With --out: column of Parquet and .npz files that holds the images.  [default: image]")
 @click.option(
@@ -114,12 +122,14 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
         _in_bulk(bundle, images, out, {"runtime": runtime, **given}, as_json=as_json)
         return
     if given:
-        raise UsageError(f"{_BULK[next(iter(given))]} is for --out", remedy="Pass --out FOLDER, or leave it away")
+        raise UsageError(
+            f"{_BULK[next(iter(given))]} is for --out", remedy="Pass --out FOLDER, or leave the option out"
+        )
     if many := [image for image in images if image.is_dir() or image.suffix.lower() in (".parquet", ".npz")]:
         few = f", or the pictures themselves: {many[0]}/*" if many[0].is_dir() else ""
         raise UsageError(
-            f"{many[0]} holds many images, which are labelled into Parquet files",
-            remedy=f"Pass --out FOLDER, where the files go{few}",
+            f"{many[0]} holds many images, and predictions of many images are written to Parquet files",
+            remedy=f"Pass --out FOLDER for these files{few}",
         )
     from bnexport.reporting.results import print_predictions
     from bnexport.serving.predictor import predict_images

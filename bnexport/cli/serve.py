@@ -71,14 +71,16 @@ class _Seconds(click.FloatRange):
     help="Engine and device. bnexport doctor lists them. A missing runtime is an error and is never replaced by another.",
 )
 @click.option(
-    "--workers", type=_Workers(), default="auto", show_default=True, help="Number of sessions with one thread each."
+    "--workers",
+    type=_Workers(),
+    default="auto",
+    show_default=True,
+    help="Number of sessions with one thread each. auto: tuned.json, or measured.",
 )
 @click.option(
     "--max-batch",
     type=click.IntRange(1, 65536),
-    default=64,
-    show_default=True,
-    help="Largest number of samples that are run as one batch.",
+    help="Largest number of samples that are run as one batch.  [default: tuned.json with --workers auto, or 64]",
 )
 @click.option(
     "--limit", "limits", multiple=True, metavar="NAME=N",
@@ -127,10 +129,11 @@ def _settings(options: dict[str, Any]) -> Any:
 
     certificate, key = options["tls_cert"], options["tls_key"]
     if (certificate is None) != (key is None):
-        raise UsageError("--tls-cert and --tls-key go together", remedy="Give both, or none")
+        raise UsageError("only one of --tls-cert and --tls-key is given", remedy="Give both, or neither")
     if options["port"] == options["grpc_port"] != 0:
         raise UsageError(
-            f"--port and --grpc-port are both {options['port']}", remedy="Give each its own, such as 8000 and 8001"
+            f"--port and --grpc-port are both {options['port']}",
+            remedy="Choose two different ports, such as 8000 and 8001",
         )
     models = ServingSettings(
         **{name: options[name] for name in ("runtime", "workers", "max_batch", "processes")},

@@ -50,6 +50,11 @@ def export_flat(folded: GraphModule, inputs: tuple[Tensor, ...], axes: tuple[tup
     return torch.export.export(flat(folded), inputs, dynamic_shapes=shapes)
 
 
+def of_dtype(signature: Signature, dtype: str) -> Signature:
+    """Return a signature whose inputs have another element type."""
+    return replace(signature, inputs=tuple(replace(spec, dtype=dtype) for spec in signature.inputs))
+
+
 def varying_axes(signature: Signature) -> tuple[tuple[int, ...], ...]:
     """Return for each input the varying axes other than the batch."""
     return tuple(
@@ -137,7 +142,9 @@ def signature_of(
         raise ExportError("forward returns no tensor", remedy="Return the tensors that the network computes")
     names, outputs = _output_names([path for path, _ in found]), [output for _, output in found]
     if clash := set(names) & set(input_names):
-        raise ExportError(f"{clash.pop()!r} names an input and an output", remedy="Name the input otherwise in --input")
+        raise ExportError(
+            f"{clash.pop()!r} names an input and an output", remedy="Give the input another name in --input"
+        )
     if len({id(output) for output in outputs}) < len(outputs):
         raise ExportError("forward returns one tensor twice", remedy="Return it once: every output has a separate name")
     batch = inputs[0].shape[0]

@@ -39,8 +39,8 @@ def test_a_written_tuning_is_read(bundle: Bundle, tuning: Tuning) -> None:
     path = write_tuning(bundle.path, tuning)
     assert path == bundle.path / TUNED
     assert read_tuning(bundle.path) == tuning
-    assert tuned_choice(bundle, "throughput") == CHOICE
-    assert tuned_choice(bundle, "cpu") == "tuned.json has no choice for the goal cpu"
+    assert tuned_choice(bundle, "throughput", CHOICE.runtime) == CHOICE
+    assert tuned_choice(bundle, "cpu", CHOICE.runtime) == "tuned.json has no choice for the goal cpu"
     assert str(CHOICE) == "onnxruntime-cpu, 2 sessions x 1 thread, batch 32"
     assert [item.name for item in bundle.path.iterdir() if item.name.endswith(".part")] == []
 
@@ -88,7 +88,7 @@ def test_a_tuning_from_elsewhere_does_not_apply(name: str, bundle: Bundle, tunin
     change, words = OTHERS[name]
     write_tuning(bundle.path, change(tuning))
     assert words in str(read_tuning(bundle))
-    assert words in str(tuned_choice(bundle, "latency"))
+    assert words in str(tuned_choice(bundle, "latency", CHOICE.runtime))
 
 
 def test_packages_that_no_choice_uses_do_not_matter(bundle: Bundle, tuning: Tuning) -> None:
