@@ -552,7 +552,7 @@ def test_a_variant_slowed_by_10_percent_is_found_and_two_equal_ones_show_no_diff
 
 @pytest.mark.slow
 def test_ten_percent_of_real_work_are_found(subject: Subject) -> None:
-    """Real work of a known amount: a loop of 5000 steps, and one of 5500, with the default seconds and rounds, on an idle machine."""
+    """Real work of a known amount: a loop of 5000 steps, and one of 5500, with the default seconds and rounds."""
 
     def looped(steps: int) -> Callable[[Any], Any]:
         def run(feeds: Any) -> Any:
