@@ -70,7 +70,10 @@ def benchmark(request: BenchmarkRequest, *, progress: Progress = silent) -> Benc
         variants = [variant for variant in variants if variant.process in workers]
         verdicts = _verdicts(request, variants, workers, part_of(progress, _LOADED, _VERIFIED))
         machine = cpu_state()
-        measured, facts, whole = _rounds(request, variants, workers, part_of(progress, _VERIFIED, 1.0))
+        rounds = request.rounds_for(max(max(worker.loaded["first"].values()) for worker in workers.values()))
+        seconds = request.variant_seconds / rounds
+        progressing = part_of(progress, _VERIFIED, 1.0)
+        measured, facts, whole = _rounds(variants, workers, rounds, seconds, request.seed, progressing)
     results = results_of(
         [
             (variant, _loaded(workers[variant.process], variant), measured[variant], _verdict(variant, verdicts))
@@ -86,8 +89,8 @@ def benchmark(request: BenchmarkRequest, *, progress: Progress = silent) -> Benc
         environment(),
         {**machine, "load_after": cpu_state()["load"], "others": others},
         inputs,
-        request.round_seconds * request.rounds,
-        request.rounds,
+        request.variant_seconds,
+        rounds,
         interrupted=not whole,
     )
 
@@ -255,9 +258,14 @@ def _is_same(recorded: VerificationReport | None, runtime: str, description: Map
 
 
 def _rounds(
-    request: BenchmarkRequest, variants: Sequence[Variant], workers: Mapping[Any, Worker], progress: Progress
+    variants: Sequence[Variant],
+    workers: Mapping[Any, Worker],
+    rounds: int,
+    seconds: float,
+    seed: int,
+    progress: Progress,
 ) -> tuple[dict[Variant, list[Round]], list[dict[str, float]], bool]:
-    """Let every variant measure once per round, in a random order; every second round has the reversed order of the last.
+    """Let every variant measure in each round, in a random order; every second round has the reversed order of the last.
 
     So a machine that slows down or speeds up over two rounds favours no variant.
 
@@ -266,17 +274,13 @@ def _rounds(
     """
     measured: dict[Variant, list[Round]] = {variant: [] for variant in variants}
     facts: list[dict[str, float]] = []
-    shuffled, order = random.Random(request.seed), list(variants)
+    shuffled, order = random.Random(seed), list(variants)
     try:
-        for number in range(request.rounds):
+        for number in range(rounds):
             order = order[::-1] if number % 2 else shuffled.sample(variants, len(variants))
             for place, variant in enumerate(order):
-                progress(
-                    f"round {number + 1} of {request.rounds}",
-                    number * len(variants) + place,
-                    request.rounds * len(variants),
-                )
-                found, times = workers[variant.process].measure(variant.batch, request.round_seconds)
+                progress("measuring", number * len(variants) + place, rounds * len(variants))
+                found, times = workers[variant.process].measure(variant.batch, seconds)
                 facts.append(found)
                 measured[variant].append(Round(tuple(times), found["elapsed"], found["cpu"], found["golden"]))
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bnexport.benchmarking.spread import LEAST_ROUNDS
+from bnexport.benchmarking.spread import LEAST_ROUNDS, ROUNDS
 from bnexport.bundle import Bundle, Manifest
 from bnexport.environment import available_cores
 from bnexport.errors import BundleError, UsageError
@@ -38,7 +38,7 @@ class BenchmarkRequest:
     threads: tuple[int | str, ...] = (1, ALL)  # Threads inside one call
     sessions: tuple[int | str, ...] = (1, ALL)  # Sessions that call at the same time
     seconds: float | None = None  # Seconds of measurement per variant, over all rounds
-    rounds: int = LEAST_ROUNDS
+    rounds: int | None = None  # Default: ROUNDS; fewer, but LEAST_ROUNDS at least, if a call takes longer than a round
     quick: bool = False  # Two batch sizes, fewer runtimes, shorter rounds, a verification of fewer samples
     seed: int = 0  # Random seed of the inputs and of the order in each round
 
@@ -50,12 +50,12 @@ class BenchmarkRequest:
                 raise UsageError(f"{first} and {second} are the same bundle", remedy="Give each bundle once")
         if self.against is not None and not self.against.is_file():
             raise UsageError(f"--against {self.against} is not a file", remedy="Give an ONNX file")
-        if self.rounds < LEAST_ROUNDS:
+        if self.rounds is not None and self.rounds < LEAST_ROUNDS:
             raise UsageError(
                 f"{self.rounds} rounds show no difference, because their range misses the true ratio too often",
                 remedy=f"Give --rounds {LEAST_ROUNDS} or more",
             )
-        if not 0 < self.round_seconds < 1e6:
+        if not 0 < self.variant_seconds < 1e6:
             raise UsageError(f"--seconds {self.seconds} is not a time to measure", remedy="Give seconds, as 2")
         for flag, counts in (("batch", self.batches), ("threads", self.threads), ("sessions", self.sessions)):
             for count in counts:
@@ -65,10 +65,15 @@ class BenchmarkRequest:
             runner_spec(name)
 
     @property
-    def round_seconds(self) -> float:
-        """Return the seconds of one variant in one round."""
-        seconds = (QUICK_SECONDS if self.quick else SECONDS) if self.seconds is None else self.seconds
-        return seconds / self.rounds
+    def variant_seconds(self) -> float:
+        """Return the seconds of measurement per variant, over all rounds."""
+        return (QUICK_SECONDS if self.quick else SECONDS) if self.seconds is None else self.seconds
+
+    def rounds_for(self, slowest: float) -> int:
+        """Return the number of rounds if the slowest call takes so many seconds."""
+        if self.rounds is not None:
+            return self.rounds
+        return max(LEAST_ROUNDS, min(ROUNDS, int(self.variant_seconds / slowest)))
 
     def specs(self) -> tuple[RunnerSpec, ...]:
         """Return the runtimes to measure; RuntimeUnavailable if a named one can't run here."""

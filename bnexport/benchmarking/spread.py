@@ -20,6 +20,9 @@ _TAIL = 0.025
 LEAST_CALLS = 300
 #: Smallest number of rounds: the range of 5 ratios holds their true median with 94 %.
 LEAST_ROUNDS = 5
+#: Rounds of networks that are fast enough. Many short rounds find smaller differences than a few long ones of the same time:
+#: the disturbances by other programs last for longer than a round, so that they hit both variants.
+ROUNDS = 25
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,6 @@ Run = Callable[[Feeds], Mapping[str, Array]]
 GOLDEN_EVERY = 16
 #: Largest number of different inputs of one batch size.
 MOST_INPUTS = 64
-#: Smallest number of timed calls of one session in a round, however slow the network is.
-_LEAST_CALLS = 3
 #: Share of a round for calls before the timed ones: other processes have used the caches since the last round.
 _WARM_UP = 0.1
 #: Engine -> the package whose import is timed apart from opening the file.
@@ -86,9 +84,9 @@ def inputs_of(samples: Feeds, golden: Feeds, answers: Feeds, batch: int) -> Inpu
 
 
 def order_of(count: int, start: int = 0) -> Iterator[int]:
-    """Yield the number of the input of each call: every GOLDEN_EVERY-th is 0, and no input is used twice in a row."""
+    """Yield the number of the input of each call: 0 first and then every GOLDEN_EVERY-th time, and no input twice in a row."""
     others = itertools.cycle([1 + (start + step) % (count - 1) for step in range(count - 1)])
-    for call in itertools.count(1):
+    for call in itertools.count():
         yield 0 if call % GOLDEN_EVERY == 0 else next(others)
 
 
@@ -106,25 +104,27 @@ def timed_calls(
         times.append(after - before)
         if number == 0:
             answers.append(answer)
-        if after >= until and len(times) >= _LEAST_CALLS:
+        if after >= until:
             return times, answers
     raise AssertionError("order_of does not end")
 
 
-def measure(sessions: Sequence[Run], inputs: Inputs, seconds: float) -> tuple[dict[str, float], list[float]]:
-    """Let every session call in its thread; return facts of the round, and the time of every call.
+def measure(
+    sessions: Sequence[Run], inputs: Inputs, seconds: float, *, warm: bool = True
+) -> tuple[dict[str, float], list[float]]:
+    """Let every session call in its thread, at least once; return facts of the round, and the time of every call.
 
     The facts are "elapsed" and "cpu" (of this process, all threads), "busy" and "total" (of the machine; 0 if it does not
     report them), all in seconds, and "golden", the largest error of scale of an answer to the golden inputs.
     """
     failed: list[BaseException] = []
-    # The first answer is compared too, so that each round has at least one.
-    found: list[tuple[list[float], list[Mapping[str, Array]]]] = [([], [run(inputs.feeds[0])]) for run in sessions]
+    found: list[tuple[list[float], list[Mapping[str, Array]]]] = []
     ready = threading.Barrier(len(sessions) + 1)
 
     def work(run: Run, start: int) -> None:
         try:
-            timed_calls(run, inputs, seconds * _WARM_UP, start=start)
+            if warm:
+                timed_calls(run, inputs, seconds * _WARM_UP, start=start)
             ready.wait()
             found.append(timed_calls(run, inputs, seconds, start=start))
         except BaseException as error:  # reported by the thread that started this one
@@ -310,7 +310,9 @@ def main() -> None:
             send(answers, facts)
             while True:
                 wanted, _ = receive(requests)
-                found, times = measure(sessions, inputs[wanted["batch"]], wanted["seconds"])
+                batch, seconds = wanted["batch"], wanted["seconds"]
+                warm = facts["first"][str(batch)] < seconds  # one call of a slow network suffices
+                found, times = measure(sessions, inputs[batch], seconds, warm=warm)
                 send(answers, found, {"times": np.array(times)})
         except (EOFError, BrokenPipeError):
             raise

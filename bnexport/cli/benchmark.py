@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bnexport.benchmarking.request import ALL, BATCHES, QUICK_BATCHES, QUICK_SECONDS, SECONDS, BenchmarkRequest
-from bnexport.benchmarking.spread import LEAST_ROUNDS
+from bnexport.benchmarking.spread import LEAST_ROUNDS, ROUNDS
 from bnexport.cli.output import STDOUT, stages, write_json, write_result
 from bnexport.errors import OutputError, UsageError
 from bnexport.optional import need_packages
@@ -60,8 +60,8 @@ def _listed(counts: tuple[int, ...]) -> str:
     help=f"Seconds of measurement per row, over all rounds.  [default: {SECONDS:g}; with --quick {QUICK_SECONDS:g}]",
 )  # fmt: skip
 @click.option(
-    "--rounds", type=click.IntRange(min=LEAST_ROUNDS), default=LEAST_ROUNDS, show_default=True,
-    help="Rounds, in each of which every row is measured once.",
+    "--rounds", type=click.IntRange(min=LEAST_ROUNDS),
+    help=f"Rounds, in each of which every row is measured once.  [default: {ROUNDS}; {LEAST_ROUNDS} for slow networks]",
 )  # fmt: skip
 @click.option(
     "--quick", is_flag=True,

@@ -30,7 +30,7 @@ from bnexport.benchmarking.report import (
     verdict_on,
 )
 from bnexport.benchmarking.request import BARE, BenchmarkRequest, Subject, Variant
-from bnexport.benchmarking.spread import LEAST_CALLS, Quantile, p99, quantile, ratio
+from bnexport.benchmarking.spread import LEAST_CALLS, LEAST_ROUNDS, ROUNDS, Quantile, p99, quantile, ratio
 from bnexport.benchmarking.worker import GOLDEN_EVERY, Inputs, inputs_of, measure, order_of, timed_calls
 from bnexport.bundle import TUNED, Bundle
 from bnexport.errors import BundleError, RuntimeUnavailable, UsageError
@@ -113,7 +113,7 @@ def test_no_input_is_used_twice_in_a_row_and_the_golden_one_comes_regularly() ->
         order = order_of(count, start)
         used = [next(order) for _ in range(200)]
         assert all(now != then for now, then in itertools.pairwise(used))
-        assert [at + 1 for at, number in enumerate(used) if number == 0] == list(range(GOLDEN_EVERY, 201, GOLDEN_EVERY))
+        assert [at + 1 for at, number in enumerate(used) if number == 0] == list(range(1, 201, GOLDEN_EVERY))
         assert set(used) == set(range(count))
 
 
@@ -143,8 +143,9 @@ def test_calls_are_timed_until_the_seconds_are_over() -> None:
     assert times == [2**-7] * 128
     assert len(answers) == 128 // GOLDEN_EVERY
     assert INPUTS.error(answers[0]) == 0
-    slow, _ = timed_calls(clock.work(lambda: 5.0), INPUTS, 1.0, clock=clock)
-    assert slow == [5.0] * 3, "a slow network is called three times"
+    slow, answers = timed_calls(clock.work(lambda: 5.0), INPUTS, 1.0, clock=clock)
+    assert slow == [5.0]
+    assert len(answers) == 1, "the first call gets the golden inputs"
 
 
 def test_windows_of_the_samples_follow_the_golden_inputs() -> None:
@@ -303,7 +304,8 @@ def test_variants_are_files_runtimes_batches_threads_and_sessions(monkeypatch: p
     assert (len(variants), left) == (2 * 2 * 3, {})
     assert request(threads=(1,), sessions=(1, "all")).ways() == ((1, 1), (1, 4))
     quick = request(quick=True, batches=())
-    assert quick.round_seconds == pytest.approx(0.1)
+    assert [quick.rounds_for(slowest) for slowest in (0.001, 0.02, 0.05, 3.0)] == [25, 25, 10, 5]
+    assert request(rounds=7).rounds_for(3.0) == 7
     assert {spec.engine for spec in quick.specs()} <= {"onnxruntime", "openvino"}
     assert quick.batches_of(subjects[1]) == (1, 32)
 
@@ -385,7 +387,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Bench
 
     def run(plan: Mapping[str, Any] | None = None, **changes: Any) -> BenchmarkReport:
         monkeypatch.setattr(FakeWorker, "plan", plan or {})
-        return benchmark(request(**{"runtimes": ("onnxruntime-cpu",), **changes}))
+        return benchmark(request(**{"runtimes": ("onnxruntime-cpu",), "rounds": 5, **changes}))
 
     return run
 
@@ -513,8 +515,7 @@ def measured_ratio(
     """The ratio of the second piece of work to the first, by the rounds of the benchmark."""
     variants = [Variant(subject, name, 1, 1, 1) for name in ("onnxruntime-cpu", "openvino-cpu")]
     workers = {item.process: WorkInProcess(work, clock) for item, work in zip(variants, works, strict=True)}
-    wanted = request(rounds=rounds, seconds=seconds, seed=seed)
-    measured, _, whole = module._rounds(wanted, variants, workers, silent)
+    measured, _, whole = module._rounds(variants, workers, rounds, seconds / rounds, seed, silent)
     assert whole
     return results_of([(item, Loaded(0.1, 0.1, 0.1, 0), part, PASS) for item, part in measured.items()])[1].ratio
 
@@ -535,12 +536,15 @@ def noisy(seed: int, factor: float) -> tuple[FakeClock, list[Callable[[Any], Any
     return clock, [clock.work(lambda: seconds(1e-3)), clock.work(lambda: seconds(1e-3 * factor))]
 
 
-def test_a_variant_slowed_by_10_percent_is_found_and_two_equal_ones_are_not_told_apart(subject: Subject) -> None:
+@pytest.mark.parametrize("rounds", [LEAST_ROUNDS, ROUNDS])
+def test_a_variant_slowed_by_10_percent_is_found_and_two_equal_ones_show_no_difference(
+    subject: Subject, rounds: int
+) -> None:
     slow, same = [], []
     for seed in range(100):
         for factor, found in ((1.1, slow), (1.0, same)):
             clock, works = noisy(seed, factor)
-            found.append(measured_ratio(subject, works, clock, seed, rounds=5, seconds=1.0))
+            found.append(measured_ratio(subject, works, clock, seed, rounds=rounds, seconds=1.0))
     assert sum(abs(item.value - 1.1) <= 0.03 and not item.holds_one for item in slow) >= 90
     assert sum(item.holds_one for item in same) >= 90
 
@@ -564,7 +568,6 @@ def test_ten_percent_of_real_work_are_found(subject: Subject) -> None:
         ]
         for steps in (5500, 5000)
     )
-    print([round(item.value, 3) for item in slow], [item.holds_one for item in same])
     assert sum(abs(item.value - 1.1) <= 0.03 and not item.holds_one for item in slow) >= 9
     assert sum(item.holds_one for item in same) >= 9
 
