@@ -9,21 +9,23 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
+from bnexport.data.preprocessing import Preprocessing, original_feeds
 from bnexport.environment import environment
 from bnexport.errors import RefusedModel, UsageError
 from bnexport.evaluating.network import TrainedNetwork, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.export_onnx import stamp_metadata
 from bnexport.exporting.formats import FORMATS, ExportJob
-from bnexport.exporting.half import in_precision
+from bnexport.exporting.half import PRECISIONS, in_precision
 from bnexport.exporting.request import (
     ExportRequest,
     InputSpec,
@@ -31,11 +33,12 @@ from bnexport.exporting.request import (
     model_and_version,
     parse_inputs,
 )
-from bnexport.exporting.signature import check_labels, signature_of
+from bnexport.exporting.signature import check_labels, of_dtype, signature_of
 from bnexport.exporting.triton_config import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, refuse_existing_file, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
 from bnexport.folding.module_fold import ModuleFoldResult, fold_modules
+from bnexport.folding.pixel_input import pixel_module
 from bnexport.folding.report import FoldReport
 from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.loading.checkpoint import save_checkpoint, save_tensors
@@ -44,11 +47,13 @@ from bnexport.loading.zoo import zoo_of
 from bnexport.nn.batch_axis import check_batch
 from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
+from bnexport.onnx_files.models import opset_of
 from bnexport.optional import collection_paused
 from bnexport.progress import Progress, part_of, silent
-from bnexport.quantization.moments import seen_in_module
+from bnexport.quantization.moments import Seen, seen_in_module
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
+from bnexport.tensors import Array
 from bnexport.verification.full_check import verify_command
 from bnexport.verification.golden import write_golden_vectors
 from bnexport.verification.int8 import with_int8
@@ -168,6 +173,7 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
     """Check and fold a network."""
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
     image = request.image(specs, stated=loaded.preprocessing)
+    request.check_pixels(specs, image)
     loaded = replace(loaded, preprocessing=image)
     request.check_dataset(loaded.dataset, preprocessing=image, labels=loaded.labels)
     inputs, sizes = _checked_example(loaded.module, specs, request), None
@@ -183,15 +189,17 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
     if request.dynamic_size:
         signature = with_smallest_sizes(signature, loaded.module, result.model, specs)
     check_labels(signature, loaded.labels)
+    signature = of_dtype(signature, "uint8") if request.input_type == "uint8" else signature
     manifest = Manifest(
         name, version, signature, loaded.network, loaded.dataset, loaded.preprocessing, loaded.labels,
-        _onnx_facts(request), environment(), result.report.to_json(), request.expected_accuracy(loaded.dataset),
+        onnx_facts(request), environment(), result.report.to_json(), request.expected_accuracy(loaded.dataset),
     )  # fmt: skip
 
     def write(stage: Path, report: Progress) -> Manifest:
-        shipped = in_precision(result.model, inputs, request.precision)
-        _write_models(stage, ExportJob(shipped, inputs, signature, request.onnx), request, part_of(report, 0, 0.9))
-        written = _int8(stage, manifest, loaded.module, inputs, request)
+        shipped, given = _on_pixels(result.model, inputs, manifest)
+        shipped = in_precision(shipped, given, request.precision)
+        _write_models(stage, ExportJob(shipped, given, signature, request.onnx), request, part_of(report, 0, 0.9))
+        written = _int8(stage, manifest, loaded.module, given, request)
         if (stage / MODEL_ONNX).is_file():
             stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
         save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
@@ -202,6 +210,17 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
 
     images = request.images_at(loaded.dataset, usable=image is not None)
     return Source(manifest, result.report, write, module=loaded.module, images=images)
+
+
+def _on_pixels(
+    folded: GraphModule, inputs: tuple[Tensor, ...], manifest: Manifest
+) -> tuple[GraphModule, tuple[Tensor, ...]]:
+    """Return a folded graph and its example inputs; of a manifest that states pixels, those that take and are pixels."""
+    if not manifest.takes_pixels or manifest.preprocessing is None:
+        return folded, inputs
+    pixels = torch.randint(0, 256, inputs[0].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    stored = PRECISIONS[str(manifest.onnx["precision"])]
+    return pixel_module(folded, Preprocessing.from_json(manifest.preprocessing), stored), (pixels,)
 
 
 def fold_weights(
@@ -306,15 +325,21 @@ def _int8(
         return manifest
     names = [spec.name for spec in manifest.signature.inputs]
     example = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-    return with_int8(stage, manifest, example, partial(seen_in_module, module), request)
+
+    def norms(feeds: Mapping[str, Array]) -> list[Seen]:
+        return seen_in_module(module, original_feeds(manifest, feeds))
+
+    return with_int8(stage, manifest, example, norms, request)
 
 
-def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:
-    return {
-        "opset": request.onnx.opset,
-        "ir_version": request.onnx.resolved_ir_version(),
-        "precision": request.precision,
+def onnx_facts(request: ExportRequest, model: ModelProto | None = None) -> dict[str, str | int]:
+    """Return the facts of the model files for the manifest; ``model`` is the folded ONNX source, if it is one."""
+    facts: dict[str, str | int] = {
+        "opset": request.onnx.opset if model is None else opset_of(model),
+        "ir_version": request.onnx.resolved_ir_version() if model is None else model.ir_version,
+        "precision": request.precision if model is None else "float32",
     }
+    return facts | ({"input_type": "uint8"} if request.input_type == "uint8" else {})
 
 
 def _finish(stage: Path, source: Source, report: VerificationReport, path: Path, data_dir: Path | None) -> None:

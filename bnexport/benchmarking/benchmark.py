@@ -49,7 +49,7 @@ def benchmark(request: BenchmarkRequest, *, progress: Progress = silent) -> Benc
     during the rounds ends the measurement; the report contains the rounds so far.
 
     Args:
-        request: What to measure.
+        request: The files, runtimes and sizes to measure.
         progress: Called before each step.
 
     Raises:

@@ -25,7 +25,7 @@ _QUICK_ENGINES = ("onnxruntime", "openvino")
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What to measure. An empty or None field has its default, which depends on ``quick``.
+    """The files, runtimes and sizes to measure. An empty or None field has its default, which depends on ``quick``.
 
     Raises:
         UsageError: A value that can't be measured, or two names for one file.
@@ -44,7 +44,7 @@ class BenchmarkRequest:
 
     def __post_init__(self) -> None:
         if not self.bundles:
-            raise UsageError("there is no bundle to measure", remedy="Give at least one bundle")
+            raise UsageError("no bundle was given", remedy="Give at least one bundle")
         for first, second in itertools.combinations(self.bundles, 2):
             if first.resolve() == second.resolve():
                 raise UsageError(f"{first} and {second} are the same bundle", remedy="Give each bundle once")
@@ -224,6 +224,6 @@ def variants_of(
             ]
     if not any(variant.subject.file is None for variant in found):
         why = next(iter(left.values()), "no runtime works here")
-        raise BundleError(f"there is nothing to measure: {why}", remedy="bnexport doctor lists the runtimes")
+        raise BundleError(f"nothing can be measured: {why}", remedy="bnexport doctor lists the runtimes")
     # One batch size after the other: their rows are compared.
     return sorted(found, key=lambda variant: variant.batch), left

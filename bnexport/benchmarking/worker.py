@@ -1,4 +1,4 @@
-"""One process per runtime, number of threads and number of sessions: it loads, and measures one batch size when asked to.
+"""One process per runtime, number of threads and number of sessions: it loads, then measures one batch size per message.
 
 Processes keep the engines' threads, memory and settings apart, so that the memory, CPU time and load time of a variant are its
 process's. All of them stay open, and the parent lets one after the other measure. A message is one of ``runtimes.isolation``.

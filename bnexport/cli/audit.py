@@ -162,7 +162,7 @@ def _samples(model: Any, path: Path, mean: str | None, std: str | None) -> tuple
     from dataclasses import replace
 
     from bnexport.cli.options import numbers
-    from bnexport.data.preprocessing import Preprocessing
+    from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing
     from bnexport.errors import ExportError
     from bnexport.exporting.request import InputSpec, image_preprocessing
     from bnexport.onnx_pipeline import signature_of_file
@@ -179,7 +179,8 @@ def _samples(model: Any, path: Path, mean: str | None, std: str | None) -> tuple
     image = image_preprocessing(specs, means, stds)
     if image is None and path.is_dir():
         raise UsageError(f"--samples {path} is a folder of images", remedy="Pass --mean and --std as well")
-    given = None if image is None else Preprocessing.from_json(image)
+    kind = PixelPreprocessing if inputs[0].dtype == "uint8" else Preprocessing
+    given = None if image is None else kind.from_json(image)
     found = load_samples(path, replace(declared, inputs=inputs), given, limit=256)
     return found.feeds, path.name
 

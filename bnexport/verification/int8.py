@@ -21,7 +21,7 @@ from bnexport.bundle import MODEL_FLOAT32, MODEL_ONNX, Bundle, Manifest
 from bnexport.data.dataset_table import is_dataset
 from bnexport.data.datasets import load_train_images
 from bnexport.data.prepare import prepared
-from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.preprocessing import preprocessing_of
 from bnexport.errors import BnexportError, DataError, ModelError, UsageError
 from bnexport.exporting.request import ExportRequest, read_share
 from bnexport.files import write_atomically
@@ -29,7 +29,7 @@ from bnexport.onnx_files.models import read_model
 from bnexport.optional import installed
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
-from bnexport.tensors import Array, Signature
+from bnexport.tensors import Array
 from bnexport.verification.inputs import Batch
 from bnexport.verification.metrics import has_labels
 from bnexport.verification.samples import load_samples
@@ -103,9 +103,7 @@ def speed_note(folder: Path, manifest: Manifest, feeds: Mapping[str, Array]) -> 
     return ""
 
 
-def calibration_of(
-    request: ExportRequest, signature: Signature, preprocessing: Mapping[str, Any] | None, dataset: str | None
-) -> Calibration | None:
+def calibration_of(request: ExportRequest, manifest: Manifest) -> Calibration | None:
     """Return the samples that a request names for calibration; None for "none", and where nothing is named.
 
     Raises:
@@ -117,7 +115,7 @@ def calibration_of(
     named = request.calibrate
     if named is None or named == "none":
         return None
-    image = None if preprocessing is None else Preprocessing.from_json(preprocessing)
+    image, signature, dataset = preprocessing_of(manifest), manifest.signature, manifest.dataset
     if not is_dataset(named):
         samples = load_samples(named, signature, image, limit=_CALIBRATION)
         return Calibration(samples.feeds, samples.described)
@@ -154,7 +152,7 @@ def with_int8(
     options = Int8Options(request.target, request.float_layers, read_share(request.allow_flips, "--allow-flips"))
 
     def made(request: ExportRequest) -> Int8Result:
-        calibration = calibration_of(request, manifest.signature, manifest.preprocessing, manifest.dataset)
+        calibration = calibration_of(request, manifest)
         return quantise(
             model, example, norms, options=options, preprocessing=manifest.preprocessing, calibration=calibration
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnexport.bundle import WEIGHTS, Bundle
-from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.preprocessing import preprocessing_of
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, MissingDependency, RuntimeUnavailable, Unavailable
 from bnexport.progress import Progress, part_of, silent
@@ -144,8 +144,8 @@ def _report(
 
 def _samples(bundle: Bundle, path: Path, scope: Scope) -> Samples:
     manifest = bundle.manifest
-    preprocessing = None if manifest.preprocessing is None else Preprocessing.from_json(manifest.preprocessing)
-    return load_samples(path, manifest.signature, preprocessing, labels=manifest.labels, limit=scope.max_samples)
+    image = preprocessing_of(manifest)
+    return load_samples(path, manifest.signature, image, labels=manifest.labels, limit=scope.max_samples)
 
 
 def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[RunnerSpec, ...]:

@@ -291,12 +291,12 @@ def request(**changes: Any) -> BenchmarkRequest:
 
 def test_variants_are_files_runtimes_batches_threads_and_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "available_cores", lambda: 4)
-    asked = request(
+    wanted = request(
         runtimes=("torchscript-cpu", "onnxruntime-cpu"), threads=(2, "all"), against=REFERENCE / "model.onnx"
     )
-    subjects = planning.subjects_of(asked)
-    variants, left = planning.variants_of(asked, subjects, asked.specs())
-    assert asked.ways() == ((2, 1), (4, 1)), "two sessions of two threads are in no list, four would need eight cores"
+    subjects = planning.subjects_of(wanted)
+    variants, left = planning.variants_of(wanted, subjects, wanted.specs())
+    assert wanted.ways() == ((2, 1), (4, 1)), "two sessions of two threads are in no list, four would need eight cores"
     assert [(item.subject.label, item.runtime, item.batch, item.threads) for item in variants[:3]] == [
         ("-", BARE, 1, 2), ("-", BARE, 1, 4), ("A", "torchscript-cpu", 1, 2),
     ]  # fmt: skip
@@ -321,7 +321,7 @@ def test_variants_are_files_runtimes_batches_threads_and_sessions(monkeypatch: p
         ({"rounds": 4}, "4 rounds show no difference"),
         ({"seconds": 0.0}, "is not a time to measure"),
         ({"seconds": math.nan}, "is not a time to measure"),
-        ({"bundles": ()}, "there is no bundle"),
+        ({"bundles": ()}, "no bundle was given"),
         ({"bundles": (REFERENCE, REFERENCE / "." / ".." / "1")}, "are the same bundle"),
         ({"against": REFERENCE / "none.onnx"}, "none.onnx is not a file"),
     ],
@@ -513,8 +513,8 @@ def measured_ratio(
     """The ratio of the second piece of work to the first, by the rounds of the benchmark."""
     variants = [Variant(subject, name, 1, 1, 1) for name in ("onnxruntime-cpu", "openvino-cpu")]
     workers = {item.process: WorkInProcess(work, clock) for item, work in zip(variants, works, strict=True)}
-    asked = request(rounds=rounds, seconds=seconds, seed=seed)
-    measured, _, whole = module._rounds(asked, variants, workers, silent)
+    wanted = request(rounds=rounds, seconds=seconds, seed=seed)
+    measured, _, whole = module._rounds(wanted, variants, workers, silent)
     assert whole
     return results_of([(item, Loaded(0.1, 0.1, 0.1, 0), part, PASS) for item, part in measured.items()])[1].ratio
 
