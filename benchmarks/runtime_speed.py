@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -239,12 +238,15 @@ def exported(network: str, folder: Path) -> tuple[dict[str, Path], dict[str, str
     from bnexport.pipeline import fold_and_export
 
     source = _prepared(network, folder)
-    more: dict[str, dict[str, Any]] = {"float32": {"formats": ("onnx", "torchscript")}, "int8": {"precision": "int8"}}
-    if "input_type" in {item.name for item in fields(ExportRequest)}:
-        more["uint8 input"] = {"input_type": "uint8", "formats": ("onnx",), "mean": "0.5", "std": "0.25"}
-    found, missing = {}, {"uint8 input": "this bnexport has no --input-type"}
-    for precision, extra in more.items():
-        missing.pop(precision, None)
+    channels = NETWORKS[network][0][0]
+    scaling = {} if network == LENET else {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    wanted: dict[str, dict[str, Any]] = {
+        "float32": {"formats": ("onnx", "torchscript")},
+        "int8": {"precision": "int8"},
+        "uint8 input": {"input_type": "uint8", "formats": ("onnx",), **scaling},
+    }
+    found, missing = {}, {}
+    for precision, extra in wanted.items():
         progress(f"{network}: {precision}")
         out, shape = folder / network / precision / "1", "x".join(map(str, NETWORKS[network][0]))
         try:
@@ -269,7 +271,8 @@ def _prepared(network: str, folder: Path) -> Any:
     from benchmarks.efficientnet_lite import lite0
 
     row = next(item for item in real_networks.NETWORKS if item.name.lower() == LITE)
-    module = lite0().eval()
+    module = lite0()
+    module.eval()
     module.load_state_dict(torch.load(real_networks.unpacked(row) / row.member, weights_only=True))
     torch.save(module, folder / f"{network}.module")
     return module
