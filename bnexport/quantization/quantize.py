@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto
 
 from bnexport.bundle import INT8_TARGETS
+from bnexport.data.dataset_table import is_dataset
+from bnexport.data.datasets import load_train_images
+from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.samples import load_samples
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.quantization.codes import Range
 from bnexport.quantization.int8_plan import QuantizationPlan
 from bnexport.quantization.moments import Seen, Spread, TrainedMoments, known_moments, refined_means, spreads
 from bnexport.quantization.writer import quantised_model
-from bnexport.tensors import Array
+from bnexport.tensors import Array, Signature
 
+#: Largest number of calibration samples: the ranges of a BN-LeNet do not change beyond.
+_MOST = 1000
 #: Smallest number of calibration samples: a few images do not show the smallest and largest values of others.
 _FEWEST = 16
 #: Samples that are evaluated at once, with every tensor in float64.
@@ -54,6 +61,31 @@ class Calibration:
 
     feeds: Mapping[str, Array]
     described: str
+
+
+def calibration_of(
+    named: str | None, signature: Signature, preprocessing: Mapping[str, Any] | None, data_dir: Path | None
+) -> Calibration | None:
+    """Return the samples of a data set, a folder or a file for a calibration; None for "none", and where nothing is named.
+
+    Raises:
+        DataError: They can't be read, are not finite, or have another shape.
+        UsageError: A data set without a preprocessing.
+    """
+    if named is None or named == "none":
+        return None
+    image = None if preprocessing is None else Preprocessing.from_json(preprocessing)
+    if not is_dataset(named):
+        samples = load_samples(named, signature, image, limit=_MOST)
+        return Calibration(samples.feeds, samples.described)
+    if image is None or len(signature.inputs) != 1:
+        raise UsageError(
+            f"--calibrate {named} needs a network that takes one image", remedy="Pass --mean and --std, or an .npz file"
+        )
+    pixels, _ = load_train_images(named, data_dir=data_dir, preprocessing=image)
+    chosen = np.linspace(0, len(pixels) - 1, min(_MOST, len(pixels))).round().astype(int)
+    images = image.apply(prepared(pixels[chosen], image))
+    return Calibration({signature.inputs[0].name: images}, f"{len(chosen)} training images of {named}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The parts of a verification for int8 files alone: calibration inputs, the file proof, kernels against emulation, labels.
+"""The parts of a verification for int8 files alone: the file proof, inputs within the ranges, changed labels.
 
 A float32 file has one right answer for each input, up to rounding. An int8 file has two: what the file states, which integer
 kernels compute up to a last bit, and what the network computes, from which the file differs by noise. So the strict stage
@@ -7,45 +7,24 @@ compares a runtime with the emulated file, and the shipping stage with the netwo
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bnexport.bundle import MODEL_FLOAT32, MODEL_ONNX, Bundle, Manifest
-from bnexport.data.dataset_table import is_dataset
-from bnexport.data.datasets import load_train_images
-from bnexport.data.prepare import prepared
-from bnexport.data.preprocessing import Preprocessing
-from bnexport.errors import BnexportError, DataError, ModelError, UsageError
-from bnexport.exporting.request import ExportRequest, read_share
-from bnexport.files import write_atomically
-from bnexport.onnx_files.models import read_model
-from bnexport.optional import installed
-from bnexport.runtimes.base import RunSettings
-from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
-from bnexport.tensors import Array, Signature
+from bnexport.tensors import Array
 from bnexport.verification.inputs import Batch
 from bnexport.verification.metrics import has_labels
-from bnexport.verification.samples import load_samples
 from bnexport.verification.stages import failed
 from bnexport.verification.verdict import Row
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from bnexport.quantization.moments import Seen
-    from bnexport.quantization.quantize import Calibration, Int8Result
 
-#: Samples of a calibration; the ranges of a BN-LeNet do not change beyond.
-_CALIBRATION = 1000
-#: Number of timed runs of each file; the shortest times are compared.
-_ROUNDS = 15
 #: Number of layers that a note names.
 _SHOWN = 4
 #: Draws of the noise by which the expected number of changed labels is estimated.
@@ -77,103 +56,10 @@ def int8_notes(record: Mapping[str, Any]) -> tuple[str, ...]:
     if kept:
         shown = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:_SHOWN])
         notes.append(f"{len(kept)} layers stay in float: {shown}" + (", ..." if len(kept) > _SHOWN else ""))
+    speed = record.get("speed") or {}
+    if speed and speed["of_float32"] < 1:
+        notes.append(f"int8 is slower than float32: {speed['of_float32']:g} x its speed ({speed['conditions']})")
     return (*notes, *map(str, record.get("warnings", ())))
-
-
-def speed_note(folder: Path, manifest: Manifest, feeds: Mapping[str, Array]) -> str:
-    """Return a warning where int8 is slower than float32 in ONNX Runtime here, on one thread and one sample; "" elsewhere."""
-    if not installed("onnxruntime"):
-        return ""
-    settings, fixed = RunSettings(threads=1), isinstance(manifest.signature.inputs[0].shape[0], int)
-    given = {name: array if fixed else array[:1] for name, array in feeds.items()}
-    with contextlib.suppress(BnexportError), contextlib.ExitStack() as stack:  # the verdict reports what fails
-        runners = [
-            stack.enter_context(OnnxRuntimeRunner(folder / name, manifest.signature, settings=settings))
-            for name in (MODEL_FLOAT32, MODEL_ONNX)
-        ]
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(_ROUNDS):  # in turn, so that other load on the machine affects both
-            for runner, taken in zip(runners, times, strict=True):
-                start = time.perf_counter()
-                runner.run(given)
-                taken.append(time.perf_counter() - start)
-        ratio = min(times[1]) / min(times[0])
-        if ratio > 1.0:
-            return f"int8 takes {ratio:.2g} times as long as float32 here (ONNX Runtime, CPU, one thread, one sample)"
-    return ""
-
-
-def calibration_of(
-    request: ExportRequest, signature: Signature, preprocessing: Mapping[str, Any] | None, dataset: str | None
-) -> Calibration | None:
-    """Return the samples that a request names for calibration; None for "none", and where nothing is named.
-
-    Raises:
-        DataError: They can't be read, are not finite, or have another shape.
-        UsageError: A data set without a preprocessing.
-    """
-    from bnexport.quantization.quantize import Calibration
-
-    named = request.calibrate
-    if named is None or named == "none":
-        return None
-    image = None if preprocessing is None else Preprocessing.from_json(preprocessing)
-    if not is_dataset(named):
-        samples = load_samples(named, signature, image, limit=_CALIBRATION)
-        return Calibration(samples.feeds, samples.described)
-    if image is None or len(signature.inputs) != 1:
-        raise UsageError(
-            f"--calibrate {named} needs a network that takes one image", remedy="Pass --mean and --std, or an .npz file"
-        )
-    pixels, _ = load_train_images(
-        named, data_dir=request.images_at(named) if named == dataset else request.data_dir, preprocessing=image
-    )
-    chosen = np.linspace(0, len(pixels) - 1, min(_CALIBRATION, len(pixels))).round().astype(int)
-    images = image.apply(prepared(pixels[chosen], image))
-    return Calibration({signature.inputs[0].name: images}, f"{len(chosen)} training images of {named}")
-
-
-def with_int8(
-    stage: Path,
-    manifest: Manifest,
-    example: Mapping[str, Array],
-    norms: Callable[[Mapping[str, Array]], Sequence[Seen]],
-    request: ExportRequest,
-) -> Manifest:
-    """Make the model.onnx of a folder int8, keep its float32 original next to it, and return the manifest with the record.
-
-    Ranges come from BatchNorm where the request names no calibration, and from the training images of the manifest's data set
-    where BatchNorm does not give all ranges. For the arguments see ``quantize.quantise``.
-
-    Raises:
-        BadInput: The model can't be quantised, or the calibration can't be used; the folder is unchanged.
-    """
-    from bnexport.quantization.quantize import Int8Options, quantise
-
-    model = read_model(stage / MODEL_ONNX)
-    options = Int8Options(request.target, request.float_layers, read_share(request.allow_flips, "--allow-flips"))
-
-    def made(request: ExportRequest) -> Int8Result:
-        calibration = calibration_of(request, manifest.signature, manifest.preprocessing, manifest.dataset)
-        return quantise(
-            model, example, norms, options=options, preprocessing=manifest.preprocessing, calibration=calibration
-        )
-
-    try:
-        result = made(request)
-    except ModelError as unknown:
-        if request.calibrate is not None or manifest.dataset is None:
-            raise
-        try:
-            result = made(replace(request, calibrate=manifest.dataset))
-        except DataError:  # its images are not here
-            raise unknown from None
-    write_atomically(stage / MODEL_FLOAT32, (stage / MODEL_ONNX).read_bytes())
-    write_atomically(stage / MODEL_ONNX, result.model.SerializeToString(deterministic=True))
-    record = dict(result.record)
-    if slow := speed_note(stage, manifest, within_range_of(record, example)):
-        record["warnings"] = [*record["warnings"], slow]
-    return replace(manifest, onnx={**manifest.onnx, "precision": "int8", "quantization": record})
 
 
 def within(manifest: Manifest, batch: Batch) -> Batch:

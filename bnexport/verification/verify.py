@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.samples import Samples, load_samples
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, MissingDependency, RuntimeUnavailable, Unavailable
 from bnexport.progress import Progress, part_of, silent
@@ -20,7 +21,6 @@ from bnexport.verification.evidence import GOLDEN_ALONE, Evidence, coverage, fil
 from bnexport.verification.full_check import GOLDEN_ONLY, on_dataset
 from bnexport.verification.reference import is_known
 from bnexport.verification.runs import RuntimeRun, run_runtime
-from bnexport.verification.samples import Samples, load_samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import failed, integrity_rows
 from bnexport.verification.verdict import (
