@@ -304,19 +304,14 @@ def audit_int8(
     if problem:
         text = f"the file can't be emulated, so the effect is measured on this machine only ({problem})"
         checks.append(AuditCheck("note", "emulation", text))
-    missing = dict(unavailable or {})
-    for name, run in kernels.items():
-        try:
-            found[name] = _in_batches(run, feeds, plain)
-        except RuntimeUnavailable as error:
-            missing[name] = error.message
+    measured, missing = _measured(kernels, feeds, plain)
+    found |= measured
+    missing |= unavailable or {}
     checks += [AuditCheck("note", name, one_line(reason, 160)) for name, reason in missing.items()]
     if not found:
         reason = "; ".join(missing.values())
         raise ModelError(f"the file can neither be emulated nor run: {reason}", remedy="Check it with onnx.checker")
-    bounds, differences, more = _judged(
-        found, [name for name in kernels if name in found], predicted=EXACT in found and not dynamic
-    )
+    bounds, differences, more = _judged(found, tuple(measured), predicted=EXACT in found and not dynamic)
     checks += [*more, *_edges(plain)]
     means: dict[str, Array] = {}
     if real and EXACT in found:
@@ -325,6 +320,20 @@ def audit_int8(
     if reference is not None:
         checks += _against(reference, feeds, found, differences)
     return Int8Audit(tuple(checks), tuple(risks), differences, bounds[0], samples, means, unread, bounds[1])
+
+
+def _measured(
+    kernels: Mapping[str, Run], feeds: Mapping[str, Array], model: ModelProto
+) -> tuple[dict[str, Outputs], dict[str, str]]:
+    """Return the outputs of each setting of an engine, and setting -> why it can't run the samples."""
+    found: dict[str, Outputs] = {}
+    missing: dict[str, str] = {}
+    for name, run in kernels.items():
+        try:
+            found[name] = _in_batches(run, feeds, model)
+        except RuntimeUnavailable as error:
+            missing[name] = error.message
+    return found, missing
 
 
 def _emulated(model: ModelProto, feeds: Mapping[str, Array], ways: Sequence[str]) -> tuple[dict[str, Outputs], str]:
