@@ -32,6 +32,8 @@ _FEWEST = 16
 _CHUNK = 8
 #: A calibrated range beyond this many standard deviations of the trained one means other images than those of the training.
 _FAR = 8.0
+#: Share of the trained range by which a calibrated one may exceed it: ranges are kept with six digits.
+_SLACK = 1e-3
 _UNKNOWN = (
     "Pass --calibrate with a data set, a folder of images or an .npy file, or keep its layer in float: --float-layers"
 )
@@ -134,14 +136,21 @@ def quantise(
         ranges, warnings = _trained_ranges(plan, trained, known, shapes), []
     else:
         ranges = _calibrated(plan, calibration)
-        warnings = [text for name in plan.tensors if (text := _far_off(name, ranges[name], known.get(name)))]
+        warnings = [text for name in plan.tensors if (text := _far_off(name, ranges[name], trained.get(name)))]
     for name, found in pixels.items():
         if name in ranges:
             ranges[name] = Range(found.low, found.high, ranges[name].mean, "pixels")
     plan.drop(set(plan.tensors) - set(ranges))
     ranges = {name: _shared(ranges[name], ranges[plan.tensors[name]]) for name in plan.tensors}
     model = quantised_model(plan, ranges, options.target)
-    return Int8Result(model, _record(plan, ranges, options, calibration, warnings))
+    record = _record(plan, ranges, options, calibration, warnings)
+    if calibration is not None:  # otherwise the ranges are the trained ones
+        record["trained"] = {
+            name: [found.low, found.high]
+            for name in plan.tensors
+            if name in trained and "BatchNorm" in (found := trained[name].range()).source
+        }
+    return Int8Result(model, record)
 
 
 def _record(
@@ -236,17 +245,19 @@ def _calibrated(plan: QuantizationPlan, calibration: Calibration) -> dict[str, R
             array = values[name].astype(np.float64)
             lows[name] = min(lows.get(name, np.inf), float(array.min()))
             highs[name] = max(highs.get(name, -np.inf), float(array.max()))
-            means = array.mean(axis=tuple(place for place in range(array.ndim) if place != 1))
+            channels = plan.channel_axis(name) % array.ndim
+            means = array.mean(axis=tuple(place for place in range(array.ndim) if place != channels))
             sums[name] = sums.get(name, 0.0) + means * len(array)
     return {name: Range.of(lows[name], highs[name], sums[name] / n, "calibration") for name in plan.tensors}
 
 
-def _far_off(name: str, found: Range, known: TrainedMoments | None) -> str:
-    """Return a warning if the samples exceed the trained ranges; "" otherwise."""
-    if known is None:
+def _far_off(name: str, found: Range, trained: Spread | None) -> str:
+    """Return a warning if the samples exceed the trained range; "" otherwise."""
+    if trained is None or "BatchNorm" not in trained.source:
         return ""
-    low, high = (known.mean - _FAR * known.std).min(), (known.mean + _FAR * known.std).max()
-    if low <= found.low and found.high <= high:
+    low, high = trained.reach(_FAR)
+    step = _SLACK * (high - low)
+    if low - step <= found.low and found.high <= high + step:
         return ""
     return (
         f"{name} reaches {found.low:.3g} to {found.high:.3g} in the calibration, beyond {_FAR:g} standard deviations of its"

@@ -36,10 +36,11 @@ from bnexport.tensors import Array
 
 @dataclass(frozen=True)
 class LayerCodes:
-    """The stored numbers of one int8 layer: weight codes with output channels first, scales (out,), bias codes (out,)."""
+    """The stored numbers of one int8 layer, output channels first: weight codes, scales (out,), bias and its codes (out,)."""
 
     codes: Array
     scales: Array
+    corrected: Array
     bias: Array
     bias_scales: Array
 
@@ -54,12 +55,11 @@ def layer_codes(layer: QuantizedLayer, coding: Coding, mean: Sequence[float]) ->
     """
     exact = layer.outputs_first.astype(np.float64)
     step = float(coding.scale)
-    means = np.asarray(mean, np.float64)
     least = least_scales(layer.bias, step)
     found = encode(exact, pair_safe=not layer.depthwise, least=least)
-    bias = layer.bias - correction(exact, found.values, means, layer.groups)
+    bias = layer.bias - correction(exact, found.values, layer.means(mean), layer.groups)
     scales = found.scales * coding.scale  # float32, as the file keeps them
-    return LayerCodes(found.codes, found.scales, encode_bias(bias, scales), scales)
+    return LayerCodes(found.codes, found.scales, bias, encode_bias(bias, scales), scales)
 
 
 def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target: str) -> ModelProto:
@@ -87,8 +87,10 @@ class _Writer:
         self._model = ModelProto()
         self._model.CopyFrom(plan.model)
         self._names = Names(plan.model)
+        self._stored = {tensor.name: tuple(tensor.dims) for tensor in plan.model.graph.initializer}
         self._layers = {layer.node.output[0]: layer for layer in plan.layers}
         self._codes: dict[str, tuple[str, str, str]] = {}
+        self._shifts: dict[str, str] = {}  # Output of the Add after a MatMul -> its corrected constant
         self._nodes: list[NodeProto] = []
         self._tensors: list[onnx.TensorProto] = []
 
@@ -114,6 +116,8 @@ class _Writer:
         for place, name in enumerate(node.input):
             if name in self._codes:
                 copy.input[place] = self._dequantised(name)
+            elif node.output[0] in self._shifts and name in self._stored:
+                copy.input[place] = self._shifts[node.output[0]]
         if layer is not None:
             names = self._weights(layer)
             del copy.input[1:]
@@ -135,8 +139,11 @@ class _Writer:
         self._add("DequantizeLinear", [codes, scale, zero], value)
         return value
 
-    def _weights(self, layer: QuantizedLayer) -> tuple[str, str]:
-        """Store the codes of a layer's weight and bias, and return the names of their decoded values."""
+    def _weights(self, layer: QuantizedLayer) -> list[str]:
+        """Store the codes of a layer's weight and bias, and return the names of their decoded values.
+
+        The bias of a MatMul, which an Add has, stays in float.
+        """
         coding = self._codings[layer.input]
         found = layer_codes(layer, coding, self._ranges[layer.input].mean)
         name = str(layer.node.input[1])
@@ -146,10 +153,17 @@ class _Writer:
         scales = self._store(name, "scale", found.scales)
         weight = self._names.free(name, "decoded")
         self._add("DequantizeLinear", [codes, scales, zeros], weight, axis=layer.axis)
+        if layer.node.op_type == "MatMul":
+            if layer.shift is not None:
+                (shape,) = (self._stored[name] for name in layer.shift.input if name in self._stored)
+                self._shifts[layer.output] = self._store(
+                    layer.output, "bias", found.corrected.astype(np.float32).reshape(shape)
+                )
+            return [weight]
         shift = self._names.free(bias, "decoded")
         inputs = [self._store(bias, "codes", found.bias), self._store(bias, "scale", found.bias_scales)]
         self._add("DequantizeLinear", inputs, shift, axis=0)
-        return weight, shift
+        return [weight, shift]
 
     def _store(self, name: str, what: str, array: Array) -> str:
         free = self._names.free(name, what)

@@ -8,7 +8,7 @@ compares a runtime with the emulated file, and the shipping stage with the netwo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,20 @@ from bnexport.tensors import Array
 from bnexport.verification.inputs import Batch
 from bnexport.verification.metrics import has_labels
 from bnexport.verification.stages import failed
-from bnexport.verification.verdict import Row
+from bnexport.verification.verdict import Int8Findings, Int8Range, LayerNoise, Row
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from bnexport.quantization.integer_emulation import OneLayerEmulator
 
+
+#: Multiplications of the evaluations with one layer in int8 (about three seconds), and the most samples.
+_LAYER_WORK, _MOST_SAMPLES = 4e10, 64
+#: Fewest layers whose share is computed.
+_LEAST_LAYERS = 4
+#: A layer with this share of the noise, and this multiple of the mean share, is suggested for float.
+_LARGE_SHARE, _TIMES_MEAN = 0.25, 3.0
 #: Number of layers that a note names.
 _SHOWN = 4
 #: Draws of the noise by which the expected number of changed labels is estimated.
@@ -99,6 +107,53 @@ def int8_file_rows(bundle: Bundle, float_model: ModelProto | None, int8_model: M
         return [failed("quantization", MODEL_ONNX, "ranges", "the manifest has no record of the quantisation")]
     found = findings(Int8File(float_model, int8_model, record))
     return [Row("quantization", MODEL_ONNX, item.check, item.passed, item.reason, n=item.n) for item in found]
+
+
+def layer_report(
+    model: ModelProto, int8: ModelProto, record: Mapping[str, Any], batch: Batch, *, cost: int, thorough: bool
+) -> Int8Findings:
+    """Return the share of each layer in the noise of the outputs, and the range of each tensor with codes.
+
+    A few samples are enough, since each has many outputs. Where the work for all layers is too much for one sample, the layers
+    with the largest noise in their own output are computed.
+
+    Args:
+        model: The float32 model.
+        int8: The int8 model.
+        record: Of the quantisation.
+        batch: The samples.
+        cost: Multiplications per sample.
+        thorough: Ten times the work.
+    """
+    from bnexport.quantization.int8_plan import layer_name
+    from bnexport.quantization.integer_emulation import IntegerEmulator, OneLayerEmulator, int8_layers
+
+    work, count = _LAYER_WORK * (10 if thorough else 1), len(int8_layers(int8))
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    fixed = bool(dims) and dims[0].HasField("dim_value")
+    few = batch if fixed else batch.head(int(np.clip(work / max(cost * count / 2, 1), 1, _MOST_SAMPLES)))
+    emulator = OneLayerEmulator(model, int8, few.feeds)
+    own = {name: emulator.own(name) for name in emulator.layers}
+    most = max(_LEAST_LAYERS, int(work / max(few.n * cost / 2, 1)))
+    chosen = sorted(own, key=lambda name: -own[name])[:most]
+    everything = emulator.power(IntegerEmulator(int8).evaluate(few.feeds))
+    shares = {name: emulator.noise(name) / max(everything, np.finfo(np.float64).tiny) for name in chosen}
+    layers = tuple(
+        LayerNoise(layer_name(node), node.op_type, own[name], shares.get(name))
+        for name, node in emulator.layers.items()
+    )
+    least = max(_LARGE_SHARE, _TIMES_MEAN / max(count, 1))
+    suggested = tuple(layer.layer for layer in layers if layer.share is not None and layer.share >= least)
+    return Int8Findings(layers, tuple(_ranges(emulator, record)), few.n, batch.name, suggested)
+
+
+def _ranges(emulator: OneLayerEmulator, record: Mapping[str, Any]) -> Iterator[Int8Range]:
+    for name, found in record.get("ranges", {}).items():
+        low, high, source = float(found["low"]), float(found["high"]), str(found["source"])
+        trained = record.get("trained", {}).get(name) or ((low, high) if "BatchNorm" in source else None)
+        value = emulator.values.get(name)
+        seen = None if value is None else (float(value.min()), float(value.max()))
+        yield Int8Range(name, low, high, source, None if trained is None else (trained[0], trained[1]), seen)
 
 
 def labels_row(
