@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import io
@@ -159,3 +160,19 @@ _silent = Shared(_silence)
 def quiet() -> contextlib.AbstractContextManager[None]:
     """Keep torch's own warnings, log lines and prints off the user's terminal inside a block."""
     return _silent
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+#: ``with collection_paused:`` pauses Python's cyclic garbage collector. The imports and objects of a trace stay, so that
+#: searching them for garbage again and again finds nothing: 15 % of the imports' time.
+collection_paused = Shared(_no_collection)

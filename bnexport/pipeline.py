@@ -48,7 +48,7 @@ from bnexport.nn.batch_axis import check_batch
 from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
 from bnexport.onnx_files.models import read_model
-from bnexport.optional import installed
+from bnexport.optional import collection_paused, installed
 from bnexport.progress import Progress, part_of, silent
 from bnexport.quantization.moments import Seen, seen_in_module
 from bnexport.quantization.quantize import Int8Options, Int8Result, calibration_of, quantise
@@ -100,11 +100,13 @@ def publish(make: Callable[[str, int], Source], path: Path, request: ExportReque
     """
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
-    source = make(name, version)
+    with collection_paused:
+        source = make(name, version)
     check_triton_config(path, name, source.manifest.signature, force=request.force)
     try:
         with staged_directory(path, force=request.force) as stage:
-            manifest = source.write(stage, part_of(progress, 0.25, 0.6))
+            with collection_paused:
+                manifest = source.write(stage, part_of(progress, 0.25, 0.6))
             sealed = seal(stage, manifest)
             report = verify(
                 sealed,

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 _REAL_WORK = 5e9
 #: Multiplications of synthetic inputs, of each batch size, and of the repeated batch.
 _SYNTHETIC_WORK = 2e9
-#: Multiplications of evaluations in numpy: 2,000 images of a BN-LeNet, which take about a second.
-_PROOF_WORK = 6e8
+#: Multiplications of evaluations in float64, and the largest number of samples: a fault of the file changes nearly every
+#: sample, and labels are counted on the runtimes.
+_PROOF_WORK, _MOST_PROOF = 6e8, 512
 #: Smallest number of samples of a larger network, by default and when thorough.
 _LEAST_REAL, _THOROUGH = 8, 16
 _LEAST_NOISE, _LEAST_ONE_HOT = 4, 1
@@ -68,8 +69,8 @@ def budget_of(cost: int, *, thorough: bool = False, most: int | None = None, giv
         noise=noise,
         one_hot=fitting(_REAL_WORK if thorough else _SYNTHETIC_WORK, max(least, _LEAST_ONE_HOT), _MOST_ONE_HOT),
         constant=fitting(_SYNTHETIC_WORK, least, _MOST_CONSTANT),
-        proof=fitting(_PROOF_WORK, _LEAST_PROOF),
-        proof_other=fitting(_PROOF_WORK, _LEAST_PROOF if thorough else 1),
+        proof=fitting(_PROOF_WORK, _LEAST_PROOF, None if thorough else _MOST_PROOF),
+        proof_other=fitting(_PROOF_WORK, _LEAST_PROOF if thorough else 1, None if thorough else _MOST_PROOF),
         batch_sizes=tuple(size for size in _BATCH_SIZES if thorough or size <= max(affordable, _ALWAYS)),
         repeat=affordable,
     )

@@ -82,7 +82,8 @@ def format_rows(
 ) -> list[Row]:
     """Prove model.pt or model.pt2: its weights are those of model.onnx, and it computes in float64 what the original computes.
 
-    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case.
+    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case, of which there may
+    be none.
     ``rounding`` is ``Forecast.rounding``, the bound where the fixed one does not cover rounding (half precision).
 
     Raises:
@@ -95,6 +96,8 @@ def format_rows(
     try:
         file = TorchFile.load(bundle.file(name))
         rows = [] if model is None else [weights_row(model, name, file.tensors)]
+        if not cases:
+            return rows
         evaluator = TorchFloat64Evaluator(file, bundle.manifest.signature)
     except Unavailable:
         raise

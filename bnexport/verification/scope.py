@@ -27,6 +27,7 @@ class Scope:
     bindings: tuple[bool, ...] = (False,)  # False: a plain call. True: inputs and outputs bound to the device's memory
     conv_searches: tuple[str, ...] = ("heuristic",)  # cuDNN's ways of choosing an algorithm
     max_samples: int | None = None  # Maximum number of samples of each kind; None: what the budget allows (``budget``)
+    all_files: bool = False  # Prove also the files of a large network that none of the named runtimes reads
     thorough: bool = False  # At least 16 samples of each kind and every batch size, however large the network is
     #: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed
     drift: bool | None = None

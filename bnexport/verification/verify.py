@@ -19,6 +19,7 @@ from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.tensors import Array
 from bnexport.verification.drift import diagnose
 from bnexport.verification.evidence import GOLDEN_ALONE, Evidence, coverage, file_checks, prepare
+from bnexport.verification.format_proof import TORCH_PROOFS
 from bnexport.verification.full_check import GOLDEN_ONLY, on_dataset
 from bnexport.verification.int8 import layer_report, record_of
 from bnexport.verification.reference import is_known
@@ -100,7 +101,8 @@ def verify(
         scope=scope,
     )
     progress("float64 proofs", _REFERENCE, 1.0)
-    file_rows, skipped = file_checks(evidence)
+    read = TORCH_PROOFS if runtimes is None or scope.thorough or scope.all_files else [spec.file for spec in specs]
+    file_rows, skipped = file_checks(evidence, read=read)
     found = []
     for number, spec in enumerate(specs):
         part_of(progress, _PROOFS, 1.0)(spec.name, number, len(specs))

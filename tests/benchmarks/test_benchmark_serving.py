@@ -167,14 +167,14 @@ def test_ratios_are_of_one_round_and_all_targets_can_be_met():
     ],
     ids=["slow", "fast peer", "long tail", "fast echo", "errors", "echo with errors"],
 )
-def test_a_missed_target_is_said_to_be_missed(changes, expected):
+def test_a_missed_target_is_reported(changes, expected):
     assert verdicts(made_up(**changes)) == expected
     page = serving_page(made_up(**changes), "a machine")
     assert page.count("**missed**") == expected.count(False)
     assert ("had errors" in page) == any(row.load.errors for rows in changes.values() for row in rows)
 
 
-def test_it_is_told_at_which_count_of_clients_a_target_is_missed():
+def test_the_count_of_clients_at_which_a_target_is_missed_is_reported():
     faster, _, overhead, _ = outcomes(made_up(binary=[sample(100, 20), sample(100, 20)]))
     # of both rounds: 360 / 100 and 540 / 100; the echo 360 / 40 and 540 / 30
     assert faster.figures[1] == "4.50 (3.60 to 5.40) at 8 clients (missed; the echo has 13.50)"
@@ -192,7 +192,7 @@ def test_memory_that_grows_or_was_not_watched_for_long_is_not_flat():
     assert verdicts(dataclasses.replace(speeds, memory=None))[-1] is None
 
 
-def test_the_counters_wall_time_is_no_excuse():
+def test_the_counters_wall_time_does_not_excuse_a_miss():
     assert infer_share(sample(100, 70.0), 25.0) == 25.0
     assert infer_share(sample(100, 15.0), 25.0) == 15.0
     assert infer_share(sample(100), 25.0) == 25.0
@@ -280,9 +280,9 @@ def test_a_missing_load_tool_and_another_model_are_refused(monkeypatch, tmp_path
 @pytest.mark.slow
 @pytest.mark.needs("wrk")
 def test_a_short_run(tmp_path):
-    told = []
+    reported = []
     plan = ServingPlan(BUNDLE, tmp_path, rounds=1, seconds=1, memory_requests=1000, warm_requests=100, clients=(8,))
-    speeds = measure(["json", "grpc", "processes"], plan, on_line=told.append)
+    speeds = measure(["json", "grpc", "processes"], plan, on_line=reported.append)
     assert set(speeds.samples) | set(speeds.failed) == {"binary", "echo", "json", "grpc", "processes"}
     assert {"binary", "echo", "json"} <= set(speeds.samples)
     assert all("has no --" in reason for reason in speeds.failed.values())
@@ -293,7 +293,7 @@ def test_a_short_run(tmp_path):
         assert found.load.p50_us <= found.load.p99_us
         assert found.cpu_us > 0
         assert (found.infer_us is not None) == WAYS[name].counted
-        assert any(f"{WAYS[name].words}, 8 clients" in line for line in told)
+        assert any(f"{WAYS[name].words}, 8 clients" in line for line in reported)
     (alone,) = speeds.alone
     assert 0 < alone.batches[8] < alone.batches[1]
     assert alone.rested > alone.batches[8]
@@ -321,11 +321,11 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
             family = [pid for pid, _ in Running(child, free_ports(), tmp_path)._rows()]
             assert len(family) > 1
             child.send_signal(number)
-            _, said = child.communicate(timeout=60)
+            _, printed = child.communicate(timeout=60)
         finally:
             child.kill()
     assert child.returncode == 130
-    assert [line for line in said.splitlines() if not line.startswith("round ")] == [
+    assert [line for line in printed.splitlines() if not line.startswith("round ")] == [
         "serving: interrupted, so there is no result"
     ]
     assert list(tmp_path.iterdir()) == []
@@ -334,9 +334,9 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
 
 def test_the_committed_page_holds_every_server():
     page = (ROOT / "docs" / "results" / "serving_speed.md").read_text(encoding="utf-8")
-    told = " ".join(page.split())
+    text = " ".join(page.split())
     for way in WAYS.values():
-        assert f"| {way.words} | 8 |" in page or f"{way.words}: not measured" in told
+        assert f"| {way.words} | 8 |" in page or f"{way.words}: not measured" in text
     assert sum(page.count(f"**{word}**") for word in ("met", "missed", "not measured")) == len(TARGETS)
 
 

@@ -66,7 +66,7 @@ def refused(error: type[Exception]) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("action", "code", "said"),
+    ("action", "code", "message"),
     [
         (lambda: None, 0, ""),
         (lambda: 1, 1, ""),
@@ -78,12 +78,12 @@ def refused(error: type[Exception]) -> Callable[[], None]:
     ids=["done", "missed", "bad input", "missing", "wrong", "SIGTERM"],
 )
 def test_a_command_ends_with_the_codes_of_bnexport(
-    action: Callable[[], int | None], code: int, said: str, capsys: pytest.CaptureFixture[str]
+    action: Callable[[], int | None], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
         finish("x", action)
     assert left.value.code == code
-    assert capsys.readouterr().err.replace(". Do it\n", ". Do it.\n") == said
+    assert capsys.readouterr().err.replace(". Do it\n", ". Do it.\n") == message
 
 
 def test_names_are_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:

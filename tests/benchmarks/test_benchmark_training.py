@@ -17,32 +17,32 @@ from bnexport.nn.lenet import bn_lenet
 
 def children(monkeypatch, rates):
     """Stand-ins for the measuring processes: name -> one list of rates per round, or an error."""
-    asked = []
+    measured = []
 
     def child(name, seconds):
-        asked.append(name)
+        measured.append(name)
         found = rates[name].pop(0)
         if isinstance(found, Exception):
             raise found
         return found, 2
 
     monkeypatch.setattr(training_speed, "_in_child", child)
-    return asked
+    return measured
 
 
 def test_ratios_are_of_one_round(monkeypatch):
-    asked = children(
+    measured = children(
         monkeypatch,
         {"gemm": [[1e11], [2e11]], "chapter-4": [[100.0, 90.0], [50.0]], "bnexport": [[400.0], [300.0, 350.0]]},
     )
     speeds = measure(["bnexport"], rounds=2, seconds=1.0)
-    assert asked == ["gemm", "chapter-4", "bnexport"] * 2
+    assert measured == ["gemm", "chapter-4", "bnexport"] * 2
     assert speeds.ratios == {"chapter-4": [1.0, 1.0], "bnexport": [4.0, 7.0]}
     assert speeds.rates["bnexport"] == [400.0, 300.0, 350.0]
     assert list(speeds.gemm) == [1e11, 2e11]
 
 
-def test_a_way_that_fails_is_named_and_the_others_go_on(monkeypatch):
+def test_a_way_that_fails_is_named_and_the_others_continue(monkeypatch):
     broken = RuntimeUnavailable("no compiler", remedy="Install one")
     children(
         monkeypatch, {"gemm": [[1e11]] * 2, "chapter-4": [[1.0]] * 2, "one-thread": [broken], "plain": [[3.0]] * 2}
@@ -59,7 +59,7 @@ def test_without_the_baseline_there_is_nothing_to_compare(monkeypatch):
         measure(["plain"])
 
 
-def test_the_page_tells_the_distance_from_the_limit():
+def test_the_page_states_the_distance_from_the_limit():
     speeds = TrainingSpeeds(
         {"chapter-4": [10.0], "bnexport": [25000.0]}, {"chapter-4": [1.0], "bnexport": [5.0]}, dict.fromkeys(WAYS, 2),
         [OPERATIONS_PER_IMAGE * 100000], {},
@@ -97,7 +97,7 @@ def test_an_epoch_that_warms_up_is_not_counted():
     assert gemm_rate(side=8, repeats=3) > 0
 
 
-def test_a_child_without_data_says_so(monkeypatch, tmp_path):
+def test_a_child_without_data_reports_it(monkeypatch, tmp_path):
     monkeypatch.setenv("BNEXPORT_DATA", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(RuntimeUnavailable, match="is missing"):

@@ -60,7 +60,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[], nn.Module]:
     return build
 
 
-def test_statistics_are_no_identity_and_stay_of_a_size() -> None:
+def test_statistics_are_not_the_identity_and_stay_of_a_size() -> None:
     module = deep()
     zoo_subject.randomise(module, torch.randn(8, 3, 8, 8))
     norms = [item for item in module.modules() if isinstance(item, nn.BatchNorm2d)]
@@ -112,7 +112,7 @@ def test_places(build: Callable[[], nn.Module], shape: tuple[int, ...], places: 
     assert [place for found in zoo_fold.places_of(traced).values() for place in found] == places
 
 
-def test_the_account_is_counted_by_place() -> None:
+def test_the_fold_report_is_counted_by_place() -> None:
     rows = (
         FoldRow("a", "BatchNorm2d", "backward", "before"),
         FoldRow(
@@ -141,7 +141,7 @@ def test_a_fold_is_measured(tiny: Callable[[], nn.Module]) -> None:
     assert found["cost"]["ratio"]["n"] == 1
 
 
-def test_a_wrong_fold_is_told(tiny: Callable[[], nn.Module]) -> None:
+def test_a_wrong_fold_is_reported(tiny: Callable[[], nn.Module]) -> None:
     subject = make_zoo_network("x")
     folded = fold(subject.module, subject.batch(2, 1)).model
     assert not zoo_fold.independent_check(subject, folded, seed=5)["wrong"]

@@ -14,14 +14,14 @@ from bnexport.errors import DataError, UsageError
 
 
 def test_each_network_gets_a_line_and_is_not_measured_twice(tmp_path: Path) -> None:
-    out, told = tmp_path / "runs" / "zoo.jsonl", []
+    out, reported = tmp_path / "runs" / "zoo.jsonl", []
     run = ZooRun(out, ("torchvision:squeezenet1_1", "torchvision:resnet1818"), ("fold",), jobs=1, seconds=120)
-    lines = {line["name"]: line for line in run_zoo(run, on_line=told.append) if line["part"] == "fold"}
+    lines = {line["name"]: line for line in run_zoo(run, on_line=reported.append) if line["part"] == "fold"}
     assert lines["torchvision:squeezenet1_1"]["result"] == {"shape": [3, 64, 64], "norms": 0}
     assert "has no model 'resnet1818'" in lines["torchvision:resnet1818"]["problem"]
-    assert len(told) == 2
+    assert len(reported) == 2
     before = out.read_bytes()
-    assert run_zoo(run, on_line=told.append) == read_lines(out)
+    assert run_zoo(run, on_line=reported.append) == read_lines(out)
     assert out.read_bytes() == before
     limited = ZooRun(out, ("torchvision:alexnet", "torchvision:squeezenet1_1"), ("tools",), limit=1, seconds=0.01)
     late = [line for line in run_zoo(limited) if line["part"] == "tools"]
@@ -72,7 +72,7 @@ def folded(name: str, *, wrong: bool = False, remaining: int = 1) -> dict[str, A
     )  # fmt: skip
 
 
-def test_the_page_tells_totals_targets_and_failures(tmp_path: Path) -> None:
+def test_the_page_shows_totals_targets_and_failures(tmp_path: Path) -> None:
     conditions = {
         "part": "conditions", "name": "fold", "seed": 0, "jobs": 2, "cpu": "a processor", "cores": 2, "gpu": None,
         "python": "3.11", "packages": {"torch": "2.14"},

@@ -108,7 +108,7 @@ def test_a_claim_flips_with_its_numbers(change: Change, experiment: str, expecte
     assert answers(change, experiment) == expected
 
 
-def test_what_did_not_learn_is_told() -> None:
+def test_runs_that_did_not_learn_are_reported() -> None:
     first, second = claims_of(crafted(one_seed_with_norm_diverges), "a")
     assert "with BatchNorm 3 of 3 at 0.1, 3 of 3 at 0.5, 3 of 3 at 1, 2 of 3 (1 diverged) at 2" in first.found
     assert "without BatchNorm 3 of 3 at 0.1, 3 of 3 at 0.5, 3 of 3 at 1, 0 of 3 (3 at chance) at 2" in first.found
@@ -152,7 +152,7 @@ def test_outcomes_are_counted_and_not_averaged() -> None:
 
 
 @pytest.mark.parametrize("name", ["train_accuracy", "test_accuracy", "exact_accuracy"])
-def test_a_run_has_learned_if_any_accuracy_says_so(name: str) -> None:
+def test_a_run_has_learned_if_any_accuracy_shows_it(name: str) -> None:
     run = at_chance(crafted().settings("e")[0].runs[0])
     assert run.outcome == "chance"
     assert with_epochs(run, **{name: 0.2}).outcome == "chance"

@@ -39,7 +39,7 @@ def one_diverges_and_one_stays(run: RunResult) -> RunResult:
     return at_chance(run) if run.spec.seed == 1 else run
 
 
-def test_the_page_tells_tables_figures_and_conditions(whole: Path) -> None:
+def test_the_page_holds_tables_figures_and_conditions(whole: Path) -> None:
     text = (whole / "chapter.md").read_text(encoding="utf-8")
     assert "| A | With BatchNorm a network can be trained at higher learning rates. | yes |" in text
     assert "| 2 | none | 0 of 3 (3 at chance) | - | - | - |" in text
@@ -58,7 +58,7 @@ def test_the_page_tells_tables_figures_and_conditions(whole: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_a_quick_result_says_so(tmp_path: Path) -> None:
+def test_a_quick_result_is_marked(tmp_path: Path) -> None:
     results = crafted()
     assert "This is the result of `--quick`" in written(
         tmp_path, replace(results, plan=replace(results.plan, quick=True))
@@ -104,7 +104,7 @@ def test_figures_have_titles_with_units_and_do_not_depend_on_colour(whole: Path)
         assert len({line.get_linestyle() for line in labelled}) == len(labelled) == 2
 
 
-def test_figures_show_who_did_not_learn() -> None:
+def test_figures_show_runs_that_did_not_learn() -> None:
     figure = FIGURES["a"][0](crafted(one_diverges_and_one_stays))
     panels = figure.axes[: len(RATES)]
     crosses = [[line.get_xdata()[0] for line in panel.get_lines() if line.get_marker() == "X"] for panel in panels]
@@ -114,7 +114,7 @@ def test_figures_show_who_did_not_learn() -> None:
     assert len(hollow) == 6, "three seeds with both statistics"
 
 
-def test_a_mean_line_leaves_out_who_did_not_learn() -> None:
+def test_a_mean_line_leaves_out_runs_that_did_not_learn() -> None:
     figure = FIGURES["a"][0](crafted(one_diverges_and_one_stays))
     (mean,) = (line for line in figure.axes[3].get_lines() if line.get_label() == "with BatchNorm")
     assert list(mean.get_ydata()) == pytest.approx([0.51, 0.26, 0.5 / 3 + 0.01]), "seed 2 alone"

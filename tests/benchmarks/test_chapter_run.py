@@ -20,23 +20,23 @@ SPEC = RunSpec("torch", 1.0, 16, 2, 128, 100, "digits", seed=1)
 
 
 def test_a_training_is_the_same_with_and_without_its_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = measure(SPEC)
+    complete = measure(SPEC)
     monkeypatch.setattr("benchmarks.chapter.run._with_exact_statistics", lambda *_: ())
     plain = measure(SPEC)
-    assert [epoch.train_loss for epoch in asked.history] == [epoch.train_loss for epoch in plain.history]
-    assert [epoch.test_loss for epoch in asked.history] == [epoch.test_loss for epoch in plain.history]
-    assert (asked.affine, asked.moving_var) == (plain.affine, plain.moving_var)
-    last = asked.history[-1]
+    assert [epoch.train_loss for epoch in complete.history] == [epoch.train_loss for epoch in plain.history]
+    assert [epoch.test_loss for epoch in complete.history] == [epoch.test_loss for epoch in plain.history]
+    assert (complete.affine, complete.moving_var) == (plain.affine, plain.moving_var)
+    last = complete.history[-1]
     assert last.exact_accuracy is not None
     assert last.exact_accuracy >= last.test_accuracy
     assert last.shift is not None
     assert 0 < last.shift < 5
-    assert {layer: len(found["gamma"]) for layer, found in asked.affine.items()} == {
+    assert {layer: len(found["gamma"]) for layer, found in complete.affine.items()} == {
         "bn1": 6, "bn2": 16, "bn3": 120, "bn4": 84,
     }  # fmt: skip
 
 
-def test_layers_are_the_ones_that_were_asked_for() -> None:
+def test_layers_are_the_requested_ones() -> None:
     found = {
         norm: measure(replace(SPEC, norm=norm, batch_size=4, images=512, epochs=1))
         for norm in ("scratch", "scratch-unbiased")
@@ -59,7 +59,7 @@ def test_a_data_set_that_is_too_small_is_refused() -> None:
         measure(replace(SPEC, images=60_000))
 
 
-def test_the_plans_say_what_the_page_says() -> None:
+def test_the_plans_agree_with_the_description_on_the_page() -> None:
     assert (FULL.seeds, FULL.images, FULL.quick, QUICK.quick) == (5, 60_000, False, True)
     assert {spec.lr for spec in settings_of("a", FULL)} == {0.1, 0.5, 1.0, 2.0}
     assert {spec.norm for spec in settings_of("a", FULL)} == {"torch", "none"}
@@ -73,20 +73,20 @@ def test_the_plans_say_what_the_page_says() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_keeps_what_is_done_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_keeps_its_results_and_resumes(tmp_path: Path) -> None:
     plan = replace(PLAN, seeds=2, epochs=1)
-    run, told = ChapterRun(tmp_path / "work", plan, ("e",), jobs=2), []
-    results = run_chapter(run, tell=told.append)
+    run, reported = ChapterRun(tmp_path / "work", plan, ("e",), jobs=2), []
+    results = run_chapter(run, tell=reported.append)
     assert results.experiments == ("e",)
-    assert told[0] == "2 trainings to make, 2 at a time"
-    assert len(told) == 3
+    assert reported[0] == "2 trainings to make, 2 at a time"
+    assert len(reported) == 3
     assert results.conditions()[0]["threads"] == max(1, len(results.runs) // 2)
     files = sorted((tmp_path / "work").iterdir())
     assert [file.stem for file in files] == [run.spec.key for run in results.runs]
     before = files[1].read_bytes()
     files[0].unlink()
-    again = run_chapter(run, tell=told.append)
-    assert told[3] == "1 trainings to make, 2 at a time"
+    again = run_chapter(run, tell=reported.append)
+    assert reported[3] == "1 trainings to make, 2 at a time"
     assert files[1].read_bytes() == before
     assert [r.history for r in again.runs] == [r.history for r in results.runs], "a seed gives the same numbers"
     assert gather(tmp_path / "work", replace(plan, seeds=3)).experiments == ()

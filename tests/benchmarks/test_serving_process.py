@@ -56,7 +56,7 @@ def test_cpu_time_and_memory_are_of_the_whole_family_and_none_of_it_stays():
     assert not folder.exists()
 
 
-def test_a_server_that_ends_says_why():
+def test_the_reason_of_a_server_that_ends_is_reported():
     with (
         pytest.raises(RuntimeUnavailable, match="ended with code 3: no such model"),
         started(lambda _: [sys.executable, "-c", "print('no such model.'); raise SystemExit(3)"], os.environ) as server,
@@ -79,7 +79,7 @@ def test_ports_are_free_and_two_more_follow():
 
 
 @pytest.mark.needs("wrk")
-def test_loads_on_nobody_are_no_result():
+def test_loads_without_a_server_give_no_result():
     ports = free_ports()
     for grpc in (False, True):
         with pytest.raises(RuntimeUnavailable, match="gave no result"):
@@ -136,7 +136,7 @@ def test_an_environment_is_made_once_and_again_when_its_versions_change(monkeypa
     assert "--clear" in commands[2]
 
 
-def test_an_environment_that_can_not_be_made_says_why(monkeypatch):
+def test_the_reason_for_a_failed_environment_is_reported(monkeypatch):
     fails = "import sys; sys.stderr.write('WARNING: x\\nERROR: No matching distribution\\nwarning: y\\n'); sys.exit(1)"
     with pytest.raises(RuntimeUnavailable, match="fastapi can't be made: ERROR: No matching distribution"):
         serving_venvs._run([sys.executable, "-c", fails], "fastapi")

@@ -34,7 +34,7 @@ class Fault:
     async def serve(self, scope, receive, send, now):
         await self.app(scope, receive, send)
 
-    async def told(self, scope, receive):
+    async def answer_of(self, scope, receive):
         messages = []
         async def keep(message):
             messages.append(message)
@@ -44,7 +44,7 @@ class Fault:
 class MixedUp(Fault):
     """One client's answer for another one."""
     async def serve(self, scope, receive, send, now):
-        messages = await self.told(scope, receive)
+        messages = await self.answer_of(scope, receive)
         if messages and messages[0]["status"] == 200 and scope["path"].endswith("/infer"):
             messages, self.kept = (self.kept if now and self.kept else messages), messages
         for message in messages:
@@ -61,7 +61,7 @@ class Dropped(Fault):
 class Lenient(Fault):
     """What is malformed is taken."""
     async def serve(self, scope, receive, send, now):
-        messages = await self.told(scope, receive)
+        messages = await self.answer_of(scope, receive)
         if messages and messages[0]["status"] == 400:
             messages[0]["status"] = 200
         for message in messages:
@@ -70,7 +70,7 @@ class Lenient(Fault):
 class Failing(Fault):
     """A 503 without a reason."""
     async def serve(self, scope, receive, send, now):
-        messages = await self.told(scope, receive)
+        messages = await self.answer_of(scope, receive)
         if now and messages:
             messages[0]["status"] = 503
         for message in messages:
@@ -79,7 +79,7 @@ class Failing(Fault):
 class Forgetful(Fault):
     """Counters that are sometimes another process's alone."""
     async def serve(self, scope, receive, send, now):
-        messages = await self.told(scope, receive)
+        messages = await self.answer_of(scope, receive)
         if scope["path"] == "/metrics" and next(self.count) % 2:
             messages[1]["body"] = messages[1]["body"].replace(b'route="v2/health', b'x="').split(b"bnexport_model_ready")[0]
             messages[0]["headers"] = [h for h in messages[0]["headers"] if h[0] != b"content-length"]
@@ -130,7 +130,7 @@ def test_a_short_soak_passes(models: Path, tmp_path: Path) -> None:
     assert len(found["memory"]) == 4
 
 
-def test_an_interrupted_soak_leaves_nobody(models: Path, tmp_path: Path) -> None:
+def test_an_interrupted_soak_leaves_no_process(models: Path, tmp_path: Path) -> None:
     bundle, out = str(models / "bn_lenet" / "1"), str(tmp_path / "soak.json")
     words = [bundle, "--seconds", "600", "--kill-every", "0.5", "--out", out]
     with subprocess.Popen(
@@ -145,17 +145,17 @@ def test_an_interrupted_soak_leaves_nobody(models: Path, tmp_path: Path) -> None
 
             until(all_started)
             child.terminate()
-            out, said = child.communicate(timeout=PATIENCE)
+            out, errors = child.communicate(timeout=PATIENCE)
         finally:
             child.kill()
     assert (child.returncode, out) == (130, "")
-    assert said == "soak: interrupted, so there is no result\n"
+    assert errors == "soak: interrupted, so there is no result\n"
     until(lambda: not any(map(running, family)))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("fault", "demand", "says"),
+    ("fault", "demand", "words"),
     [
         ("MixedUp", RIGHT, ("a logit is off", "can't be read")),
         ("Dropped", ANSWERED, ("IncompleteRead", "RemoteDisconnected", "reset", "Broken pipe")),
@@ -166,7 +166,7 @@ def test_an_interrupted_soak_leaves_nobody(models: Path, tmp_path: Path) -> None
     ],
 )
 def test_a_faulty_server_fails(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, demand: str, says: tuple[str, ...]
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, demand: str, words: tuple[str, ...]
 ) -> None:
     (tmp_path / "faults.py").write_text(FAULTS)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -175,7 +175,7 @@ def test_a_faulty_server_fails(
     soak = run_soak(Bundle.open(models / "bn_lenet" / "1"), settings)
     broken = {name: reasons for name, reasons in verdict(soak).items() if reasons}
     assert demand in broken, "\n".join(lines(soak))
-    assert all(any(word in reason for word in says) for reason in broken[demand]), broken[demand]
+    assert all(any(word in reason for word in words) for reason in broken[demand]), broken[demand]
     assert list(lines(soak))[-1] == "Verdict: FAIL"
     expected = {demand} | ({ANSWERED} if fault == "Mortal" else set())
     assert set(broken) <= expected, "nothing else is wrong with it"

@@ -89,7 +89,7 @@ def test_each_demand_can_be_broken(spoil: Callable[[Soak], object], demand: str)
     assert to_json(soak)["passed"] is False
 
 
-def test_a_soak_that_killed_nobody_shows_nothing() -> None:
+def test_a_soak_without_kills_shows_nothing() -> None:
     soak = good_soak()
     soak.kills, soak.ledger.lost = [], []
     del soak.ledger.counts["JSON", "lost"]

@@ -83,7 +83,7 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, write_page(tmp_path_factory.mktemp("page"), request.param)
 
 
-def test_the_page_asks_for_nothing_and_complains_of_nothing(browser: Browser, page: tuple[str, str]) -> None:
+def test_the_page_makes_no_request_and_logs_no_error(browser: Browser, page: tuple[str, str]) -> None:
     _, address = page
     browser.screen(1100)
     browser.open(address)

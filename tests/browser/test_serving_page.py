@@ -109,8 +109,8 @@ def probabilities(server: Server, content: bytes) -> tuple[dict[str, Any], np.nd
 def test_a_dropped_picture_gets_its_label_and_bars(browser: Browser, server: Server, index: int) -> None:
     want, shares = probabilities(server, content := png(IMAGES[index]))
     drop(browser, content)
-    told = browser.until("document.getElementById('answer').textContent")
-    assert told.startswith(f"{want['label']}, ")
+    answer = browser.until("document.getElementById('answer').textContent")
+    assert answer.startswith(f"{want['label']}, ")
     found = bars(browser)
     assert [label for label, _ in found] == [str(i) for i in np.argsort(-shares, kind="stable")]
     assert float(found[0][1].strip("> %")) == pytest.approx(100 * shares.max(), abs=0.1)
@@ -125,10 +125,10 @@ def test_a_stroke_is_drawn_seen_and_cleared(browser: Browser, server: Server) ->
     box = "(() => { const b = canvas.getBoundingClientRect(); return [b.x, b.y, b.width]; })()"
     x, y, width = browser.evaluate(box)
     browser.drag(*[(x + width * 0.5, y + width * part) for part in (0.15, 0.3, 0.5, 0.7, 0.85)])
-    told = browser.until("document.getElementById('answer').textContent")
+    answer = browser.until("document.getElementById('answer').textContent")
     picture = base64.b64decode(browser.evaluate("canvas.toDataURL('image/png').split(',')[1]"))
     want, _ = probabilities(server, picture)
-    assert told.startswith(f"{want['label']}, ")
+    assert answer.startswith(f"{want['label']}, ")
     pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("L"))
     assert pixels[140, 140] == 255
     assert pixels[140, 40] == pixels[5, 140] == 0
@@ -140,7 +140,7 @@ def test_a_stroke_is_drawn_seen_and_cleared(browser: Browser, server: Server) ->
     assert browser.complaints == []
 
 
-def test_what_is_no_picture_gets_the_server_s_sentence(browser: Browser) -> None:
+def test_a_file_that_is_not_a_picture_shows_the_server_s_message(browser: Browser) -> None:
     drop(browser, b"hello")
     assert "not a PNG" in browser.until("document.getElementById('refusal').textContent")
     drop(browser, png(IMAGES[0]))
@@ -191,8 +191,8 @@ def test_the_smallest_size_is_shown_and_sent(browser: Browser) -> None:
 def test_untrusted_texts_stay_texts(browser: Browser) -> None:
     pick(browser, "hostile 1")
     drop(browser, png(IMAGES[0]))
-    told = browser.until("document.getElementById('answer').textContent")
-    assert told.startswith(HOSTILE)
+    answer = browser.until("document.getElementById('answer').textContent")
+    assert answer.startswith(HOSTILE)
     assert HOSTILE in text(browser, "verdict")
     assert HOSTILE in bars(browser)[0][0]
     tensor = {"name": HOSTILE + "'; touch taken; '", "datatype": "FP32", "shape": [-1, 2], "smallest": [1, 2]}
@@ -321,7 +321,7 @@ def test_names_for_screen_readers(browser: Browser) -> None:
     assert {"answer", "refusal", "problem"} <= set(browser.evaluate(live))
 
 
-def test_a_token_is_asked_for_and_kept_in_memory_alone(chromium: Browser, folder: Path, tmp_path: Path) -> None:
+def test_the_page_requests_a_token_and_keeps_it_in_memory_only(chromium: Browser, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     with serving(folder / "bn_lenet" / "1", tmp_path / "log", "--token-file", str(tmp_path / "token")) as guarded:
         chromium.screen(360)

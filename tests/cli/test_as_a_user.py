@@ -112,9 +112,9 @@ def export(network: str, *options: str, shape: str = "3x8x8") -> int:
 
 def test_what_a_factory_prints_does_not_break_the_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export("net", "--json", "--format", "onnx") == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["verification"]["passed"] is True
-    assert "chatter in the factory" in said.err
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["verification"]["passed"] is True
+    assert "chatter in the factory" in captured.err
 
 
 def test_pixels_cast_in_forward_can_be_exported(here: Path) -> None:
@@ -150,9 +150,9 @@ def test_refusals(
 ) -> None:
     (here / "labels.txt").write_text("a\nb\n")
     assert export(network, *options) == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("chatter")]
-    assert len(said) == 2, said  # the fault and the remedy; torch's own dump of the graph would be more
-    assert sentence in said[0]
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("chatter")]
+    assert len(lines) == 2, lines  # the fault and the remedy; torch's own dump of the graph would be more
+    assert sentence in lines[0]
     assert not (here / "models").exists()
 
 
@@ -166,10 +166,10 @@ def test_inputs_that_can_not_be(here: Path, capfd: pytest.CaptureFixture[str], s
 
 def test_a_failed_verdict_leaves_no_folder_and_no_flood(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert export("overflow") == 1
-    said = capfd.readouterr()
-    assert said.out.count("\nFAIL ") <= 10
-    assert "more failed comparisons: --json lists them" in said.out
-    assert "Warning" not in said.err
+    captured = capfd.readouterr()
+    assert captured.out.count("\nFAIL ") <= 10
+    assert "more failed comparisons: --json lists them" in captured.out
+    assert "Warning" not in captured.err
     assert not (here / "models").exists()
 
 
@@ -213,7 +213,7 @@ def _without_reader(command: list[str]) -> int:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_behind_standard_output(here: Path) -> None:
+def test_standard_output_on_a_full_disk(here: Path) -> None:
     assert export("net", "--format", "onnx") == 0
     command = [sys.executable, "-m", "bnexport", "inspect", "models/net/1"]
     with Path("/dev/full").open("w") as full:

@@ -57,9 +57,9 @@ def networks(tmp_path: Path) -> str:
 def test_right_tools_are_exit_0(networks: str, capsys: pytest.CaptureFixture[str]) -> None:
     tools = ["--tool", "torch.jit.freeze", "--tool", "bnexport", "--tool", "onnxruntime-all"]
     assert run(["audit", f"{networks}:plain", *INPUT, *tools]) == 0
-    told = capsys.readouterr()
-    assert told.out.splitlines()[-1] == "right: 3 tools"
-    assert told.err.split() == [
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == "right: 3 tools"
+    assert captured.err.split() == [
         word
         for name in ("torch.eager", "torch.jit.freeze", "onnxruntime-all", "bnexport")
         for word in ("running", name)
@@ -69,10 +69,10 @@ def test_right_tools_are_exit_0(networks: str, capsys: pytest.CaptureFixture[str
 def test_a_wrong_tool_is_exit_1_and_named(networks: str, capsys: pytest.CaptureFixture[str]) -> None:
     # torch.fx folds the BatchNorm into both calls of the convolution (torch 2.11 to 2.15).
     assert run(["audit", f"{networks}:twice", *INPUT, "--tool", "torch.fx.fuse", "--tool", "torch.jit.freeze"]) == 1
-    told = capsys.readouterr()
-    assert told.out.splitlines()[-1] == "wrong: 1 of 2 tools: torch.fx.fuse"
-    assert "first wrong at BatchNorm bn" in " ".join(told.out.split())
-    assert "chatter" not in told.out
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1] == "wrong: 1 of 2 tools: torch.fx.fuse"
+    assert "first wrong at BatchNorm bn" in " ".join(captured.out.split())
+    assert "chatter" not in captured.out
 
 
 def test_json_is_alone_on_standard_output(networks: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +82,7 @@ def test_json_is_alone_on_standard_output(networks: str, capsys: pytest.CaptureF
     assert (value["passed"], value["seed"]) == (True, 5)
 
 
-def test_without_a_compiler_the_row_says_so(
+def test_without_a_compiler_the_row_states_it(
     networks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -92,8 +92,8 @@ def test_without_a_compiler_the_row_says_so(
 
 def test_bad_input_is_exit_2(networks: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["audit", f"{networks}:plain", *INPUT, "--tool", "torch"]) == 2
-    told = capsys.readouterr().err
-    assert all(tool.name in told for tool in TOOLS)
+    printed = capsys.readouterr().err
+    assert all(tool.name in printed for tool in TOOLS)
     for arguments, message in (
         ([f"{networks}:plain"], "the shape of the network's input is not known"),
         ([f"{networks}:plain", "--input", "4x8x8"], "the network can't run on a batch of 2"),
@@ -101,6 +101,6 @@ def test_bad_input_is_exit_2(networks: str, capsys: pytest.CaptureFixture[str]) 
         (["nowhere.py:plain", *INPUT], "does not exist"),
     ):
         assert run(["audit", *arguments]) == 2
-        told = capsys.readouterr().err
-        assert message in told
-        assert len(told.splitlines()) == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert len(printed.splitlines()) == 2

@@ -34,10 +34,10 @@ def bad(capfd: pytest.CaptureFixture[str]) -> Run:
 
     def invoke(*arguments: object) -> tuple[int, str]:
         code = run([str(item) for item in arguments])
-        said = capfd.readouterr().err.strip()
-        assert "Traceback" not in said
-        assert 1 <= len(said.splitlines()) <= 5, said
-        return code, said
+        printed = capfd.readouterr().err.strip()
+        assert "Traceback" not in printed
+        assert 1 <= len(printed.splitlines()) <= 5, printed
+        return code, printed
 
     return invoke
 
@@ -103,9 +103,9 @@ def test_sources(bad: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("net.py:build", "--input", "1,8,8"), "not of the form"),
         (("net.py:build", "--input", "2x8x8", "--allow-untrained"), "fails on an example input of shape 2x2x8x8"),
     ):
-        code, said = bad(*export, *arguments)
-        assert code == 2, said
-        assert part in said
+        code, message = bad(*export, *arguments)
+        assert code == 2, message
+        assert part in message
     assert not Path("hacked").exists()
     assert not Path("m").exists()
 
@@ -114,16 +114,16 @@ def test_weights_of_another_architecture(bad: Run, tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "model.safetensors", num_classes=7)
     content = path.read_bytes().replace(b'\\"num_classes\\": 7', b'\\"num_classes\\": 9')
     path.write_bytes(content)
-    code, said = bad("fold-and-export", path, "--out", tmp_path / "x" / "1")
+    code, message = bad("fold-and-export", path, "--out", tmp_path / "x" / "1")
     assert code == 2
-    assert "does not hold the weights of the network that it names" in said
+    assert "does not hold the weights of the network that it names" in message
 
 
 def test_output_that_exists(bad: Run, good: Path) -> None:
-    code, said = bad("fold-and-export", good / "model.safetensors", "--out", good / "models" / "lenet" / "1")
+    code, message = bad("fold-and-export", good / "model.safetensors", "--out", good / "models" / "lenet" / "1")
     assert code == 2
-    assert "exists already" in said
-    assert "--force" in said
+    assert "exists already" in message
+    assert "--force" in message
     bnexport.Bundle.open(good / "models" / "lenet" / "1").check()
 
 
@@ -133,18 +133,18 @@ def test_bundle_with_one_byte_changed(bad: Run, bundle: Path, capfd: pytest.Capt
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(bytes(content))
-        code, said = bad("predict", bundle, "picture.png")
+        code, message = bad("predict", bundle, "picture.png")
         assert code == 2
-        assert f"{name} was changed" in said
+        assert f"{name} was changed" in message
         assert run(["verify", str(bundle), "--runtime", "onnxruntime-cpu"]) == 1
         assert "FAIL" in capfd.readouterr().out
         content[len(content) // 2] ^= 1
         path.write_bytes(bytes(content))
     manifest = bundle / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"version": 1', b'"version": 2', 1))
-    code, said = bad("verify", bundle)
+    code, message = bad("verify", bundle)
     assert code == 2
-    assert "was changed after it was written" in said
+    assert "was changed after it was written" in message
 
 
 def test_zero_byte_model(bad: Run, bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -161,9 +161,9 @@ def test_images(bad: Run, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "short.idx").write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 9, 0, 0, 0, 28, 0, 0, 0, 28, 1, 2, 3]))
     for name in ("missing.png", "text.png", "short.idx"):
-        code, said = bad("predict", bundle, tmp_path / name)
+        code, message = bad("predict", bundle, tmp_path / name)
         assert code == 2
-        assert name in said
+        assert name in message
 
 
 def test_data_sets(bad: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,18 +172,18 @@ def test_data_sets(bad: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     raw.mkdir(parents=True)
     for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{part}-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03wrong"))
-    code, said = bad("train", "--data-dir", tmp_path, "--epochs", "1", "--out", tmp_path / "run")
-    assert code == 2, said
-    assert "ubyte.gz" in said
+    code, message = bad("train", "--data-dir", tmp_path, "--epochs", "1", "--out", tmp_path / "run")
+    assert code == 2, message
+    assert "ubyte.gz" in message
     assert not (tmp_path / "run").exists()
 
 
 def test_no_gpu_and_unknown_words(bad: Run, bundle: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         assert bad("train", "--dataset", "digits", "--device", "cuda", "--out", tmp_path / "run")[0] == 3
-        code, said = bad("verify", bundle, "--runtime", "onnxruntime-cuda")
+        code, message = bad("verify", bundle, "--runtime", "onnxruntime-cuda")
         assert code == 3
-        assert len(said.splitlines()) == 2
+        assert len(message.splitlines()) == 2
     for arguments in (
         ("verify", bundle, "--runtime", "abacus"),
         ("predict", bundle, "picture.png", "--runtime", "abacus"),
@@ -216,10 +216,10 @@ def test_full_disk(good: Path, tmp_path: Path) -> None:
     with bnexport_process(
         "fold-and-export", good / "model.safetensors", "--out", out, preexec_fn=limit_file_size
     ) as process:
-        _, said = process.communicate()
-    assert process.returncode == 2, said
-    assert "can't be written" in said
-    assert "Traceback" not in said
+        _, errors = process.communicate()
+    assert process.returncode == 2, errors
+    assert "can't be written" in errors
+    assert "Traceback" not in errors
     assert [item for item in tmp_path.rglob("*") if item.is_file()] == []
 
 
@@ -235,10 +235,10 @@ def test_interrupt(good: Path, tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
-        _, said = process.communicate()
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
-    assert "Interrupted" in said
+        _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "Interrupted" in errors
     assert [item for item in tmp_path.rglob("*") if item.is_file()] == []
 
 
@@ -287,13 +287,13 @@ def test_names_in_files_do_not_steer_the_terminal(bad: Run, tmp_path: Path, capf
     assert "layer?[31m" in shown
     assert "\x1b" not in shown
     (tmp_path / "net.py").write_text(NET)
-    code, said = bad(
+    code, message = bad(
         "fold-and-export", f"{tmp_path}/net.py:build", "--weights", tmp_path / "other.safetensors",
         "--input", "1x8x8", "--out", tmp_path / "m" / "1",
     )  # fmt: skip
     assert code == 2
-    assert "layer?[31m" in said
-    assert "\x1b" not in said
+    assert "layer?[31m" in message
+    assert "\x1b" not in message
 
 
 def test_unknown_fault_is_one_sentence(bad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +301,6 @@ def test_unknown_fault_is_one_sentence(bad: Run, monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("something\nnobody thought of")
 
     monkeypatch.setattr("bnexport.loading.inspection.inspect_path", broken)
-    code, said = bad("inspect", "x")
+    code, message = bad("inspect", "x")
     assert code == 70
-    assert "something nobody thought of" in said
+    assert "something nobody thought of" in message

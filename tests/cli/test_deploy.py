@@ -25,17 +25,17 @@ URI = ("--storage-uri", "s3://bucket/models")
 def test_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], file: str) -> None:
     out = tmp_path / "out"
     assert run(["deploy", *words, str(REFERENCE), "--out", str(out), "--triton", "24.05"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (out / file).is_file()
-    assert f"written: {out / file}" in told
-    assert "next: " in told
+    assert f"written: {out / file}" in printed
+    assert "next: " in printed
     assert run(["deploy", *words, str(REFERENCE), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert run(["deploy", *words, str(REFERENCE), "--out", str(out), "--force"]) == 0
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["triton", "--triton", "22.01"], "is not in bnexport's table"),
         (["triton", "--name", "a/b"], "Pass --name a_b"),
@@ -46,9 +46,9 @@ def test_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list
         (["docker", "--wheel", "none.whl"], "not a wheel of bnexport"),
     ],
 )
-def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert run(["deploy", *words, str(REFERENCE), "--out", str(tmp_path / "out")]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -80,7 +80,7 @@ def test_a_file_that_loads_again(
     assert facts["fold"]["rows"][0]["outcome"] == "backward"
 
 
-def test_the_weights_door_refuses_folded_weights(
+def test_the_weights_option_refuses_folded_weights(
     source: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "folded.safetensors"

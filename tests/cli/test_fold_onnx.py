@@ -104,7 +104,7 @@ def test_golden_vectors_are_the_original_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--weights", "w.safetensors"], "--weights does not go with"),
         (["--opset", "18"], "--opset does not go with"),
@@ -118,11 +118,11 @@ def test_golden_vectors_are_the_original_files(tmp_path: Path):
     ],
 )
 def test_options_that_make_no_sense(
-    source: Path, tmp_path: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
     assert run(["fold-and-export", str(source), "--out", str(tmp_path / "net" / "1"), *arguments]) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "net").exists()
 

@@ -39,7 +39,7 @@ def test_the_commands_stand_in_sections() -> None:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)
-def test_every_option_is_a_sentence_of_its_own(path: tuple[str, ...]) -> None:
+def test_every_option_is_a_sentence_that_stands_alone(path: tuple[str, ...]) -> None:
     for option in options(path):
         text = (option.help or "").partition("  [default")[0]
         assert len(text.split()) > 1, (option.opts, text)

@@ -141,7 +141,7 @@ def test_the_texts_of_a_command_name_only_its_options(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "expected"),
     [
         ("Pass --mean and --std", "Pass mean= and std="),
         ("Pass --weights FILE, or --allow-untrained", "Pass weights=FILE, or allow_untrained=True"),
@@ -150,9 +150,9 @@ def test_the_texts_of_a_command_name_only_its_options(command: str) -> None:
         ("Run bnexport fold-and-export --force", "Run bnexport fold-and-export --force"),
     ],
 )
-def test_python_reads_arguments_and_the_command_line_options(message: str, told: str) -> None:
+def test_python_reads_arguments_and_the_command_line_options(message: str, expected: str) -> None:
     error = UsageError("this is wrong", remedy=message)
-    assert str(error) == f"this is wrong. {told}"
+    assert str(error) == f"this is wrong. {expected}"
     assert error.sentence == f"this is wrong. {message}"
     assert str(MissingDependency("bnexport verify --html needs jinja2", remedy="Install it")).startswith(
         "bnexport verify --html"

@@ -79,11 +79,11 @@ def test_the_choices_are_the_tables():
 
 
 @pytest.mark.parametrize("arguments", [["--format", "coreml"], ["--dataset", "cifar"], ["--opset", "x"]])
-def test_what_is_no_choice_is_refused_by_name(arguments, capsys):
+def test_unknown_choices_are_refused_by_name(arguments, capsys):
     assert run(["fold-and-export", "net.py:make", "--out", "m/1", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert arguments[0] in told
-    assert arguments[1] in told
+    printed = capsys.readouterr().err
+    assert arguments[0] in printed
+    assert arguments[1] in printed
 
 
 def test_onnx_can_not_be_left_out():
@@ -100,19 +100,19 @@ def test_labels_are_lines(tmp_path: Path):
     assert read_labels(file) == ("cat", "çà va", "dog")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_label(tmp_path: Path):
+def test_a_byte_order_mark_is_not_part_of_the_first_label(tmp_path: Path):
     (tmp_path / "labels.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
     assert read_labels(tmp_path / "labels.txt") == ("cat", "dog")
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [(b"", "contains no label"), (b" \n\n\t\n", "contains no label"), (b"caf\xe9\n", "can't be read")],
 )
-def test_a_file_without_labels(tmp_path: Path, content: bytes, told: str):
+def test_a_file_without_labels(tmp_path: Path, content: bytes, message: str):
     file = tmp_path / "labels.txt"
     file.write_bytes(content)
-    assert told in refusal("--labels", str(file))
+    assert message in refusal("--labels", str(file))
     assert str(file) in refusal("--labels", str(file))
 
 
@@ -155,12 +155,12 @@ def test_mean_and_std_are_for_one_image(inputs):
 
 @pytest.mark.parametrize("text", ["", "a", "0.1,,0.3", "0.1;0.2", "0.1 0.2 0.3"])
 @pytest.mark.parametrize("option", ["--mean", "--std"])
-def test_what_is_no_list_of_numbers(option, text):
+def test_text_that_is_not_a_list_of_numbers(option, text):
     assert refusal("--input", "3x4x5", option, text) == f"{option} {text!r} is not a list of numbers"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--mean", "0.1,0.2", "--std", "1,1,1"), "2 means and 3 standard deviations for 3 channel"),
         (("--mean", "0,0,0", "--std", "1"), "3 means and 1 standard deviations for 3 channel"),
@@ -170,8 +170,8 @@ def test_what_is_no_list_of_numbers(option, text):
         (("--mean", "0,0,0", "--std", "1,inf,1"), "not finite"),
     ],
 )
-def test_numbers_that_are_no_preprocessing(arguments, told):
-    assert told in refusal("--input", "3x4x5", *arguments, kind=DataError)
+def test_numbers_that_are_not_a_preprocessing(arguments, message):
+    assert message in refusal("--input", "3x4x5", *arguments, kind=DataError)
 
 
 def test_a_bad_input_is_named_first():
@@ -202,11 +202,11 @@ def test_an_export_reads_the_folder_that_its_data_set_is(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["folder:", "foldr:x"])
-def test_what_is_no_data_set_is_refused_with_all_names(name, capsys):
+def test_unknown_data_sets_are_refused_with_all_names(name, capsys):
     assert run(["fold-and-export", "net.py:make", "--out", "m/1", "--dataset", name]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "folder:PATH" in told
-    assert "fashion-mnist" in told
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "folder:PATH" in printed
+    assert "fashion-mnist" in printed
 
 
 def test_stages_are_a_line_each_in_a_log_and_a_bar_on_a_terminal(

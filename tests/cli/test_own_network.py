@@ -80,7 +80,7 @@ def copied(bundle: Bundle, folder: Path, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         (CLASSES[::-1], "are the same names in another order; first difference at class 0: 'triangle' and 'circle'"),
         ((*CLASSES[:4], "triangle", "star"), "another order; first difference at class 4: 'triangle' and 'star'"),
@@ -89,11 +89,11 @@ def copied(bundle: Bundle, folder: Path, **changes: object) -> Path:
     ],
 )
 def test_labels_that_are_not_the_classes_are_refused_before_any_work(
-    names: tuple[str, ...], told: str, home: Home, cli: Run
+    names: tuple[str, ...], message: str, home: Home, cli: Run
 ) -> None:
     code, _, err = cli(*export(home, "bad", *IMAGE, "--labels", home.named(*names), "--dataset", home.dataset))
     assert code == 2
-    assert told in err
+    assert message in err
     assert not home.out("bad").exists()
 
 
@@ -203,7 +203,7 @@ def test_a_verification_at_chance_is_a_fail(home: Home, exported: Bundle, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ((*IMAGE, "--dataset", "folder:typo"), "typo does not exist"),
         (("--input", "3x32x32", "--dataset", "PHOTOS"), "the preprocessing of the network is unknown. Pass"),
@@ -216,18 +216,18 @@ def test_a_verification_at_chance_is_a_fail(home: Home, exported: Bundle, tmp_pa
     ],
 )  # fmt: skip
 def test_an_export_drops_no_request(
-    words: tuple[str, ...], told: str, home: Home, monkeypatch: pytest.MonkeyPatch, cli: Run
+    words: tuple[str, ...], message: str, home: Home, monkeypatch: pytest.MonkeyPatch, cli: Run
 ) -> None:
     monkeypatch.delenv("BNEXPORT_DATA", raising=False)
     given = [home.dataset if word == "PHOTOS" else word for word in words]
     code, _, err = cli(*export(home, "dropped", *given))
     assert code == 2
-    assert told in err
+    assert message in err
     assert not home.out("dropped").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("--data-dir", "PHOTOS"), "--data-dir gives images, but the original network is missing"),
         (("--dataset", "folder:PHOTOS"), "--dataset gives images, but the original network is missing"),
@@ -244,12 +244,12 @@ def test_an_export_drops_no_request(
     ],
 )
 def test_a_verification_drops_no_request(
-    words: tuple[str, ...], told: str, home: Home, exported: Bundle, cli: Run
+    words: tuple[str, ...], message: str, home: Home, exported: Bundle, cli: Run
 ) -> None:
     given = [word.replace("PHOTOS", str(home.photos)).replace("SOURCE", home.source) for word in words]
     code, _, err = cli("verify", exported.path, *given)
     assert code == 2
-    assert told in err
+    assert message in err
 
 
 # What the verdict covers
@@ -366,7 +366,7 @@ def test_a_request_and_keywords_are_one_request(home: Home, exported: Bundle) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("export", "net.py:build"), "Did you mean fold-and-export?"),
         (("convert", "x"), "Did you mean fold-and-export?"),
@@ -376,11 +376,11 @@ def test_a_request_and_keywords_are_one_request(home: Home, exported: Bundle) ->
         (("evaluate", "x", "--dataset", "PHOTOS"), "Your own images are folder:PHOTOS"),
     ],
 )
-def test_a_slip_gets_a_suggestion(words: tuple[str, ...], told: str, home: Home, cli: Run) -> None:
+def test_a_slip_gets_a_suggestion(words: tuple[str, ...], message: str, home: Home, cli: Run) -> None:
     photos = str(home.photos)
     code, _, err = cli(*(word.replace("PHOTOS", photos) for word in words))
     assert code == 2
-    assert told.replace("PHOTOS", photos) in err
+    assert message.replace("PHOTOS", photos) in err
 
 
 def test_a_folder_in_the_wrong_place_gets_a_suggestion(home: Home, exported: Bundle, cli: Run) -> None:

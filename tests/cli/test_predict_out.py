@@ -35,9 +35,9 @@ def test_printing_and_writing_agree(stack: Path, tmp_path: Path, capsys: pytest.
     out = tmp_path / "out"
     words = (stack, "--out", out, "--workers", "1", "--shard-rows", "8", "--batch-size", "5", "--logits")
     assert predict(*words) == 0
-    said = capsys.readouterr()
-    assert said.out.startswith(f"30 rows in 4 files of {out}, ")
-    assert "30 images; 1 worker\n" in said.err
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"30 rows in 4 files of {out}, ")
+    assert "30 images; 1 worker\n" in captured.err
     written = pq.read_table(out).to_pydict()
     assert written["id"] == [row["image"] for row in printed]
     assert written["label"] == [row["label"] for row in printed]
@@ -48,7 +48,7 @@ def test_printing_and_writing_agree(stack: Path, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("--engine", "ray"), "--engine is for --out"),
         (("--logits",), "--logits is for --out"),
@@ -57,10 +57,10 @@ def test_printing_and_writing_agree(stack: Path, tmp_path: Path, capsys: pytest.
     ],
 )
 def test_options_that_need_out(
-    stack: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str
+    stack: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
 ) -> None:
     assert predict(stack, *words) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["photos", "shop.parquet", "day.NPZ"])
@@ -68,9 +68,9 @@ def test_sources_that_need_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     source = tmp_path / name
     source.mkdir() if name == "photos" else source.write_bytes(b"x")
     assert predict(source) == 2
-    told = capsys.readouterr().err
-    assert f"{source} holds many images, which are labelled into Parquet files" in " ".join(told.split())
-    assert "Pass --out FOLDER" in told
+    printed = capsys.readouterr().err
+    assert f"{source} holds many images, which are labelled into Parquet files" in " ".join(printed.split())
+    assert "Pass --out FOLDER" in printed
 
 
 @pytest.mark.parametrize(

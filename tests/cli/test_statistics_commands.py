@@ -165,8 +165,8 @@ def test_evaluate_a_bundle(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     out = capfd.readouterr().out
     assert "60 test images of digits, onnxruntime-cpu" in out
     assert "WARNING: the network was trained on fashion-mnist" in out
-    told = "the classes of digits differ; first difference at class 0: 't-shirt' and '0'"
-    assert told in refused(capfd, 2, "evaluate", REFERENCE, "--dataset", "digits")
+    message = "the classes of digits differ; first difference at class 0: 't-shirt' and '0'"
+    assert message in refused(capfd, 2, "evaluate", REFERENCE, "--dataset", "digits")
 
 
 def refused(capfd: pytest.CaptureFixture[str], code: int, *words: object) -> str:
@@ -178,7 +178,7 @@ def refused(capfd: pytest.CaptureFixture[str], code: int, *words: object) -> str
 
 
 @pytest.mark.parametrize("command", ["evaluate", "recalibrate", "inspect"])
-def test_what_is_no_checkpoint(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_not_checkpoints(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.safetensors").write_text("this is a text file, not a checkpoint\n" * 9)
     (tmp_path / "empty").mkdir()
     assert "does not exist" in refused(capfd, 2, command, tmp_path / "missing.safetensors")
@@ -189,9 +189,9 @@ def test_what_is_no_checkpoint(command: str, tmp_path: Path, capfd: pytest.Captu
 @pytest.mark.parametrize("words", [("evaluate",), ("recalibrate",), ("inspect", "--statistics")])
 def test_weights_without_a_network(words: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_file(randomise(bn_lenet()).state_dict(), tmp_path / "plain.safetensors")
-    told = refused(capfd, 2, *words, tmp_path / "plain.safetensors")
-    assert "its network is unknown" in told
-    assert "--source" in told
+    message = refused(capfd, 2, *words, tmp_path / "plain.safetensors")
+    assert "its network is unknown" in message
+    assert "--source" in message
 
 
 @pytest.mark.parametrize("command", ["evaluate", "recalibrate"])
@@ -201,9 +201,9 @@ def test_data_that_do_not_fit_or_are_not_here(command: str, tmp_path: Path, capf
     assert "gives 7 scores, the data set has 10 classes" in refused(capfd, 2, command, odd)
     assert "pass --dataset" in refused(capfd, 2, command, unnamed).lower()
     assert "'imagenet' is not one of" in refused(capfd, 2, command, good, "--dataset", "imagenet")
-    told = refused(capfd, 3, command, good, "--dataset", "mnist")
-    assert "could not be downloaded" in told
-    assert "--data-dir" in told
+    message = refused(capfd, 3, command, good, "--dataset", "mnist")
+    assert "could not be downloaded" in message
+    assert "--data-dir" in message
     assert sorted(path.name for path in tmp_path.glob("*recalibrated*")) == []
 
 

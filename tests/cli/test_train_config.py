@@ -175,7 +175,7 @@ def test_a_network_of_ones_own_is_exported_by_its_code_and_its_checkpoint(tmp_pa
     assert manifest["labels"] == list("0123456789")
 
 
-def test_another_networks_checkpoint_tells_nothing(tmp_path):
+def test_the_checkpoint_of_another_network_sets_no_defaults(tmp_path):
     assert run([*FAST, "--model", "net.py:build", "--epochs", "1", "--out", "a"]) == 0
     (tmp_path / "other.py").write_text(NETWORK)
     loaded = load_source("other.py:build", weights=tmp_path / "a" / "model.safetensors")

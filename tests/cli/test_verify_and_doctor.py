@@ -34,10 +34,10 @@ def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_verify_passes_and_writes_json(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(bundle.path), *FAST, "--json", str(tmp_path / "report.json")]) == 0
-    told = capsys.readouterr()
-    assert "PASS" in told.out
-    assert "FAIL" not in told.out
-    assert told.err == ""
+    captured = capsys.readouterr()
+    assert "PASS" in captured.out
+    assert "FAIL" not in captured.out
+    assert captured.err == ""
     assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
 
 
@@ -54,19 +54,19 @@ def test_a_changed_byte_is_a_verdict_that_names_the_file(
     content[-1] ^= 1
     (folder / "model.onnx").write_bytes(content)
     assert run(["verify", str(folder), *FAST]) == 1
-    told = " ".join(capsys.readouterr().out.split())
-    assert "model.onnx was changed" in told
-    assert "FAIL" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "model.onnx was changed" in printed
+    assert "FAIL" in printed
 
 
-def test_what_is_no_bundle_and_no_runtime_is_bad_usage(
+def test_other_folders_than_bundles_and_unknown_runtimes_are_bad_usage(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert run(["verify", str(bundle.path), "--runtime", "tensorrt"]) == 2
-    told = capsys.readouterr().err
-    assert all(spec.name in told for spec in RUNNERS)
+    printed = capsys.readouterr().err
+    assert all(spec.name in printed for spec in RUNNERS)
 
 
 @pytest.mark.parametrize("name", [spec.name for spec in RUNNERS if spec.device == "cuda"])
@@ -74,10 +74,10 @@ def test_a_gpu_runtime_without_a_gpu_is_exit_3(bundle: Bundle, capfd: pytest.Cap
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert run(["verify", str(bundle.path), "--runtime", name]) == 3
-    told = capfd.readouterr()
-    assert told.out == ""
-    assert f"Error: {name} can't run here: " in told.err
-    assert len(told.err.splitlines()) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert f"Error: {name} can't run here: " in captured.err
+    assert len(captured.err.splitlines()) == 2
 
 
 def test_the_code_of_a_users_network_makes_it_the_reference(
@@ -117,9 +117,9 @@ def test_doctor_fits_80_columns_and_states_each_cause_once(
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor"]) == 0
-    told = capsys.readouterr().out
-    assert all(spec.name in told for spec in RUNNERS)
-    assert "torch" in told
+    printed = capsys.readouterr().out
+    assert all(spec.name in printed for spec in RUNNERS)
+    assert "torch" in printed
     assert run(["doctor", "--json", "--require", "onnxruntime-cpu"]) == 0
     health = {row["runtime"]: row for row in json.loads(capsys.readouterr().out)["runtimes"]}
     assert health["onnxruntime-cpu"]["works"] is True
@@ -164,7 +164,7 @@ def test_the_verdict_as_a_page_and_for_ci(bundle: Bundle, tmp_path: Path) -> Non
         (["--samples", "nowhere.npy"], "nowhere.npy"),
     ],
 )
-def test_what_can_not_be_asked_for(
+def test_combinations_that_can_not_be_requested(
     bundle: Bundle, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(bundle.path), *options]) == 2
@@ -190,20 +190,20 @@ def few_faults(monkeypatch: pytest.MonkeyPatch) -> tuple[Fault, ...]:
     return kept
 
 
-def test_the_self_test_stands_beside_the_verdict(
+def test_the_self_test_is_shown_next_to_the_verdict(
     bundle: Bundle, few_faults: tuple[Fault, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, xml, value = tmp_path / "a.html", tmp_path / "a.xml", tmp_path / "a.json"
     files = ["--html", str(page), "--junit", str(xml), "--json", str(value)]
     assert run(["verify", str(bundle.path), *FAST, "--max-samples", "16", "--self-test", *files]) == 0
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     count = len(few_faults) + len(bundle.manifest.files) + 1
-    lines = told.err.splitlines()
+    lines = captured.err.splitlines()
     assert lines[0] == f"self-test 1/{count}: eps dropped in model.onnx"
     assert lines[-1] == f"self-test {count}/{count}: one flipped bit in manifest.json"
     assert len(lines) == count
-    assert f"self-test: {count} faults: 1 not tried here, {count - 1} caught" in told.out
-    assert "PASS" in told.out
+    assert f"self-test: {count} faults: 1 not tried here, {count - 1} caught" in captured.out
+    assert "PASS" in captured.out
     found = {item["fault"]: item for item in json.loads(value.read_text())["findings"]["self_test"]}
     assert found["eps dropped"]["outcome"] == "caught"
     assert "file-proof" in found["eps dropped"]["caught"]
@@ -222,13 +222,13 @@ def test_a_fault_that_is_missed_is_exit_1(
     """The bundle is right; a verifier that is blind where it should see proves nothing of it."""
     monkeypatch.setattr(stages, "declaration_problem", lambda *_: None)
     assert run(["verify", str(bundle.path), *FAST, "--max-samples", "16", "--self-test"]) == 1
-    told = " ".join(capsys.readouterr().out.split())
-    assert "MISSED another opset" in told
-    assert "manifest.json declaration nothing" in told
-    assert "FAIL: the self-test missed 1 faults, first another opset claimed in manifest.json" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "MISSED another opset" in printed
+    assert "manifest.json declaration nothing" in printed
+    assert "FAIL: the self-test missed 1 faults, first another opset claimed in manifest.json" in printed
 
 
-def test_the_page_tells_the_command_that_was_given(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_page_shows_the_command_that_was_given(bundle: Bundle, tmp_path: Path) -> None:
     """Another command would verify on other inputs."""
     folder = tmp_path / "a b"
     folder.mkdir()
@@ -237,8 +237,8 @@ def test_the_page_tells_the_command_that_was_given(bundle: Bundle, tmp_path: Pat
     options = ["--runtime", "onnxruntime-cpu", "--samples", str(samples), "--max-samples", "10", "--seed", "3"]
     assert run(["verify", str(bundle.path), *options, "--html", str(folder / "page.html")]) == 0
     text = html.unescape((folder / "page.html").read_text())
-    asked = f"bnexport verify {bundle.path} --samples '{samples}' --max-samples 10"
-    assert f"{asked} --runtime onnxruntime-cpu --seed 3" in text
+    requested = f"bnexport verify {bundle.path} --samples '{samples}' --max-samples 10"
+    assert f"{requested} --runtime onnxruntime-cpu --seed 3" in text
 
 
 def test_changed_labels_are_called_by_their_names(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +259,7 @@ def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(
         with counting("self-test") as show:
             show(1, 2, "one [bit]")
             show(2, 2, "NaN")
-        told = capsys.readouterr()
-        assert told.out == ""
-        assert (told.err == "self-test 1/2: one [bit]\nself-test 2/2: NaN\n") is not terminal
-        assert ("self-test: NaN" in told.err) is terminal
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert (captured.err == "self-test 1/2: one [bit]\nself-test 2/2: NaN\n") is not terminal
+        assert ("self-test: NaN" in captured.err) is terminal

@@ -60,9 +60,9 @@ def test_refusals_exit_with_2_and_list_what_was_found(capfd: pytest.CaptureFixtu
         (("--weights-key", "ema"), "needs a weights file"),
     ):
         assert run([*EXPORT, *words, "--out", "models/a/1"]) == 2
-        said = capfd.readouterr().err
-        assert part in said
-        assert len(said.strip().splitlines()) == 2
+        printed = capfd.readouterr().err
+        assert part in printed
+        assert len(printed.strip().splitlines()) == 2
         assert not Path("models").exists()
 
 

@@ -19,7 +19,7 @@ X = np.random.default_rng(4).random((65, 1, 28, 28), dtype=np.float32)
 pytestmark = pytest.mark.parametrize("name", RUNTIMES)
 
 
-def test_it_says_where_it_runs(bundle: Bundle, name: str) -> None:
+def test_the_description_states_where_it_runs(bundle: Bundle, name: str) -> None:
     with runner_spec(name).open(bundle) as runner:
         runner.run({"input": X[:2]})
         assert runner.name == name

@@ -46,9 +46,9 @@ def test_every_line_of_predicting_runs(tmp_path: Path) -> None:
     Image.fromarray(images[0]).save(stream := io.BytesIO(), "PNG")
     table = pyarrow.table({"sku": ["x"], "picture": [stream.getvalue()]})
     parquet.write_table(table, tmp_path / "shop.parquet")
-    told = [typed(words, tmp_path) for words in lines("predicting.md") if "ray" not in words]
-    assert "shoe.png" in told[0]
-    assert [re.match(r"\d+ rows?", text)[0] for text in told[1:]] == ["2 rows", "12 rows", "1 row"]
+    outputs = [typed(words, tmp_path) for words in lines("predicting.md") if "ray" not in words]
+    assert "shoe.png" in outputs[0]
+    assert [re.match(r"\d+ rows?", text)[0] for text in outputs[1:]] == ["2 rows", "12 rows", "1 row"]
 
 
 def test_every_line_of_deploying_runs(tmp_path: Path) -> None:

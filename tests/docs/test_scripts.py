@@ -112,28 +112,28 @@ def lanes(folder: Path, script: str, *words: str, fails: str = "nothing", code: 
     ],
 )
 def test_check_leaves_the_slow_tests_out(tmp_path: Path, words: list[str], selected: str) -> None:
-    code, said, calls = lanes(tmp_path, "scripts/check", *words)
+    code, printed, calls = lanes(tmp_path, "scripts/check", *words)
     assert code == 0
     assert calls == [f"-m pytest -n auto --dist loadfile {selected}"]
-    assert said.rstrip().endswith("== all checks passed")
+    assert printed.rstrip().endswith("== all checks passed")
 
 
 @pytest.mark.parametrize("fails", ["ruff check", "ruff format", "mypy", "pytest"])
 def test_check_ends_with_the_code_of_a_failure(tmp_path: Path, fails: str) -> None:
-    code, said, calls = lanes(tmp_path, "scripts/check", fails=fails, code=4)
+    code, printed, calls = lanes(tmp_path, "scripts/check", fails=fails, code=4)
     assert code == 4
-    assert "all checks passed" not in said
+    assert "all checks passed" not in printed
     assert len(calls) == (fails == "pytest")
 
 
 def test_ci_runs_both_lanes_and_repeats_their_closing_lines(tmp_path: Path) -> None:
-    code, said, calls = lanes(tmp_path, ".ci/run", "-k", "x")
+    code, printed, calls = lanes(tmp_path, ".ci/run", "-k", "x")
     assert code == 0
     assert [call.removeprefix("-m pytest -n auto --dist loadfile ") for call in calls] == [
         "-m not slow -k x",
         "-m slow -k x",
     ]
-    assert said.splitlines()[-3:] == ["== pytest, not slow and slow", *["=== 3 passed in 1.00s ==="] * 2]
+    assert printed.splitlines()[-3:] == ["== pytest, not slow and slow", *["=== 3 passed in 1.00s ==="] * 2]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_ci_fails_with_either_lane(tmp_path: Path, fails: str, code: int, ends: 
 
 
 @pytest.mark.parametrize(("beside", "given"), [(True, None), (False, None), (True, "/elsewhere")])
-def test_ci_finds_the_data_beside_the_repository(tmp_path: Path, beside: bool, given: str | None) -> None:
+def test_ci_finds_the_data_next_to_the_repository(tmp_path: Path, beside: bool, given: str | None) -> None:
     repository = tmp_path / "clone"
     executable(repository / ".ci" / "run", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
     executable(repository / "scripts" / "check", '#!/bin/sh\necho "check $* with ${BNEXPORT_DATA:-nothing}"\n')

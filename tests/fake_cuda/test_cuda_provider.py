@@ -80,11 +80,11 @@ def test_the_options_of_the_provider_are_read_back(machine: Machine) -> None:
         for precision, search in itertools.product(("float32", "tf32"), CONV_SEARCHES)
     ]
     for row, opened in zip(settings, machine.open(*(Job(str(REFERENCE), row) for row in settings)), strict=True):
-        told = opened.description
-        assert told["options"][CUDA]["use_tf32"] == ("1" if row.precision == "tf32" else "0")
-        assert told["options"][CUDA]["cudnn_conv_algo_search"] == row.conv_search.upper()
-        assert told["precision"] == row.precision
-        assert told["deterministic"] is (row.precision == "float32")
+        found = opened.description
+        assert found["options"][CUDA]["use_tf32"] == ("1" if row.precision == "tf32" else "0")
+        assert found["options"][CUDA]["cudnn_conv_algo_search"] == row.conv_search.upper()
+        assert found["precision"] == row.precision
+        assert found["deterministic"] is (row.precision == "float32")
 
 
 @pytest.mark.parametrize("name", ["users", "float16", "any size"])
@@ -144,11 +144,11 @@ def test_verify_runs_on_cuda_and_fails_on_wrong_numbers(machine: Machine, tmp_pa
     few = ("--max-samples", "8", "--no-drift", "--json", str(report))
     done = machine.bnexport("verify", str(REFERENCE), "--runtime", "onnxruntime-cuda", *few)
     assert done.returncode == 1, done.stderr
-    told = json.loads(report.read_text())
-    assert told["runtimes"]["onnxruntime-cuda"]["device"] == "cuda:0"
-    assert told["runtimes"]["onnxruntime-cuda"]["process"] == "its own"
-    assert told["skipped"].get("onnxruntime-cuda") is None
-    failed = [row for row in told["rows"] if not row["passed"]]
+    result = json.loads(report.read_text())
+    assert result["runtimes"]["onnxruntime-cuda"]["device"] == "cuda:0"
+    assert result["runtimes"]["onnxruntime-cuda"]["process"] == "its own"
+    assert result["skipped"].get("onnxruntime-cuda") is None
+    failed = [row for row in result["rows"] if not row["passed"]]
     assert {row["stage"] for row in failed} >= {"strict"}
     assert all("onnxruntime-cuda" in row["subject"] for row in failed), failed
 
@@ -161,9 +161,9 @@ def test_verify_names_what_cuda_refuses(machine: Machine, made: dict[str, Bundle
     assert "(Det) with an output of float of rank 2 runs on CPUExecutionProvider" in " ".join(named.stderr.split())
     every = machine.bnexport("verify", folder, "--max-samples", "4", "--no-drift", "--json", "-")
     assert every.returncode == 1
-    told = json.loads(every.stdout)
-    assert "onnxruntime-cuda" not in told["skipped"]
-    (row,) = [row for row in told["rows"] if row["subject"] == "onnxruntime-cuda"]
+    result = json.loads(every.stdout)
+    assert "onnxruntime-cuda" not in result["skipped"]
+    (row,) = [row for row in result["rows"] if row["subject"] == "onnxruntime-cuda"]
     assert (row["case"], row["passed"]) == ("open", False)
     assert "(Det)" in row["reason"]
 

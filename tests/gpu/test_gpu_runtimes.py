@@ -85,18 +85,18 @@ def test_every_way_of_calling_tensorrt(bundle: Bundle) -> None:
 @pytest.mark.needs("ort-cuda")
 @pytest.mark.parametrize("search", CONV_SEARCHES)
 @pytest.mark.parametrize("precision", BOTH)
-def test_what_cuda_was_told_is_read_back(bundle: Bundle, precision: str, search: str) -> None:
+def test_the_settings_of_cuda_are_read_back(bundle: Bundle, precision: str, search: str) -> None:
     settings = RunSettings(precision, "basic", search, binding=True, isolated=True)
     with runner_spec("onnxruntime-cuda").open(bundle, settings=settings) as runner:
         runner.run({"input": X})
-        told = runner.description
-    assert told["device"] == "cuda:0"
-    assert told["precision"] == precision
-    assert told["optimisation"] == "basic"
-    assert told["memory"] == "bound on cuda"
-    assert told["process"] == "its own"
-    assert told["options"]["CUDAExecutionProvider"]["use_tf32"] == ("1" if precision == "tf32" else "0")
-    assert told["options"]["CUDAExecutionProvider"]["cudnn_conv_algo_search"] == search.upper()
+        found = runner.description
+    assert found["device"] == "cuda:0"
+    assert found["precision"] == precision
+    assert found["optimisation"] == "basic"
+    assert found["memory"] == "bound on cuda"
+    assert found["process"] == "its own"
+    assert found["options"]["CUDAExecutionProvider"]["use_tf32"] == ("1" if precision == "tf32" else "0")
+    assert found["options"]["CUDAExecutionProvider"]["cudnn_conv_algo_search"] == search.upper()
 
 
 @pytest.mark.needs("ort-cuda")
@@ -118,7 +118,7 @@ def test_bound_memory_of_one_batch_size_is_not_used_for_another(bundle: Bundle, 
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_nobody_s_global_state_changes(bundle: Bundle, name: str) -> None:
+def test_the_global_state_does_not_change(bundle: Bundle, name: str) -> None:
     import torch
 
     def state() -> tuple[object, ...]:

@@ -146,7 +146,7 @@ class Notes(TrainingListener):
 
 
 @pytest.mark.parametrize(
-    ("kind", "asked", "says"),
+    ("kind", "requested", "message"),
     [
         ("plain", True, None),
         ("counts", None, None),
@@ -156,20 +156,25 @@ class Notes(TrainingListener):
     ],
 )
 def test_a_network_of_a_user_is_recorded_or_trained_plainly(
-    tmp_path: Path, kind: str, asked: bool | None, says: str | None
+    tmp_path: Path, kind: str, requested: bool | None, message: str | None
 ) -> None:
     """The last kind fails in the midst of the recording; dropout, memory and streams work afterwards."""
     (tmp_path / "net.py").write_text(OWN)
     config = replace(
-        CONFIG, model=f"{tmp_path / 'net.py'}:Net", model_options={"kind": kind}, lr=0.1, momentum=0.9, cuda_graph=asked
+        CONFIG,
+        model=f"{tmp_path / 'net.py'}:Net",
+        model_options={"kind": kind},
+        lr=0.1,
+        momentum=0.9,
+        cuda_graph=requested,
     )
     notes, stream = Notes(), torch.cuda.current_stream()
     result = train(config, out=tmp_path / "a", progress=notes)
     assert torch.cuda.current_stream() == stream
     found = [note for note in notes.notes if "not recorded as a CUDA graph" in note]
-    assert len(found) == (says is not None), found
-    if says is not None:
-        assert says in found[0]
+    assert len(found) == (message is not None), found
+    if message is not None:
+        assert message in found[0]
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -138,13 +138,13 @@ def test_the_command_line_refuses_with_2(name: str, good: Good, place: Path, cap
     before = everything(place)
     assert reader.command is not None
     code = run([str(word) for word in reader.command(path, good, place / "out")])
-    shown, said = capfd.readouterr()
-    assert code == 2, said
-    assert CORPUS[name].words in said
-    assert said.startswith("Error: ")
-    assert len(said.strip().splitlines()) == 2, said
-    assert "Traceback" not in shown + said
-    assert all(char.isprintable() or char == "\n" for char in said)
+    shown, printed = capfd.readouterr()
+    assert code == 2, printed
+    assert CORPUS[name].words in printed
+    assert printed.startswith("Error: ")
+    assert len(printed.strip().splitlines()) == 2, printed
+    assert "Traceback" not in shown + printed
+    assert all(char.isprintable() or char == "\n" for char in printed)
     assert everything(place) == before
 
 
@@ -183,9 +183,9 @@ def test_a_bundle_with_hostile_golden_vectors_fails(
     name: str, good: Good, place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(build(name, good, place)), "--runtime", "onnxruntime-cpu"]) in (1, 2)
-    shown, said = capfd.readouterr()
-    assert "Traceback" not in shown + said
-    assert "FAIL" in shown or "Error: " in said
+    shown, printed = capfd.readouterr()
+    assert "Traceback" not in shown + printed
+    assert "FAIL" in shown or "Error: " in printed
 
 
 @pytest.mark.sampled(3)

@@ -56,13 +56,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def only_refused(read: Callable[[], object]) -> None:
     """Anything but a refusal passes through and fails the test."""
-    said = ""
+    message = ""
     try:
         read()
     except (Refusal, BnexportError) as error:
-        said = str(error)
-    assert "\n" not in said
-    assert len(said) < 1500
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 1500
 
 
 SCREENS: dict[str, tuple[Callable[[bytes], object], Callable[[Good], bytes]]] = {
@@ -89,7 +89,7 @@ def _npy() -> bytes:
 @pytest.mark.parametrize("kind", SCREENS)
 @examples(250)
 @given(change=changes(), raw=st.none() | st.binary(max_size=200))
-def test_screens_only_refuse(kind: str, change: Change, raw: bytes | None, good: Good) -> None:
+def test_validators_only_refuse(kind: str, change: Change, raw: bytes | None, good: Good) -> None:
     screen, valid = SCREENS[kind]
     content = change(valid(good)) if raw is None else raw
     if kind == "names":

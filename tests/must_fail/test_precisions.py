@@ -69,7 +69,9 @@ def rows_of(report: VerificationReport, stage: str) -> list[Row]:
     return [row for row in report.rows if row.stage == stage]
 
 
-def test_an_engine_that_does_as_it_is_told_passes_both_stages(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_computes_as_requested_passes_both_stages(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(monkeypatch, obedient)
     report = run(bundle)
     assert report.passed, report.failures
@@ -157,8 +159,8 @@ def test_tf32_left_on_in_strict_mode_is_caught_twice(bundle: Bundle, monkeypatch
     assert ("strict", "") in stages(report)
     assert ("precision", "") in stages(report)
     assert not any(settings == "tf32" for _, settings in stages(report))
-    told = next(row for row in report.failures if row.stage == "precision")
-    assert told.detected == "tf32"
+    failure = next(row for row in report.failures if row.stage == "precision")
+    assert failure.detected == "tf32"
 
 
 def test_tf32_in_convolutions_alone_is_caught_in_strict_mode(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +171,7 @@ def test_tf32_in_convolutions_alone_is_caught_in_strict_mode(bundle: Bundle, mon
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("coarser", ["bfloat16", "bfloat16-products"])
-def test_a_coarser_precision_than_asked_for_is_caught(
+def test_a_coarser_precision_than_requested_is_caught(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, coarser: str
 ) -> None:
     install(monkeypatch, always(coarser))
@@ -178,7 +180,9 @@ def test_a_coarser_precision_than_asked_for_is_caught(
     assert ("precision", "tf32") in found
 
 
-def test_a_finer_precision_than_asked_for_passes_and_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finer_precision_than_requested_passes_and_is_reported(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An old GPU has no TF32: nothing is wrong, but the report must not say that TF32 was measured."""
     install(monkeypatch, always("float32"))
     report = run(bundle)
@@ -214,7 +218,7 @@ def test_twice_the_allowed_noise_fails(bundle: Bundle, monkeypatch: pytest.Monke
     assert any("x the predicted noise, allowed 3 x" in row.reason for row in failed)
 
 
-def test_a_runtime_without_strict_float32_is_no_whole_proof_of_kernels_but_a_shipped_one(
+def test_without_strict_float32_a_runtime_proves_only_the_shipping_precision(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, obedient)
@@ -258,7 +262,7 @@ def test_a_wrong_fold_in_half_precision_fails(bundle: Bundle, tmp_path: Path, pr
         del model.graph.value_info[:]
         onnx.save(model, folder / MODEL_ONNX)
 
-    told = {**bundle.manifest.onnx, "precision": precision}
+    declared = {**bundle.manifest.onnx, "precision": precision}
     right, wrong = copy_bundle(bundle, tmp_path / "1"), copy_bundle(bundle, tmp_path / "2")
     write_models(wrong, WRONG_WEIGHTS["another eps, 1e-3"]())
     for folder in (right, wrong):
@@ -266,8 +270,8 @@ def test_a_wrong_fold_in_half_precision_fails(bundle: Bundle, tmp_path: Path, pr
         for other in ("model.pt", "model.pt2"):
             (folder / other).unlink(missing_ok=True)
     scope = Scope(max_samples=100)
-    good = verify(reseal(right, onnx=told), runtimes=["onnxruntime-cpu"], scope=scope)
+    good = verify(reseal(right, onnx=declared), runtimes=["onnxruntime-cpu"], scope=scope)
     assert good.passed, good.failures
     assert {row.stage for row in good.rows if row.subject == "onnxruntime-cpu"} >= {"golden", "shipping"}
-    bad = verify(reseal(wrong, onnx=told), runtimes=["onnxruntime-cpu"], scope=scope)
+    bad = verify(reseal(wrong, onnx=declared), runtimes=["onnxruntime-cpu"], scope=scope)
     assert any(row.stage == "file-proof" for row in bad.failures)

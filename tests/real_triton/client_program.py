@@ -56,34 +56,34 @@ def classes(kit: Any, client: Any, model: dict[str, Any]) -> list[list[tuple[flo
     return [[(float(match[1]), int(match[2]), match[3]) for match in row] for row in found]
 
 
-def drive(told: str, kit: Any, client: Any, model: dict[str, Any]) -> None:
+def drive(label: str, kit: Any, client: Any, model: dict[str, Any]) -> None:
     name, inputs, outputs = model["name"], model["inputs"], model["outputs"]
     count = len(next(iter(inputs.values())))
-    check(f"{told} ready", client.is_model_ready(name))
+    check(f"{label} ready", client.is_model_ready(name))
     result = client.infer(name, items(kit, model))
     for output, expected in outputs.items():
-        check(f"{told} {output}", close(result.as_numpy(output), expected))
+        check(f"{label} {output}", close(result.as_numpy(output), expected))
     if model["max_batch"]:
         for number in range(count):
             result = client.infer(name, items(kit, model, number, number + 1))
             for output, expected in outputs.items():
-                check(f"{told} {output} of {number}", close(result.as_numpy(output), expected[number : number + 1]))
+                check(f"{label} {output} of {number}", close(result.as_numpy(output), expected[number : number + 1]))
         many = model | {
             "inputs": {key: np.repeat(value[:1], model["max_batch"] + 1, 0) for key, value in inputs.items()}
         }
-        refused(f"{told} too large a batch", client, name, items(kit, many), str(model["max_batch"]))
+        refused(f"{label} too large a batch", client, name, items(kit, many), str(model["max_batch"]))
         result = client.infer(name, items(kit, many, 1))
-        check(f"{told} the largest batch", len(result.as_numpy(next(iter(outputs)))) == model["max_batch"])
+        check(f"{label} the largest batch", len(result.as_numpy(next(iter(outputs)))) == model["max_batch"])
     else:
-        refused(f"{told} another batch", client, name, items(kit, model, 0, count - 1), "unexpected shape")
+        refused(f"{label} another batch", client, name, items(kit, model, 0, count - 1), "unexpected shape")
     narrow = model | {"inputs": {key: value[..., :-1] if value.ndim > 1 else value for key, value in inputs.items()}}
-    refused(f"{told} another shape", client, name, items(kit, narrow), "unexpected shape")
+    refused(f"{label} another shape", client, name, items(kit, narrow), "unexpected shape")
     if model["labels"]:
         expected = next(iter(outputs.values()))
         for row, scores in zip(classes(kit, client, model), expected, strict=True):
             best = [int(index) for index in np.argsort(-scores)[:3]]
-            check(f"{told} labels {row}", [item[1:] for item in row] == [(i, model["labels"][i]) for i in best])
-            check(f"{told} scores {row}", close(np.array([item[0] for item in row]), scores[best]))
+            check(f"{label} labels {row}", [item[1:] for item in row] == [(i, model["labels"][i]) for i in best])
+            check(f"{label} scores {row}", close(np.array([item[0] for item in row]), scores[best]))
 
 
 def refused(what: str, client: Any, name: str, sent: list[Any], word: str = "") -> None:
@@ -106,8 +106,8 @@ def batching(port: int, model: dict[str, Any]) -> None:
     with over_grpc.InferenceServerClient(f"127.0.0.1:{port}") as client:
         before = counters()
         for number in range(REQUESTS):
-            sent, told = items(over_grpc, model, number % count, number % count + 1), partial(keep, answers, number)
-            client.async_infer(name, sent, callback=told)
+            sent, deliver = items(over_grpc, model, number % count, number % count + 1), partial(keep, answers, number)
+            client.async_infer(name, sent, callback=deliver)
         for _ in range(REQUESTS):
             number, result, error = answers.get(timeout=60)
             for output, expected in model["outputs"].items():
@@ -125,17 +125,17 @@ def keep(answers: queue.Queue[tuple[int, Any, Any]], number: int, result: Any, e
 
 def same_as_ours(port: int, ours: int, model: dict[str, Any]) -> None:
     """The same client gets the same from both servers."""
-    told = []
+    answered = []
     for number in (port, ours):
         with over_http.InferenceServerClient(f"127.0.0.1:{number}") as client:
             known = client.get_model_metadata(model["name"])
-            told.append(
+            answered.append(
                 ([known[key] for key in ("name", "versions", "inputs", "outputs")], classes(over_http, client, model))
             )
-    check(f"metadata {told[0][0]}", told[0][0] == told[1][0])
-    theirs, own = (np.array([[item[0] for item in row] for row in rows]) for _, rows in told)
+    check(f"metadata {answered[0][0]}", answered[0][0] == answered[1][0])
+    theirs, own = (np.array([[item[0] for item in row] for row in rows]) for _, rows in answered)
     check("scores of both", close(own, theirs))
-    theirs, own = ([[item[1:] for item in row] for row in rows] for _, rows in told)
+    theirs, own = ([[item[1:] for item in row] for row in rows] for _, rows in answered)
     check("labels of both", own == theirs)
 
 

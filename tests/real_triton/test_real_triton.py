@@ -100,8 +100,8 @@ def change(folder: Path, words: tuple[str, str]) -> None:
 
 def understood(log: str) -> Any:
     """The configuration as the server tells it in its log, without what it adds."""
-    (told,) = re.findall(r'Server side auto-completed config: "\n(.*?)\n\n', log, re.DOTALL)
-    return read_config(told.replace('platform: "onnxruntime_onnx"\n', ""))
+    (config,) = re.findall(r'Server side auto-completed config: "\n(.*?)\n\n', log, re.DOTALL)
+    return read_config(config.replace('platform: "onnxruntime_onnx"\n', ""))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -119,7 +119,7 @@ def test_only_the_backend_is_missing(server: Triton, bundles: dict[str, Bundle],
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("max_batch_size: 64", "max_batch_sise: 64", 'no field named "max_batch_sise"'),
         ("max_batch_size: 64", 'max_batch_size: "64"', "Expected integer"),
@@ -133,7 +133,7 @@ def test_only_the_backend_is_missing(server: Triton, bundles: dict[str, Bundle],
     ],
 )
 def test_mistakes_are_refused_for_what_they_are(
-    server: Triton, bundles: dict[str, Bundle], old: str, new: str, told: str
+    server: Triton, bundles: dict[str, Bundle], old: str, new: str, message: str
 ) -> None:
     """The control of the test above: this server does look."""
     name = unused(server)
@@ -141,23 +141,25 @@ def test_mistakes_are_refused_for_what_they_are(
     change(folder, (old, new))
     error, log = server.load(name)
     assert error
-    assert told in log
+    assert message in log
     assert MISSING not in error + log
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         (LABELS, "names.txt", "failed to open text file"),
         ("count: 1 kind: KIND_CPU", "count: 1 kind: KIND_GPU gpus: [ 99 ]", "invalid or unsupported gpu id 99"),
     ],
 )
-def test_mistakes_that_loading_shows(server: Triton, bundles: dict[str, Bundle], old: str, new: str, told: str) -> None:
+def test_mistakes_that_loading_shows(
+    server: Triton, bundles: dict[str, Bundle], old: str, new: str, message: str
+) -> None:
     """Those that show before the backend makes an instance: this one aborts at times while it gives one up."""
     name = unused(server)
     change(for_python(deploy(server.repository, bundles["bn_lenet"], name)), (old, new))
     error, _ = server.load(name)
-    assert told in error
+    assert message in error
 
 
 @pytest.fixture
@@ -191,9 +193,9 @@ def test_it_serves_by_these_configurations(
             shutil.copytree(bundles["bn_lenet"].path, tmp_path / "models" / model["name"] / "1")
     with serving(tmp_path / "models", tmp_path / "log") as ours:
         task = {"http": server.http, "grpc": server.grpc, "ours": ours.port, "models": served}
-        told = run_program(found.python, HERE / "client_program.py", task)
-    assert told["wrong"] == []
-    assert len(told["done"]) > 1000
+        result = run_program(found.python, HERE / "client_program.py", task)
+    assert result["wrong"] == []
+    assert len(result["done"]) > 1000
 
 
 def test_it_passes_the_test_of_our_own_server(found: Installation, bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -208,6 +210,6 @@ def test_it_passes_the_test_of_our_own_server(found: Installation, bundles: dict
         words += [str(tmp_path / name) for name in ("inputs.npy", "logits.npy")]
         done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
-    assert set(told["wrong"]) == {"get_server_metadata", "a wrong shape is refused"}, "its own name and its own words"
-    assert len(told["done"]) > 60
+    result = json.loads(done.stdout)
+    assert set(result["wrong"]) == {"get_server_metadata", "a wrong shape is refused"}, "its own name and its own words"
+    assert len(result["done"]) > 60

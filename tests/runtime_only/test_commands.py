@@ -27,7 +27,7 @@ def report_of(result: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def told(result: dict[str, Any]) -> str:
+def text_of(result: dict[str, Any]) -> str:
     """What was printed, on one line."""
     return " ".join((result["out"] + result["err"]).split())
 
@@ -38,15 +38,15 @@ def test_help_needs_nothing(without: Run) -> None:
         assert result["code"] == 0, (words, result["err"])
 
 
-def test_verify_passes_and_says_what_it_did_not_cover(without: Run) -> None:
+def test_verify_passes_and_states_what_it_did_not_cover(without: Run) -> None:
     shown, raw = without([["verify", str(REFERENCE)], ["verify", str(REFERENCE), "--json", "-"]])
-    assert shown["code"] == 0, told(shown)
-    assert f"PASS, files and golden vectors only: {len(report_of(raw)['rows'])} comparisons on " in told(shown)
+    assert shown["code"] == 0, text_of(shown)
+    assert f"PASS, files and golden vectors only: {len(report_of(raw)['rows'])} comparisons on " in text_of(shown)
     proofs = [row for row in Bundle.open(REFERENCE).manifest.verification["rows"] if row["stage"] == "file-proof"]
     worst = max(row["error"] for row in proofs if row["subject"] == MODEL_ONNX)
-    assert f"at export it was {worst:.1e} of scale" in told(shown)
-    assert "torch is not installed" in told(shown)
-    assert "the bundle's golden vectors, not the original network, which needs torch" in told(shown)
+    assert f"at export it was {worst:.1e} of scale" in text_of(shown)
+    assert "torch is not installed" in text_of(shown)
+    assert "the bundle's golden vectors, not the original network, which needs torch" in text_of(shown)
     report = report_of(raw)
     assert raw["code"] == 0
     assert report["passed"] is True
@@ -121,9 +121,9 @@ def test_a_spoiled_bundle_fails(without: Run, copy: Path, name: str) -> None:
     change, words = SPOILED[name]
     change(copy)
     (result,) = without([["verify", str(copy)]])
-    assert result["code"] == 1, told(result)
-    assert words in told(result)
-    assert "FAIL:" in told(result)
+    assert result["code"] == 1, text_of(result)
+    assert words in text_of(result)
+    assert "FAIL:" in text_of(result)
 
 
 def test_deploy_for_triton(without: Run, tmp_path: Path) -> None:
@@ -136,12 +136,12 @@ def test_deploy_for_triton(without: Run, tmp_path: Path) -> None:
             ["deploy", "kserve", str(REFERENCE), *kserve],
         ]
     )
-    assert written["code"] == 0, told(written)
+    assert written["code"] == 0, text_of(written)
     assert (tmp_path / "repository" / "bn_lenet" / "config.pbtxt").is_file()
-    assert built["code"] == 0, told(built)
+    assert built["code"] == 0, text_of(built)
     assert (tmp_path / "docker" / "Dockerfile").is_file()
     assert refused["code"] == 3
-    assert "bnexport-runtime[deploy]" in told(refused)
+    assert "bnexport-runtime[deploy]" in text_of(refused)
 
 
 def test_predict_inspect_and_doctor(without: Run, files: Path) -> None:
@@ -170,7 +170,7 @@ def test_evaluate_counts_with_onnxruntime_alone(without: Run, tmp_path: Path) ->
     shutil.copytree(REFERENCE, tmp_path / "1")
     reseal(tmp_path / "1", labels=None)
     (result,) = without([["evaluate", str(tmp_path / "1"), "--dataset", "digits", "--json", "-"]])
-    assert result["code"] == 0, told(result)
+    assert result["code"] == 0, text_of(result)
     report = report_of(result)
     assert report["n"] == sum(map(sum, report["confusion"])) == 1000
 
@@ -202,14 +202,14 @@ NEEDS: dict[str, tuple[list[str], str]] = {
 }
 
 
-def test_what_can_not_be_done_ends_with_3_and_says_what_to_install(without: Run, files: Path, tmp_path: Path) -> None:
+def test_commands_that_need_more_end_with_3_and_name_what_to_install(without: Run, files: Path, tmp_path: Path) -> None:
     commands, needs = [], {name: row for name, row in NEEDS.items() if offered(row[0])}
     for name, (words, _) in needs.items():
         words = [word.replace("FILES", str(files)).replace("OUT", str(tmp_path / "page.html")) for word in words]
         commands.append([*words, "--out", str(tmp_path / name)] if words[0] in ("train", "fold-and-export") else words)
-    for (name, (_, says)), result in zip(needs.items(), without(commands), strict=True):
-        assert result["code"] == 3, (name, told(result))
-        assert says in result["err"], (name, result["err"])
+    for (name, (_, printed)), result in zip(needs.items(), without(commands), strict=True):
+        assert result["code"] == 3, (name, text_of(result))
+        assert printed in result["err"], (name, result["err"])
         assert len(result["err"].splitlines()) == 2, (name, result["err"])
     assert list(tmp_path.iterdir()) == []
 

@@ -90,9 +90,9 @@ def metadata_of(wheel: Path) -> Message:
 
 
 def test_the_wheel_has_the_whole_package_and_the_light_list(wheel: Path) -> None:
-    told = metadata_of(wheel)
-    assert (told["Name"], told["Version"]) == ("bnexport-runtime", __version__)
-    every = told.get_all("Requires-Dist") or []
+    stated = metadata_of(wheel)
+    assert (stated["Name"], stated["Version"]) == ("bnexport-runtime", __version__)
+    every = stated.get_all("Requires-Dist") or []
     required = [text for text in every if "extra ==" not in text]
     assert {name_of(text) for text in required} == {"numpy", "onnxruntime-gpu", "onnxruntime", "click", "rich"}
     for text in PROJECT["project"]["dependencies"]:
@@ -101,7 +101,7 @@ def test_the_wheel_has_the_whole_package_and_the_light_list(wheel: Path) -> None
                 "floors are those of bnexport"
             )
     named = {text.removeprefix("bnexport[").removesuffix("]") for text in RUNTIME_EXTRAS}
-    assert set(told.get_all("Provides-Extra") or ()) == named, "what errors tell to install is there"
+    assert set(stated.get_all("Provides-Extra") or ()) == named, "what errors tell to install is there"
     extra = {name_of(text) for text in every if "extra ==" in text}
     extras = PROJECT["project"]["optional-dependencies"]
     assert extra == {name_of(text) for name in named for text in extras[name]}
@@ -111,7 +111,7 @@ def test_the_wheel_has_the_whole_package_and_the_light_list(wheel: Path) -> None
     assert packed == {name for name in there if "__pycache__" not in name}
 
 
-def test_the_script_says_how_it_is_used() -> None:
+def test_the_script_prints_its_usage() -> None:
     done = call(sys.executable, SCRIPT)
     assert (done.returncode, done.stderr) == (2, "use: python scripts/runtime_wheel.py FOLDER\n")
 
@@ -183,7 +183,7 @@ print(all(abs(answers[name] - want).max() <= 1e-5 * abs(want).max() for name, wa
 """
 
 
-def test_a_runtime_in_a_process_of_its_own_there(machine: Path) -> None:
+def test_a_runtime_in_a_separate_process_there(machine: Path) -> None:
     """GPU runtimes are verified so; the child must not need torch either."""
     done = call(machine / "bin" / "python", "-c", ISOLATED, REFERENCE)
     assert (done.stdout, done.stderr) == ("True\n", "")

@@ -71,8 +71,8 @@ async def refused(what: str, call: Awaitable[object], status: int, *words: str) 
         await call
         wrong.append(f"{what} is not refused")
     except httpx.HTTPStatusError as error:
-        told = str(error)
-        check(f"{what}: {told}", error.response.status_code == status and all(word in told for word in words))
+        message = str(error)
+        check(f"{what}: {message}", error.response.status_code == status and all(word in message for word in words))
 
 
 async def drive_rest(url: str) -> None:
@@ -106,9 +106,9 @@ async def health(client: InferenceRESTClient, url: str) -> None:
 
 async def answers(client: InferenceRESTClient, url: str) -> None:
     for how, item in ways_to_send():
-        for what, asked in ways_to_ask():
+        for what, requested in ways_to_ask():
             for name in ("bn_lenet", "bn_lenet/versions/1"):
-                request = InferRequest(name, [item], request_id="r1", **asked)
+                request = InferRequest(name, [item], request_id="r1", **requested)
                 answer = await client.infer(url, request, name)
                 good = close(answer.outputs[0].as_numpy()) and (answer.id, answer.model_name) == ("r1", "bn_lenet")
                 check(f"infer {name} with {how}, asking for {what}", good)
@@ -119,8 +119,8 @@ async def answers(client: InferenceRESTClient, url: str) -> None:
     check("headers both ways", headers["x-request-id"] == "t7")
     graph = await client.infer(f"{url}/v2/models/bn_lenet/infer", plain, is_graph_endpoint=True)
     check("infer of a whole address", graph["model_version"] == "1" and graph["outputs"][0]["name"] == "logits")
-    for what, asked in ways_to_ask():  # more than a kilobyte, which is packed on its way
-        many = InferRequest("bn_lenet", [tensor(np.tile(inputs, (5, 1, 1, 1)))], **asked)
+    for what, requested in ways_to_ask():  # more than a kilobyte, which is packed on its way
+        many = InferRequest("bn_lenet", [tensor(np.tile(inputs, (5, 1, 1, 1)))], **requested)
         answer = await client.infer(url, many, "bn_lenet", response_headers=headers)
         packed = headers.get("content-encoding") in ("gzip", "deflate")
         check(f"a packed answer to {what}", packed and close(answer.outputs[0].as_numpy(), 5))
@@ -134,8 +134,8 @@ async def answers(client: InferenceRESTClient, url: str) -> None:
 
 
 async def refusals(client: InferenceRESTClient, url: str) -> None:
-    def ask(*items: InferInput, name: str = "bn_lenet", **asked: object) -> Awaitable[object]:
-        return client.infer(url, InferRequest(name, list(items), **asked), name)
+    def ask(*items: InferInput, name: str = "bn_lenet", **options: object) -> Awaitable[object]:
+        return client.infer(url, InferRequest(name, list(items), **options), name)
 
     await refused("an unknown model", ask(tensor(), name="nobody"), 404, "nobody")
     await refused("an unknown version", ask(tensor(), name="bn_lenet/versions/7"), 404, "7")

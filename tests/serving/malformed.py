@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
     name: str
     status: int
-    says: str
+    reason: str
     data: bytes
 
 

@@ -22,7 +22,7 @@ class Case(NamedTuple):
 
     name: str
     code: str
-    says: str
+    reason: str
     messages: tuple[bytes, ...]
     path: str = INFER
     options: dict[str, Any] = {}  # noqa: RUF012 -- never changed

@@ -61,21 +61,21 @@ def test_typed_contents_and_raw_ones(channel: grpc.Channel, images: np.ndarray) 
     request = infer_request(images, id="mine", model_version="1")
     del request.raw_input_contents[:]
     request.inputs[0].contents.fp32_contents.extend(images.reshape(-1).tolist())
-    told = call(channel, INFER, request.SerializeToString())
-    assert np.array_equal(logits_of_message(told.data), infer(channel, images))
-    answer = classes()["ModelInferResponse"].FromString(told.data)
+    reply = call(channel, INFER, request.SerializeToString())
+    assert np.array_equal(logits_of_message(reply.data), infer(channel, images))
+    answer = classes()["ModelInferResponse"].FromString(reply.data)
     assert (answer.model_name, answer.model_version, answer.id) == ("bn_lenet", "1", "mine")
 
 
 def test_a_remembered_description_answers_each_request_by_its_own_data(channel: grpc.Channel, images, logits) -> None:
     for number in (0, 1, 2, 0):
         request = infer_request(images[number : number + 1], id=str(number))
-        told = call(channel, INFER, request.SerializeToString())
-        assert close(logits_of_message(told.data), logits[number : number + 1])
-        assert classes()["ModelInferResponse"].FromString(told.data).id == str(number)
+        answer = call(channel, INFER, request.SerializeToString())
+        assert close(logits_of_message(answer.data), logits[number : number + 1])
+        assert classes()["ModelInferResponse"].FromString(answer.data).id == str(number)
     request = infer_request(images[:1])
     request.raw_input_contents[0] += b"four"
-    assert "3140 bytes" in call(channel, INFER, request.SerializeToString()).says
+    assert "3140 bytes" in call(channel, INFER, request.SerializeToString()).message
 
 
 def test_fields_in_any_order_are_one_message(channel: grpc.Channel, images: np.ndarray, logits: np.ndarray) -> None:
@@ -84,9 +84,9 @@ def test_fields_in_any_order_are_one_message(channel: grpc.Channel, images: np.n
     raw = classes()["ModelInferRequest"](raw_input_contents=request.raw_input_contents).SerializeToString()
     del request.raw_input_contents[:]
     first = classes()["ModelInferRequest"](model_name="other", id="first").SerializeToString()
-    told = call(channel, INFER, first + raw + request.SerializeToString())
-    assert close(logits_of_message(told.data), logits)
-    assert classes()["ModelInferResponse"].FromString(told.data).id == "last"
+    answer = call(channel, INFER, first + raw + request.SerializeToString())
+    assert close(logits_of_message(answer.data), logits)
+    assert classes()["ModelInferResponse"].FromString(answer.data).id == "last"
 
 
 def test_a_timeout(channel: grpc.Channel, images: np.ndarray) -> None:
@@ -96,8 +96,8 @@ def test_a_timeout(channel: grpc.Channel, images: np.ndarray) -> None:
 
 
 def test_what_it_is(channel: grpc.Channel) -> None:
-    told = ask(channel, "ServerMetadata", "ServerMetadataResponse", message("ServerMetadataRequest"))
-    assert (told.name, told.version) == ("bnexport", __version__)
+    reply = ask(channel, "ServerMetadata", "ServerMetadataResponse", message("ServerMetadataRequest"))
+    assert (reply.name, reply.version) == ("bnexport", __version__)
     (found,) = ask(channel, "ModelStatistics", "ModelStatisticsResponse", message("ModelStatisticsRequest")).model_stats
     assert (found.name, found.version) == ("bn_lenet", "1")
     before = found.inference_stats.success.count
@@ -147,8 +147,8 @@ def test_health_follows_loading_and_stopping(models: Path, tmp_path: Path, image
         ask(channel, "RepositoryModelUnload", "RepositoryModelUnloadResponse", unload)
         assert [server_watch.next(), model_watch.next()] == ["NOT_SERVING", "NOT_SERVING"]
         assert check(channel) == check(channel, "bn_lenet") == "NOT_SERVING"
-        told = call(channel, INFER, infer_request(images).SerializeToString())
-        assert (told.code, "not ready" in told.says) == ("UNAVAILABLE", True)
+        answer = call(channel, INFER, infer_request(images).SerializeToString())
+        assert (answer.code, "not ready" in answer.message) == ("UNAVAILABLE", True)
         ready = message("ModelReadyRequest", name="bn_lenet")
         assert ask(channel, "ModelReady", "ModelReadyResponse", ready).ready is False
         load = message("RepositoryModelLoadRequest", model_name="bn_lenet")
@@ -159,8 +159,8 @@ def test_health_follows_loading_and_stopping(models: Path, tmp_path: Path, image
         )  # its only field is the model's name
         ask(channel, "RepositoryModelLoad", "RepositoryModelLoadResponse", as_kserve)
         load.parameters["config"].string_param = "{}"
-        told = call(channel, SERVICE + "RepositoryModelLoad", load.SerializeToString())
-        assert (told.code, "without parameters" in told.says) == ("INVALID_ARGUMENT", True)
+        answer = call(channel, SERVICE + "RepositoryModelLoad", load.SerializeToString())
+        assert (answer.code, "without parameters" in answer.message) == ("INVALID_ARGUMENT", True)
         for what in ("Load", "Unload"):
             nobody = message(f"RepositoryModel{what}Request", model_name="nobody").SerializeToString()
             assert call(channel, f"{SERVICE}RepositoryModel{what}", nobody).code == "NOT_FOUND"
@@ -180,8 +180,8 @@ def test_a_token(models: Path, tmp_path: Path, images: np.ndarray) -> None:
         assert infer(channel, images, metadata=[bearer]).shape == (12, 10)
         data = infer_request(images).SerializeToString()
         for given in ([], [("authorization", token)], [("authorization", f"Bearer {token[:-1]}")], [bearer, bearer]):
-            told = call(channel, INFER, data, metadata=given)
-            assert (told.code, token in told.says) == ("UNAUTHENTICATED", False)
+            answer = call(channel, INFER, data, metadata=given)
+            assert (answer.code, token in answer.message) == ("UNAUTHENTICATED", False)
         stream = channel.stream_stream(SERVICE + "ModelStreamInfer")(iter([data]), timeout=PATIENCE)
         with pytest.raises(grpc.RpcError) as refused:
             next(stream)
@@ -211,8 +211,8 @@ def test_tls(models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarra
 def test_counters_and_log_lines(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     with serving(models, tmp_path / "log", "--grpc-port", "0") as server, channel_to(server) as channel:
         data = infer_request(images).SerializeToString()
-        told = call(channel, INFER, data, metadata=[("x-request-id", "abc-1"), ("traceparent", "00-1-2-01")])
-        assert told.metadata["x-request-id"] == "abc-1"
+        answer = call(channel, INFER, data, metadata=[("x-request-id", "abc-1"), ("traceparent", "00-1-2-01")])
+        assert answer.metadata["x-request-id"] == "abc-1"
         other = call(channel, INFER, data, metadata=[("x-request-id", "x" * 1000)]).metadata["x-request-id"]
         assert re.fullmatch("[0-9a-f]{13,20}", other)
         assert call(channel, INFER, b"nonsense").code == "INVALID_ARGUMENT"
@@ -273,7 +273,7 @@ def test_many_clients_get_their_own_answers(server: Server, images: np.ndarray, 
             assert close(logits_of_message(future.result()), logits[number : number + 1])
 
 
-def test_one_door_does_not_close_the_other(server: Server, channel: grpc.Channel, images: np.ndarray) -> None:
+def test_one_server_does_not_close_the_other(server: Server, channel: grpc.Channel, images: np.ndarray) -> None:
     end = time.monotonic() + 0.5
     while time.monotonic() < end:
         assert infer(channel, images[:1]).shape == (1, 10)

@@ -39,13 +39,13 @@ class Clients(Threads):
     def _run(self) -> None:
         with channel_to(self.server) as channel:
             while not self.stop.is_set():
-                told = call(channel, INFER, self.data)
+                answer = call(channel, INFER, self.data)
                 with self.lock:
-                    if told.code == "UNAVAILABLE":
+                    if answer.code == "UNAVAILABLE":
                         self.refused += 1
                         return
-                    if told.code != "OK" or not np.allclose(logits_of_message(told.data), self.logits, atol=1e-3):
-                        self.failures.append(told)
+                    if answer.code != "OK" or not np.allclose(logits_of_message(answer.data), self.logits, atol=1e-3):
+                        self.failures.append(answer)
                         return
                     self.answered += 1
 
@@ -175,7 +175,7 @@ def test_checking_a_free_port_does_not_listen(monkeypatch: pytest.MonkeyPatch) -
         assert free_port("127.0.0.1", 0) > 0
 
 
-def test_both_doors_are_at_the_same_addresses(models: Path, tmp_path: Path) -> None:
+def test_both_servers_have_the_same_addresses(models: Path, tmp_path: Path) -> None:
     """localhost has two of them on most machines."""
     with serving(models, tmp_path / "log", "--host", "localhost", *DOOR) as server:
 

@@ -39,10 +39,10 @@ def test_the_table_is_long_enough() -> None:
 def test_refused_with_a_reason(
     server: Server, channel: grpc.Channel, images: np.ndarray, logits: np.ndarray, case: Case
 ) -> None:
-    told = call(channel, case.path, *case.messages, **case.options)
-    assert (told.code, case.says in told.says) == (case.code, True), told
-    assert told.says.isprintable()
-    assert len(told.says) < 700
+    answer = call(channel, case.path, *case.messages, **case.options)
+    assert (answer.code, case.reason in answer.message) == (case.code, True), answer
+    assert answer.message.isprintable()
+    assert len(answer.message) < 700
     alive(server, channel, images, logits)
 
 
@@ -120,14 +120,14 @@ def test_limits_are_the_servers(models: Path, tmp_path: Path, images: np.ndarray
         assert infer(channel, images[:3]).shape == (3, 10)
 
 
-def test_a_client_that_leaves_is_no_fault(server: Server, channel: grpc.Channel, images, logits) -> None:
+def test_a_client_that_leaves_is_not_a_fault(server: Server, channel: grpc.Channel, images, logits) -> None:
     message = good().SerializeToString()
     for path in (INFER, SERVICE + "ServerMetadata"):
         for _ in range(20):
             started = channel.unary_unary(path).future(message if path == INFER else b"", timeout=PATIENCE)
             started.cancel()
-    told = call(channel, INFER, message, timeout=1e-4)
-    assert told.code in ("DEADLINE_EXCEEDED", "OK")
+    answer = call(channel, INFER, message, timeout=1e-4)
+    assert answer.code in ("DEADLINE_EXCEEDED", "OK")
     alive(server, channel, images, logits)
     assert not [event for event in server.events() if event.get("event") == "fault"]
 
@@ -155,8 +155,8 @@ def test_no_more_calls_than_the_limit(models: Path, tmp_path: Path, images: np.n
 def test_messages_that_fill_the_memory_together(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     words = ["--grpc-port", "0", "--limit", "held_bytes=20000"]
     with serving(models, tmp_path / "log", *words) as small, channel_to(small) as channel:
-        told = call(channel, INFER, bytes(30_000))
-        assert (told.code, "use all memory" in told.says) == ("UNAVAILABLE", True)
+        answer = call(channel, INFER, bytes(30_000))
+        assert (answer.code, "use all memory" in answer.message) == ("UNAVAILABLE", True)
         for _ in range(10):
             assert infer(channel, images[:3]).shape == (3, 10)
 
@@ -171,8 +171,8 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
         def ask() -> None:
             with channel_to(server) as channel:
                 for _ in range(6):
-                    told = call(channel, INFER, data)
-                    found.append((told.code, "which is the limit" in told.says))
+                    answer = call(channel, INFER, data)
+                    found.append((answer.code, "which is the limit" in answer.message))
 
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for thread in threads:
@@ -182,7 +182,7 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
         assert set(found) == {("OK", False), ("UNAVAILABLE", True)}
 
 
-def test_no_more_who_watch_than_there_is_room_for(server: Server, channel: grpc.Channel, images, logits) -> None:
+def test_the_number_of_health_watchers_is_limited(server: Server, channel: grpc.Channel, images, logits) -> None:
     watching = [channel.unary_stream(HEALTH + "Watch")(b"", timeout=PATIENCE) for _ in range(256)]
     assert {next(watch) for watch in watching} == {b"\x08\x01"}
     with pytest.raises(grpc.RpcError, match="watch already"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving.test_serving_processes import counted, killed, running, serving_twice, told
+from serving.test_serving_processes import counted, events_of, killed, running, serving_twice
 from support.grpc_calls import SERVICE, call, channel_to, infer, infer_request
 from support.serving import Server, refused, until
 
@@ -47,7 +47,7 @@ def test_one_port_one_sum_and_a_killed_process(
         until(lambda: inferences(server) == 2 * CALLS)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
-        assert len(told(server, "stopped")) == 2
+        assert len(events_of(server, "stopped")) == 2
 
 
 def test_calls_on_a_connection_to_a_killed_process_fail_and_the_next_ones_do_not(
@@ -68,6 +68,6 @@ def test_calls_on_a_connection_to_a_killed_process_fail_and_the_next_ones_do_not
 def test_a_port_that_is_taken(models: Path, tmp_path: Path, processes: str) -> None:
     with serving_twice(models, tmp_path / "log", "--grpc-port", "0") as server:
         words = (str(models), "--port", "0", "--grpc-port", str(server.grpc_port), "--processes", processes)
-        told = refused(*words, code=2)
-        assert f"port {server.grpc_port} can't be used" in told
-        assert "Choose another --host or --grpc-port" in told
+        message = refused(*words, code=2)
+        assert f"port {server.grpc_port} can't be used" in message
+        assert "Choose another --host or --grpc-port" in message

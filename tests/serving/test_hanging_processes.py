@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import another
-from support.processes import TWO, alive, asked, running, told
+from support.processes import TWO, alive, events_of, running, waiting_connections
 from support.serving import PATIENCE, ROOT, serving, tensor, until
 
 pytestmark = pytest.mark.slow
@@ -45,9 +45,9 @@ def test_one_that_hangs_is_killed_and_replaced(models: Path, tmp_path: Path) -> 
         until(lambda: sorted(running(server)) == [0, 1])
         hanging = running(server)[1]
         os.kill(hanging, signal.SIGSTOP)
-        with asked(server, 24) as connections:
+        with waiting_connections(server, 24) as connections:
             assert [connection.getresponse().status for connection in connections] == [200] * 24
-        (death,) = told(server, "process died")
+        (death,) = events_of(server, "process died")
         assert (death["pid"], "sent no heartbeat for 3 seconds" in death["reason"]) == (hanging, True)
         assert not alive(hanging)
         until(lambda: sorted(running(server)) == [0, 1])
@@ -62,9 +62,9 @@ def test_one_that_is_busy_is_left_alone(models: Path, tmp_path: Path, images: np
     with serving(tmp_path / "m", tmp_path / "log", *words, program=program, env=env) as server:
         another(models, tmp_path / "m" / "bn_lenet" / "2", 2)
         assert server.infer({"inputs": [tensor(images)]}).status == 200
-        loaded = until(lambda: [e for e in told(server, "model ready") if e["version"] == "2"])
-        assert loaded[0]["time"] - told(server, "process ready")[-1]["time"] > 5.0
-        assert told(server, "process died") == []
+        loaded = until(lambda: [e for e in events_of(server, "model ready") if e["version"] == "2"])
+        assert loaded[0]["time"] - events_of(server, "process ready")[-1]["time"] > 5.0
+        assert events_of(server, "process died") == []
 
 
 def test_one_that_hangs_does_not_outlive_its_supervisor_either(models: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_one_that_hangs_does_not_outlive_its_supervisor_either(models: Path, tmp
         "import time\ndef wrap(app):\n    return lambda scope, receive, send: time.sleep(600)\n"
     )
     words, env = (*TWO, "--grace", "0.5", "--middleware", "hanging:wrap"), {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    with serving(models, tmp_path / "log", *words, env=env) as server, asked(server, 8):
+    with serving(models, tmp_path / "log", *words, env=env) as server, waiting_connections(server, 8):
         until(lambda: sorted(running(server)) == [0, 1])
         pids = list(running(server).values())
         server.process.kill()

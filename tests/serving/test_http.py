@@ -106,8 +106,8 @@ def test_classification(server: Server, images: np.ndarray, logits: np.ndarray, 
     texts = output.get("data") or unpacked_texts(answer.body[length:])
     best = np.argsort(-logits, axis=1)[:, :3]
     assert [text.split(":")[1:] for text in texts] == [[str(i), str(i)] for i in best.reshape(-1)]
-    told = np.array([float(text.split(":")[0]) for text in texts]).reshape(12, 3)
-    assert np.allclose(told, np.take_along_axis(logits, best, 1), rtol=0, atol=1e-4)
+    scores = np.array([float(text.split(":")[0]) for text in texts]).reshape(12, 3)
+    assert np.allclose(scores, np.take_along_axis(logits, best, 1), rtol=0, atol=1e-4)
 
 
 def unpacked_texts(data: bytes) -> list[str]:
@@ -161,8 +161,8 @@ def test_request_ids_and_the_access_log(server: Server, images: np.ndarray) -> N
         assert time.monotonic() < deadline
         time.sleep(0.05)
     good, bad = found
-    told = {key: good[key] for key in ("method", "path", "status", "model", "version", "rows", "trace", "client")}
-    assert told == {
+    logged = {key: good[key] for key in ("method", "path", "status", "model", "version", "rows", "trace", "client")}
+    assert logged == {
         "method": "POST", "path": INFER, "status": 200, "model": "bn_lenet", "version": "1", "rows": 12,
         "trace": trace, "client": "127.0.0.1",
     }  # fmt: skip
@@ -182,7 +182,7 @@ def test_the_connection_stays_open(server: Server, images: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "identity"])
-def test_who_sends_no_more_still_reads_the_answer(server: Server, images: np.ndarray, coding: str) -> None:
+def test_a_half_closed_client_still_reads_the_answer(server: Server, images: np.ndarray, coding: str) -> None:
     """As ``nc -N`` does: the connection is closed in one direction while the answer is made."""
     body, headers = binary(np.tile(images, (20, 1, 1, 1)))
     body = gzip.compress(body) if coding == "gzip" else body

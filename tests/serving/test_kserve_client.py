@@ -38,23 +38,23 @@ def arrays(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray, logits:
 def drive(python: Path, what: str, server: Server, arrays: dict[str, str], **more: str) -> Any:
     """Return what the clients did without failures."""
     task = {"drive": what, "url": f"http://127.0.0.1:{server.port}", **arrays, **more}
-    told = run_program(python, HERE / "kserve_program.py", task)
-    assert told["wrong"] == []
-    return told
+    result = run_program(python, HERE / "kserve_program.py", task)
+    assert result["wrong"] == []
+    return result
 
 
 def test_every_call_over_http(kserve_python: Path, server: Server, arrays: dict[str, str]) -> None:
-    told = drive(kserve_python, "rest", server, arrays)
-    assert tuple(map(int, told["versions"]["kserve"].split(".")[:2])) >= (0, 17)
-    assert int(told["versions"]["protobuf"].partition(".")[0]) < 7
-    assert len(told["done"]) > 100
+    result = drive(kserve_python, "rest", server, arrays)
+    assert tuple(map(int, result["versions"]["kserve"].split(".")[:2])) >= (0, 17)
+    assert int(result["versions"]["protobuf"].partition(".")[0]) < 7
+    assert len(result["done"]) > 100
 
 
 def test_a_token(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     with serving(models, tmp_path / "log", "--token-file", str(tmp_path / "token")) as guarded:
-        told = drive(kserve_python, "token", guarded, arrays, token=TOKEN)
-    assert len(told["done"]) == 5
+        result = drive(kserve_python, "token", guarded, arrays, token=TOKEN)
+    assert len(result["done"]) == 5
 
 
 def test_a_model_that_is_not_ready(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
@@ -63,14 +63,14 @@ def test_a_model_that_is_not_ready(kserve_python: Path, models: Path, arrays: di
     with (folder / MODEL_ONNX).open("ab") as file:
         file.write(b"more")
     with serving(tmp_path / "models", tmp_path / "log") as server:
-        told = drive(kserve_python, "unready", server, arrays)
-    assert len(told["done"]) == 4
+        result = drive(kserve_python, "unready", server, arrays)
+    assert len(result["done"]) == 4
 
 
 def test_every_call_over_grpc(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
     with serving(models, tmp_path / "log", "--grpc-port", "0") as server:
-        told = drive(kserve_python, "grpc", server, arrays, grpc=f"127.0.0.1:{server.grpc_port}")
-    assert len(told["done"]) > 15
+        result = drive(kserve_python, "grpc", server, arrays, grpc=f"127.0.0.1:{server.grpc_port}")
+    assert len(result["done"]) > 15
 
 
 def changed(service: dict[str, Any], place: str, value: object) -> dict[str, Any]:
@@ -103,6 +103,6 @@ def test_services_are_kserves_own(kserve_python: Path) -> None:
         changed(good, "metadata/nameSpace", "x"),
     ]
     documents = [*services, *bad]
-    told = run_program(kserve_python, HERE / "kserve_service_program.py", documents)
-    agrees = [answer == document for answer, document in zip(told, documents, strict=True)]
-    assert agrees == [True] * len(services) + [False] * len(bad), told[-len(bad) :]
+    result = run_program(kserve_python, HERE / "kserve_service_program.py", documents)
+    agrees = [answer == document for answer, document in zip(result, documents, strict=True)]
+    assert agrees == [True] * len(services) + [False] * len(bad), result[-len(bad) :]

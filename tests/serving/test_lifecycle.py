@@ -32,10 +32,10 @@ def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray,
         until(lambda: len(clients.answers) > 50)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
-        told = server.ask("GET", "/v2/health/ready").json
+        state = server.ask("GET", "/v2/health/ready").json
         before = len(clients.answers)
         assert server.process.wait(PATIENCE) == 0
-    assert told == {"ready": False, "reason": "the server is stopping"}
+    assert state == {"ready": False, "reason": "the server is stopping"}
     assert clients.failures == []
     assert len(clients.answers) > before, "it went on answering after it was told to stop"
     assert [event["event"] for event in server.events() if "event" in event][-1] == "stopped"
@@ -61,11 +61,11 @@ def test_sigterm_while_models_are_loaded_ends_it_at_once(models: Path) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "loading\n"
             process.terminate()
-            out, said = process.communicate(timeout=PATIENCE)
+            out, errors = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
-    assert (process.returncode, out, "Traceback" in said) == (130, "", False)
-    assert said.lstrip().startswith("Interrupted.")
+    assert (process.returncode, out, "Traceback" in errors) == (130, "", False)
+    assert errors.lstrip().startswith("Interrupted.")
 
 
 #: Middleware that changes nothing, but makes the engines of its process slow.
@@ -189,8 +189,8 @@ def test_connections_up_to_the_limit(models: Path, tmp_path: Path) -> None:
             for _ in range(count):
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
             assert server.ask("GET", "/v2/health/live").status == 200
-            told = [event for event in server.events() if event.get("event") == "few files"]
-            assert [(event["allowed"], event["wanted"]) for event in told] == ([(300, 366)] if hard == 300 else [])
+            logged = [event for event in server.events() if event.get("event") == "few files"]
+            assert [(event["allowed"], event["wanted"]) for event in logged] == ([(300, 366)] if hard == 300 else [])
 
 
 def test_what_can_not_be_served_ends_with_a_sentence(models: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_folder_that_holds_no_model(
     assert sentence in capfd.readouterr().err
 
 
-def test_folders_that_are_no_models_are_named_in_the_log(models: Path, tmp_path: Path) -> None:
+def test_folders_that_are_not_models_are_named_in_the_log(models: Path, tmp_path: Path) -> None:
     bundle, folder = Bundle.open(models / "bn_lenet" / "1"), tmp_path / "m"
     for name in ("good/1", "good/.2.part", "good/02", "unversioned", "a name/1", "late/latest"):
         copy_bundle(bundle, folder / name)
@@ -258,9 +258,9 @@ def test_folders_that_are_no_models_are_named_in_the_log(models: Path, tmp_path:
 
 
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
-    said = refused(str(models), "--port", str(server.port), code=2)
-    assert f"port {server.port} can't be used: Address already in use." in said
-    assert "Choose another --host or --port." in said
+    message = refused(str(models), "--port", str(server.port), code=2)
+    assert f"port {server.port} can't be used: Address already in use." in message
+    assert "Choose another --host or --port." in message
 
 
 def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:
@@ -312,7 +312,7 @@ def test_tls(models: Path, tmp_path: Path) -> None:
     locked, words = tmp_path / "locked.pem", ["--port", "0", "--tls-cert", str(certificate), "--tls-key"]
     made = ["openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", str(key), "-out", str(locked)]
     subprocess.run(made, check=True, capture_output=True, timeout=PATIENCE)
-    said = refused(str(models), *words, str(locked), code=2)
-    assert f"the key in {locked} has a passphrase" in said
-    assert "Enter" not in said
+    message = refused(str(models), *words, str(locked), code=2)
+    assert f"the key in {locked} has a passphrase" in message
+    assert "Enter" not in message
     assert f"{certificate} and {certificate} can't be used" in refused(str(models), *words, str(certificate), code=2)

@@ -44,7 +44,7 @@ def test_the_table_is_long_enough() -> None:
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_refused_with_a_reason(server: Server, images: np.ndarray, logits: np.ndarray, case: Case) -> None:
     status, error = refused(server.raw(case.data))
-    assert (status, case.says in error) == (case.status, True), error
+    assert (status, case.reason in error) == (case.status, True), error
     alive(server, images, logits)
 
 

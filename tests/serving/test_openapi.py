@@ -143,12 +143,12 @@ def test_a_fuzzer_finds_no_fault(models: Path, tmp_path: Path, images: np.ndarra
     with serving(models, tmp_path / "log", "--no-access-log", *options) as server:
         program += ["--url", f"http://127.0.0.1:{server.port}"]
         done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
-        told = server.ask("GET", "/metrics").body.decode()
+        metrics = server.ask("GET", "/metrics").body.decode()
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         assert server.process.poll() is None
         assert [event for event in server.events() if event["event"] == "fault"] == []
         if options:
             assert server.ask("POST", "/v2/repository/models/bn_lenet/load").status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 200
-    counted = [line for line in told.splitlines() if line.startswith("bnexport_http_requests_total{")]
+    counted = [line for line in metrics.splitlines() if line.startswith("bnexport_http_requests_total{")]
     assert any("/infer" in line for line in counted), "the fuzzer never came to a model"

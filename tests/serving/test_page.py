@@ -38,7 +38,7 @@ def test_the_page_is_one_file_whose_policy_lets_nothing_else_in(server: Server) 
     assert server.ask("HEAD", "/").status == 200
 
 
-def test_models_tell_what_the_page_shows(server: Server) -> None:
+def test_models_state_what_the_page_shows(server: Server) -> None:
     (model,) = server.ask("GET", "/models").json["models"]
     assert model == {
         "name": "bn_lenet",
@@ -58,19 +58,19 @@ def test_models_tell_what_the_page_shows(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "want"),
+    ("state", "want"),
     [
         ({"passed": True, "summary": "PASS: 3 rows"}, {"passed": True, "summary": "PASS: 3 rows"}),
         ({"passed": "yes", "summary": ["x"] * 1000}, {"passed": False, "summary": str(["x"] * 1000)[:500]}),
         ({}, None),
     ],
 )
-def test_verdicts_and_reports_of_bundles(models: Path, tmp_path: Path, told: dict[str, object], want: object) -> None:
+def test_verdicts_and_reports_of_bundles(models: Path, tmp_path: Path, state: dict[str, object], want: object) -> None:
     folder = tmp_path / "m" / "bn_lenet"
     for version in ("1", "2"):
         copy = copy_bundle(Bundle.open(models / "bn_lenet" / "1"), folder / version)
         (copy / REPORT).write_text("<script>alert(1)</script><p>all well")
-        reseal(copy, verification=told)
+        reseal(copy, verification=state)
     (folder / "2" / "model.onnx").write_bytes(b"spoiled")
     with serving(tmp_path / "m", tmp_path / "log") as server:
         good, bad = server.ask("GET", "/models").json["models"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import another
-from support.processes import TWO, alive, asked, counted, killed, running, serving_twice, told
+from support.processes import TWO, alive, counted, events_of, killed, running, serving_twice, waiting_connections
 from support.serving import PATIENCE, PROGRAM, ROOT, Server, logits_of, refused, serving, tensor, until
 from support.serving_clients import Clients
 
@@ -58,7 +58,7 @@ def test_a_stop_loses_no_request_and_leaves_no_process(
             assert server.process.wait(PATIENCE) == 0
         assert clients.failures == []
         assert len(clients.answers) > before
-        assert [line["how"] for line in told(server, "process stopped")] == ["exit code 0"] * 2
+        assert [line["how"] for line in events_of(server, "process stopped")] == ["exit code 0"] * 2
         assert not any(map(alive, pids))
 
 
@@ -72,7 +72,7 @@ def test_a_process_that_does_not_stop_in_time_is_killed_and_reported(models: Pat
         assert "processes 1 did not stop in time" in server.log.read_text()
 
 
-def test_signals_to_everybody_are_one_stop(
+def test_signals_to_all_processes_are_one_stop(
     models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray
 ) -> None:
     """systemd sends SIGTERM to all processes of a service: what the supervisor passes on must not count as the second."""
@@ -95,7 +95,7 @@ def test_a_second_signal_ends_it_at_once(models: Path, tmp_path: Path) -> None:
         client.endheaders(b"{")  # an answer that is never due
         until(lambda: counted(server, "bnexport_http_requests_active") == 2)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: told(server, "stopping"))
+        until(lambda: events_of(server, "stopping"))
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(PATIENCE) == 0
         client.close()
@@ -117,7 +117,7 @@ def test_a_second_signal_that_is_seen_first_ends_it_at_once(models: Path, tmp_pa
             os.kill(pid, signal.SIGSTOP)
         for count in (1, 2):
             server.process.send_signal(signal.SIGTERM)
-            until(lambda count=count: len(told(server, "stopping")) == count)
+            until(lambda count=count: len(events_of(server, "stopping")) == count)
         for pid in running(server).values():
             os.kill(pid, signal.SIGCONT)
         assert server.process.wait(PATIENCE) == 0
@@ -139,7 +139,7 @@ def test_a_killed_process_takes_only_its_own_requests(server: Server, images: np
             with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
                 server.ask("GET", "/v2", connection=connection)
         connection.close()
-    (death,) = told(server, "process died")
+    (death,) = events_of(server, "process died")
     assert (death["process"], "SIGKILL" in death["how"]) == (0, True)
 
 
@@ -147,7 +147,7 @@ def test_what_waits_for_a_killed_process_is_answered_by_the_next(server: Server)
     """Connections in the backlog, which no process has accepted, are not lost."""
     stopped = running(server)[0]
     os.kill(stopped, signal.SIGSTOP)
-    with asked(server, 24) as connections:
+    with waiting_connections(server, 24) as connections:
         killed(server, 0)
         assert [connection.getresponse().status for connection in connections] == [200] * 24
     until(lambda: {e["process"] for e in server.events() if str(e.get("id", "")).startswith("waiting")} == {0, 1})
@@ -156,13 +156,13 @@ def test_what_waits_for_a_killed_process_is_answered_by_the_next(server: Server)
 def test_a_stop_waits_for_a_process_for_which_clients_wait(server: Server) -> None:
     stopped = running(server)[0]
     os.kill(stopped, signal.SIGSTOP)
-    with asked(server, 24) as connections:
+    with waiting_connections(server, 24) as connections:
         os.kill(stopped, signal.SIGKILL)
-        until(lambda: len(told(server, "process started")) == 3)
+        until(lambda: len(events_of(server, "process started")) == 3)
         server.process.send_signal(signal.SIGTERM)
         assert [connection.getresponse().status for connection in connections] == [200] * 24
     assert server.process.wait(PATIENCE) == 0
-    assert len(told(server, "stopped")) == 2
+    assert len(events_of(server, "stopped")) == 2
 
 
 def test_a_process_stopped_alone_loses_no_request_and_gets_a_successor(
@@ -172,12 +172,12 @@ def test_a_process_stopped_alone_loses_no_request_and_gets_a_successor(
     with Clients(server, images, logits) as clients:
         until(lambda: len(clients.answers) > 50)
         os.kill(running(server)[0], signal.SIGTERM)
-        until(lambda: len(told(server, "process ready")) == 3)
+        until(lambda: len(events_of(server, "process ready")) == 3)
     assert clients.failures == []
-    with asked(server, 24) as connections:
+    with waiting_connections(server, 24) as connections:
         assert [connection.getresponse().status for connection in connections] == [200] * 24
     until(lambda: {e["process"] for e in server.events() if str(e.get("id", "")).startswith("waiting")} == {0, 1})
-    (death,) = told(server, "process died")
+    (death,) = events_of(server, "process died")
     assert (death["how"], death["restart_in"]) == ("exit code 0", 0.0)
 
 
@@ -188,11 +188,11 @@ def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> Non
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, env=environment)
     try:
         server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
-        until(lambda: told(server, "process started"))
+        until(lambda: events_of(server, "process started"))
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=PATIENCE)
         assert (process.returncode, out) == (130, b"")
-        assert not any(alive(line["pid"]) for line in told(server, "process started"))
+        assert not any(alive(line["pid"]) for line in events_of(server, "process started"))
         assert "Traceback" not in server.log.read_text()
     finally:
         process.kill()
@@ -239,7 +239,7 @@ def test_a_version_that_was_loaded_again_keeps_its_counters(models: Path, tmp_pa
         another(models, tmp_path / "new", 1, 2.0)
         (tmp_path / "m" / "bn_lenet" / "1").rename(tmp_path / "old")
         (tmp_path / "new").rename(tmp_path / "m" / "bn_lenet" / "1")
-        until(lambda: len(told(server, "model ready")) == 4)
+        until(lambda: len(events_of(server, "model ready")) == 4)
         assert counted(server, "bnexport_samples_total") == 10 * len(images)
         server.infer({"inputs": [tensor(images)]})
         until(lambda: counted(server, "bnexport_samples_total") == 11 * len(images))
@@ -249,7 +249,7 @@ def test_it_is_announced_when_all_are_ready(models: Path, tmp_path: Path) -> Non
     with serving(models, tmp_path / "log", "--processes", "3") as server:
         announced = time.time()
         until(lambda: len(running(server)) == 3)
-        assert all(line["time"] <= announced for line in told(server, "process ready"))
+        assert all(line["time"] <= announced for line in events_of(server, "process ready"))
 
 
 def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
@@ -257,7 +257,7 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
     server.process.kill()
     server.process.wait(PATIENCE)
     until(lambda: not any(map(alive, pids)))
-    assert [line["process"] for line in told(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
+    assert [line["process"] for line in events_of(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
 
 
 def test_a_supervisor_killed_at_the_start_leaves_no_process_and_no_traceback(models: Path, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_supervisor_killed_at_the_start_leaves_no_process_and_no_traceback(mod
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log, env=environment)
     try:
         server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
-        started = until(lambda: told(server, "process started"))
+        started = until(lambda: events_of(server, "process started"))
     finally:
         process.kill()
         process.wait(PATIENCE)
@@ -282,10 +282,10 @@ def test_a_process_that_can_not_start_again_is_tried_again_until_it_can(
     with serving_twice(tmp_path / "m", tmp_path / "log") as server:
         (tmp_path / "m" / "bn_lenet").rename(tmp_path / "away")
         os.kill(running(server)[0], signal.SIGKILL)
-        until(lambda: len(told(server, "process died")) >= 3)
+        until(lambda: len(events_of(server, "process died")) >= 3)
         for _ in range(12):
             assert server.infer({"inputs": [tensor(images)]}).status == 200, "the other one gets all connections"
-        deaths = told(server, "process died")
+        deaths = events_of(server, "process died")
         assert "contains no bundle" in deaths[1]["reason"]
         assert deaths[2]["restart_in"] > deaths[1]["restart_in"] > deaths[0]["restart_in"] == 0
         (tmp_path / "away").rename(tmp_path / "m" / "bn_lenet")

@@ -32,11 +32,11 @@ def data(tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> Path:
     return tmp_path
 
 
-def good(told: Mapping[str, Any], count: int) -> None:
-    assert told["wrong"] == []
-    assert tuple(map(int, told["versions"]["tritonclient"].split(".")[:2])) >= (2, 60)
-    assert told["versions"]["protobuf"].startswith("6.")
-    assert len(told["done"]) > count
+def good(result: Mapping[str, Any], count: int) -> None:
+    assert result["wrong"] == []
+    assert tuple(map(int, result["versions"]["tritonclient"].split(".")[:2])) >= (2, 60)
+    assert result["versions"]["protobuf"].startswith("6.")
+    assert len(result["done"]) > count
 
 
 def test_every_call(python: Path, server: Server, data: Path) -> None:
@@ -44,13 +44,13 @@ def test_every_call(python: Path, server: Server, data: Path) -> None:
 
 
 def test_every_call_over_grpc(python: Path, server: Server, data: Path) -> None:
-    told = run(python, "triton_grpc_program.py", server.grpc_port, data)
-    good(told, 80)
-    the_same_messages(told["messages"])
+    result = run(python, "triton_grpc_program.py", server.grpc_port, data)
+    good(result, 80)
+    the_same_messages(result["messages"])
     service = f"/{INFERENCE}.GRPCInferenceService/"
     ours = {path.removeprefix(service) for path in (*METHODS, STREAM) if path.startswith(service)}
-    assert ours <= set(told["methods"])
-    left_out = {name for name in set(told["methods"]) - ours if "SharedMemory" not in name}
+    assert ours <= set(result["methods"])
+    left_out = {name for name in set(result["methods"]) - ours if "SharedMemory" not in name}
     assert left_out == {"TraceSetting", "LogSettings"}
 
 
@@ -62,5 +62,5 @@ def the_same_messages(theirs: Mapping[str, Any]) -> None:
         for field in message.fields:
             inner = field.message_type or field.enum_type
             kind = field.type if inner is None else inner.full_name
-            told = theirs[message.full_name][field.name]
-            assert told == [field.number, kind, field.is_repeated], field.full_name
+            declared = theirs[message.full_name][field.name]
+            assert declared == [field.number, kind, field.is_repeated], field.full_name

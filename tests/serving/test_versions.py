@@ -32,18 +32,20 @@ def test_what_is_not_as_it_was_verified_is_not_ready(
     models: Path, tmp_path: Path, images: np.ndarray, how: str
 ) -> None:
     spoil(another(models, tmp_path / "m" / "bn_lenet" / "1", 1), how)
-    says = {"hash": "model.onnx was changed", "golden": "answers the golden vectors with an error of"}[how]
+    reason = {"hash": "model.onnx was changed", "golden": "answers the golden vectors with an error of"}[how]
     with serving(tmp_path / "m", tmp_path / "log") as server:
         for path in ("/v2/health/ready", "/v2/models/bn_lenet/ready", "/v2/models/bn_lenet/versions/1/ready"):
             answer = server.ask("GET", path)
             assert (answer.status, answer.json["ready"]) == (503, False)
-            assert says in answer.json["reason"]
+            assert reason in answer.json["reason"]
         assert server.ask("GET", "/v2/health/live").status == 200
         refused = server.infer({"inputs": [tensor(images)]})
-        assert (refused.status, says in refused.error, refused.headers["retry-after"]) == (503, True, "1")
+        assert (refused.status, reason in refused.error, refused.headers["retry-after"]) == (503, True, "1")
         (index,) = server.ask("POST", "/v2/repository/index").json
-        assert (index["state"], says in index["reason"]) == ("UNAVAILABLE", True)
-        assert [says in event["reason"] for event in server.events() if event["event"] == "model not loaded"] == [True]
+        assert (index["state"], reason in index["reason"]) == ("UNAVAILABLE", True)
+        assert [reason in event["reason"] for event in server.events() if event["event"] == "model not loaded"] == [
+            True
+        ]
 
 
 def test_the_newest_version_answers_unless_one_is_named(models: Path, tmp_path: Path, images: np.ndarray) -> None:
@@ -89,8 +91,8 @@ def test_versions_come_change_and_go_without_a_lost_request(
         count = len(clients.answers)
         until(lambda: len(clients.answers) > count + 20)
     assert clients.failures == []
-    told = {(version, round(factor)) for version, factor in clients.answers}
-    assert told == {("1", 1), ("2", 2), ("2", 4)}
+    rounded = {(version, round(factor)) for version, factor in clients.answers}
+    assert rounded == {("1", 1), ("2", 2), ("2", 4)}
     closing = [event["version"] for event in server.events() if event.get("event") == "model closing"]
     assert closing == ["2", "2"]
 

@@ -36,10 +36,10 @@ async def every_call(kit, client) -> None:
         check(name, await call(name) is True)
     for version in ("", "1"):
         check("is_model_ready", await call("is_model_ready", "bn_lenet", version) is True)
-        told = await call("get_model_metadata", "bn_lenet", version)
-        (item,) = told.inputs
+        described = await call("get_model_metadata", "bn_lenet", version)
+        (item,) = described.inputs
         check("get_model_metadata", (item.name, item.datatype, list(item.shape)) == ("input", "FP32", [-1, 1, 28, 28]))
-        check("versions", (list(told.versions), told.platform) == (["1"], "onnxruntime_onnx"))
+        check("versions", (list(described.versions), described.platform) == (["1"], "onnxruntime_onnx"))
         config = (await call("get_model_config", "bn_lenet", version)).config
         check("get_model_config", (config.name, config.max_batch_size) == ("bn_lenet", 64))
         check("data_type", config.input[0].data_type == model_config_pb2.TYPE_FP32)
@@ -71,7 +71,7 @@ async def every_call(kit, client) -> None:
     check("classification", best == np.argsort(-expected, 1)[:, :3].tolist())
     shape = kit.InferInput("input", [1, 1, 28, 27], "FP32")
     shape.set_data_from_numpy(np.zeros((1, 1, 28, 27), np.float32))
-    for name, args, code, says in (
+    for name, args, code, reason in (
         ("infer", ("nobody", [tensor(kit)]), "NOT_FOUND", "no model 'nobody'"),
         ("infer", ("bn_lenet", [tensor(kit)], "7"), "NOT_FOUND", "no version '7'"),
         ("infer", ("bn_lenet", [shape]), "INVALID_ARGUMENT", "1x1x28x27"),
@@ -86,7 +86,7 @@ async def every_call(kit, client) -> None:
             await call(name, *args)
             check(f"{name} is refused", False)
         except InferenceServerException as error:
-            check(f"{name}: {code}", error.status() == f"StatusCode.{code}" and says in error.message())
+            check(f"{name}: {code}", error.status() == f"StatusCode.{code}" and reason in error.message())
 
 
 def over_a_stream(client) -> None:

@@ -52,9 +52,9 @@ async def every_call(kit, client) -> None:
     index = await call("get_model_repository_index")
     check("get_model_repository_index", index[0]["state"] == "READY")
     check("statistics of all", (await call("get_inference_statistics"))["model_stats"])
-    for told, items, outputs, options in variants(kit):
+    for variant, items, outputs, options in variants(kit):
         result = await call("infer", "bn_lenet", items, outputs=outputs, request_id="r1", **options)
-        check(f"infer {told}", close(result.as_numpy("logits")) and result.get_response()["id"] == "r1")
+        check(f"infer {variant}", close(result.as_numpy("logits")) and result.get_response()["id"] == "r1")
     result = await call("infer", "bn_lenet", items, model_version="1", timeout=20_000_000, priority=1)
     check("infer of a version, with a timeout", close(result.as_numpy("logits")))
     classes = [kit.InferRequestedOutput("logits", class_count=3)]

@@ -145,15 +145,15 @@ class Browser:
             self._buffer += piece
 
     def _note(self, message: dict[str, Any]) -> None:
-        method, told = message.get("method"), message.get("params", {})
+        method, params = message.get("method"), message.get("params", {})
         if method == "Network.requestWillBeSent":
-            self.requests.append(told["request"]["url"])
+            self.requests.append(params["request"]["url"])
         elif method == "Log.entryAdded":
-            self.complaints.append(told["entry"]["text"])
+            self.complaints.append(params["entry"]["text"])
         elif method == "Runtime.consoleAPICalled":
-            self.complaints.append(" ".join(str(item.get("value")) for item in told["args"]))
+            self.complaints.append(" ".join(str(item.get("value")) for item in params["args"]))
         elif method == "Runtime.exceptionThrown":
-            self.complaints.append(told["exceptionDetails"]["text"])
+            self.complaints.append(params["exceptionDetails"]["text"])
 
     @staticmethod
     def _pipe() -> tuple[int, int]:

@@ -18,11 +18,11 @@ HEALTH = "/grpc.health.v1.Health/"
 _UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
-class Told(NamedTuple):
+class Reply(NamedTuple):
     """What came back: the name of the code, the sentence, the bytes and the trailing metadata."""
 
     code: str
-    says: str
+    message: str
     data: bytes
     metadata: dict[str, Any]
 
@@ -40,20 +40,20 @@ def channel_to(server: Server, certificate: bytes | None = None) -> Iterator[grp
         yield channel
 
 
-def call(channel: grpc.Channel, path: str, *messages: bytes, timeout: float = PATIENCE, **options: Any) -> Told:
+def call(channel: grpc.Channel, path: str, *messages: bytes, timeout: float = PATIENCE, **options: Any) -> Reply:
     """Send bytes as they are, in as many messages as there are; one answer."""
     try:
         answer, done = channel.stream_unary(path).with_call(iter(messages), timeout=timeout, **options)
     except grpc.RpcError as error:
-        return Told(error.code().name, error.details() or "", b"", dict(error.trailing_metadata() or ()))
-    return Told("OK", "", answer, dict(done.trailing_metadata() or ()))
+        return Reply(error.code().name, error.details() or "", b"", dict(error.trailing_metadata() or ()))
+    return Reply("OK", "", answer, dict(done.trailing_metadata() or ()))
 
 
 def ask(channel: grpc.Channel, method: str, answer: str, message: Any, **options: Any) -> Any:
     """A call that must succeed; its answer as a message."""
-    told = call(channel, method if method[0] == "/" else SERVICE + method, message.SerializeToString(), **options)
-    assert told.code == "OK", told
-    return classes()[answer].FromString(told.data)
+    reply = call(channel, method if method[0] == "/" else SERVICE + method, message.SerializeToString(), **options)
+    assert reply.code == "OK", reply
+    return classes()[answer].FromString(reply.data)
 
 
 def infer_request(array: np.ndarray, *, name: str = "input", datatype: str = "FP32", **fields: Any) -> Any:
@@ -73,6 +73,6 @@ def logits_of_message(data: bytes) -> np.ndarray:
 
 
 def infer(channel: grpc.Channel, array: np.ndarray, **options: Any) -> np.ndarray:
-    told = call(channel, SERVICE + "ModelInfer", infer_request(array).SerializeToString(), **options)
-    assert told.code == "OK", told
-    return logits_of_message(told.data)
+    reply = call(channel, SERVICE + "ModelInfer", infer_request(array).SerializeToString(), **options)
+    assert reply.code == "OK", reply
+    return logits_of_message(reply.data)

@@ -16,7 +16,7 @@ from support.serving import PATIENCE, Server, serving, until
 TWO = ("--processes", "2")
 
 
-def told(server: Server, event: str) -> list[dict[str, Any]]:
+def events_of(server: Server, event: str) -> list[dict[str, Any]]:
     return [line for line in server.events() if line.get("event") == event]
 
 
@@ -45,7 +45,7 @@ def killed(server: Server, number: int) -> None:
 
 
 @contextlib.contextmanager
-def asked(server: Server, count: int) -> Iterator[list[http.client.HTTPConnection]]:
+def waiting_connections(server: Server, count: int) -> Iterator[list[http.client.HTTPConnection]]:
     """Connections with a request each, whose answers are still to be read."""
     with contextlib.ExitStack() as stack:
         connections = []

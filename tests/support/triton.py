@@ -56,7 +56,7 @@ class Triton:
     grpc: int
     log: Path
 
-    def said(self, start: int = 0) -> str:
+    def log_text(self, start: int = 0) -> str:
         return self.log.read_bytes()[start:].decode(errors="replace")
 
     def load(self, name: str) -> tuple[str, str]:
@@ -70,7 +70,7 @@ class Triton:
         with contextlib.closing(client):
             client.request("POST", f"/v2/repository/models/{name}/load", "{}")
             content = client.getresponse().read()
-        return json.loads(content)["error"] if content else "", self.said(start)
+        return json.loads(content)["error"] if content else "", self.log_text(start)
 
 
 def free_ports(count: int) -> list[int]:
@@ -126,9 +126,9 @@ def triton(found: Installation, folder: Path, *, mode: str = "explicit") -> Iter
     running = Triton(process, folder / "repository", http_port, grpc_port, log)
     try:
         deadline = time.monotonic() + PATIENCE
-        while "Started HTTPService" not in running.said():
-            assert process.poll() is None, running.said()[-3000:]
-            assert time.monotonic() < deadline, running.said()[-3000:]
+        while "Started HTTPService" not in running.log_text():
+            assert process.poll() is None, running.log_text()[-3000:]
+            assert time.monotonic() < deadline, running.log_text()[-3000:]
             time.sleep(0.05)
         yield running
     finally:

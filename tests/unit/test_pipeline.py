@@ -69,7 +69,7 @@ def test_bundle_is_complete_and_passes(result: bnexport.pipeline.ExportResult) -
     assert (folder.stat().st_mode & 0o777) == (folder.parent.stat().st_mode & 0o777 | 0o055) & 0o777
 
 
-def test_manifest_tells_what_a_server_needs(result: bnexport.pipeline.ExportResult) -> None:
+def test_manifest_states_what_a_server_needs(result: bnexport.pipeline.ExportResult) -> None:
     assert result.bundle is not None
     value = json.loads((result.bundle.path / MANIFEST).read_text())
     assert value["signature"]["inputs"] == [{"name": "input", "dtype": "float32", "shape": ["batch", 3, 8, 8]}]
@@ -166,7 +166,7 @@ def test_existing_bundle_is_kept_unless_forced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda m: m[0].weight.data.view(-1)[3:4].fill_(float("nan")), "0.weight holds NaN"),
         (lambda m: m[1].running_var.data[2:3].fill_(float("inf")), "1.running_var holds infinity"),
@@ -174,15 +174,15 @@ def test_existing_bundle_is_kept_unless_forced(tmp_path: Path) -> None:
         (lambda m: m[6].reset_running_stats(), "6 is a BatchNorm1d that was never trained"),
     ],
 )
-def test_nonsense_is_refused_by_name(change: object, said: str, tmp_path: Path) -> None:
+def test_nonsense_is_refused_by_name(change: object, message: str, tmp_path: Path) -> None:
     model = network()
     change(model)  # type: ignore[operator]
-    with pytest.raises(RefusedModel, match=said):
+    with pytest.raises(RefusedModel, match=message):
         bnexport.fold_and_export(model, tmp_path / "small" / "1", request=REQUEST)
     assert files(tmp_path) == []
 
 
-def test_untrained_is_accepted_when_asked(tmp_path: Path) -> None:
+def test_untrained_is_accepted_on_request(tmp_path: Path) -> None:
     model = network()
     model[6].reset_running_stats()
     request = ExportRequest(inputs=("3x8x8",), allow_untrained=True)

@@ -127,7 +127,9 @@ class _Tester:
             samples=self.samples,
             module=self.module,
             seed=self.seed,
-            scope=Scope(("float32",), max_samples=most, drift=False, allow_low_accuracy=self.allow_low_accuracy),
+            scope=Scope(
+                ("float32",), max_samples=most, drift=False, all_files=True, allow_low_accuracy=self.allow_low_accuracy
+            ),
         )
 
     def result(self, subject: FaultTarget, fault: Fault, few: int) -> FaultResult:

@@ -187,8 +187,8 @@ def test_the_table_of_a_gpu_holds_every_combination() -> None:
     names = {sweep.spec.name for sweep in gpu_sweeps()}
     assert names == {"torch-cuda", "torchscript-cuda", "torch-export-cuda", "onnxruntime-cuda", "onnxruntime-tensorrt"}
     for name in names:
-        asked = {kind for sweep in gpu_sweeps() if sweep.spec.name == name for kind in sweep.scope.precisions}
-        assert asked == set(BOTH)
+        requested = {kind for sweep in gpu_sweeps() if sweep.spec.name == name for kind in sweep.scope.precisions}
+        assert requested == set(BOTH)
     assert {sweep.spec.name for sweep in cpu_sweeps()} == {
         "emulated-cpu", "onnxruntime-cpu", "openvino-cpu", "torch-cpu", "torchscript-cpu", "torch-export-cpu"
     }  # fmt: skip
@@ -213,7 +213,7 @@ def run_command(bundle: Bundle, out: Path, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_without_a_gpu_the_emulation_stands_in_and_the_page_says_so(
+def test_without_a_gpu_the_emulation_stands_in_and_the_page_states_it(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_up_tables(monkeypatch, real=False)
@@ -249,7 +249,7 @@ def test_an_emulation_never_replaces_a_measurement(good: Lane, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "passed"),
+    ("code", "message", "passed"),
     [
         (3, "Error: onnxruntime-cuda can't run here: (libcurand.so.10: file too short)", True),
         (3, "Error: onnxruntime-cuda can't run here: this onnxruntime is built without CUDA", True),
@@ -260,9 +260,9 @@ def test_an_emulation_never_replaces_a_measurement(good: Lane, tmp_path: Path) -
         (1, "FAIL onnxruntime-cuda libcurand.so.10", False),
     ],
 )
-def test_what_counts_as_a_refusal(code: int, said: str, passed: bool) -> None:
+def test_what_counts_as_a_refusal(code: int, message: str, passed: bool) -> None:
     refusal = HiddenLibrary("no cuRAND", "onnxruntime-cuda", ("libcurand.so.10",))
-    assert refused_rightly(refusal, code, said) is passed
+    assert refused_rightly(refusal, code, message) is passed
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux's loader can be made to miss a library")
@@ -277,7 +277,7 @@ def test_a_hidden_library_is_named_with_exit_code_3(bundle: Bundle, refusal: Hid
 
 
 @pytest.mark.slow
-def test_a_runtime_that_answers_all_the_same_is_no_refusal(bundle: Bundle) -> None:
+def test_a_runtime_that_answers_all_the_same_is_not_a_refusal(bundle: Bundle) -> None:
     found = refuse(HiddenLibrary("nothing", "onnxruntime-cpu", environment={"CUDA_VISIBLE_DEVICES": ""}), bundle.path)
     assert found.code == 0
     assert not found.passed

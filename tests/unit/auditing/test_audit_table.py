@@ -57,7 +57,7 @@ def test_the_table_fits_80_columns_and_any_encoding(encoding: str) -> None:
     assert "\x1b" not in text, "a module path must not steer the terminal"
 
 
-def test_what_a_reader_is_told_of_a_wrong_tool() -> None:
+def test_the_explanation_of_a_wrong_tool() -> None:
     assert explanation(WRONG).startswith("worst in output 1, channel 3; first wrong at BatchNorm layer1.0.bn1")
     assert explanation(REPORT.rows[3]) == "it is \u221e"
     assert explanation(REPORT.rows[1]) == ""

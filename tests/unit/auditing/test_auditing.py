@@ -155,9 +155,9 @@ def test_answers_that_can_not_be_compared_are_wrong(with_tools: Any) -> None:
     )
     report = audit(trained(pair()), IMAGE)
     assert [row.verdict for row in report.rows] == ["right", "wrong", "wrong", "wrong"]
-    for row, told in zip(report.rows[1:], ("not finite", "shape", "2 outputs"), strict=True):
+    for row, expected in zip(report.rows[1:], ("not finite", "shape", "2 outputs"), strict=True):
         assert row.error == math.inf
-        assert told in row.reason
+        assert expected in row.reason
     written = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert [row["error"] for row in written["tools"][1:]] == [None, None, None]
 
@@ -254,7 +254,7 @@ class Overflows(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("network", "told"),
+    ("network", "message"),
     [
         (Dice(), "change from call to call"),
         (Infinite(), "not finite"),
@@ -262,8 +262,8 @@ class Overflows(nn.Module):
         (nn.Linear(3, 2), "can't run on a batch of 2"),
     ],
 )
-def test_networks_that_can_not_be_judged(network: nn.Module, told: str) -> None:
-    with pytest.raises(ModelError, match=told):
+def test_networks_that_can_not_be_judged(network: nn.Module, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         audit(network.eval(), IMAGE, tools=("torch.jit.freeze",))
 
 
@@ -277,13 +277,13 @@ def test_what_is_refused_at_once() -> None:
 
 
 def test_the_report_as_json() -> None:
-    told: list[str] = []
-    report = audit(trained(pair()), IMAGE, tools=("torch.fx.fuse",), seed=3, progress=told.append)
-    assert told == ["torch.eager", "torch.fx.fuse"]
+    reported: list[str] = []
+    report = audit(trained(pair()), IMAGE, tools=("torch.fx.fuse",), seed=3, progress=reported.append)
+    assert reported == ["torch.eager", "torch.fx.fuse"]
     value = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert set(value) == {"passed", "summary", "bound", "rule", "seed", "batches", "notes", "tools", "environment"}
     assert (value["passed"], value["summary"], value["seed"]) == (True, "right: 1 tool", 3)
-    assert [row["tool"] for row in value["tools"]] == told
+    assert [row["tool"] for row in value["tools"]] == reported
     fields = {
         "tool",
         "verdict",

@@ -73,7 +73,7 @@ def check(dataset):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         name = self.path.rpartition("/")[2]
-        self.server.asked.append(name)
+        self.server.requested.append(name)
         if name not in self.server.files:
             self.send_error(404)
             return
@@ -90,7 +90,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves ``files`` by name; ``claimed`` replaces the announced length."""
 
     def __init__(self, files, claimed=None):
-        self.files, self.claimed, self.asked = files, claimed, []
+        self.files, self.claimed, self.requested = files, claimed, []
         super().__init__(("127.0.0.1", 0), Handler)
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
 
@@ -240,7 +240,7 @@ def test_a_wrong_file_in_the_cache_is_downloaded_again(tiny, tmp_path, monkeypat
     with Server(good()) as server:
         mirrors(monkeypatch, tiny, server.url)
         check(load_dataset("mnist"))
-    assert server.asked == [NAMES[0]]
+    assert server.requested == [NAMES[0]]
     assert (cache / "MNIST" / "raw" / NAMES[0]).read_bytes() == contents()[0]
 
 
@@ -282,15 +282,15 @@ def test_a_truncated_unpacked_file(tiny, tmp_path):
 
 
 def test_download_into_the_given_folder(tiny, tmp_path, monkeypatch):
-    told = []
+    reported = []
     with Server(good()) as server:
         mirrors(monkeypatch, tiny, server.url)
-        check(load_dataset("mnist", data_dir=tmp_path / "new", progress=lambda *now: told.append(now)))
+        check(load_dataset("mnist", data_dir=tmp_path / "new", progress=lambda *now: reported.append(now)))
         check(load_dataset("mnist", data_dir=tmp_path / "new"))
-    assert server.asked == NAMES
+    assert server.requested == NAMES
     assert sorted(path.name for path in (tmp_path / "new" / "MNIST" / "raw").iterdir()) == sorted(NAMES)
     size = len(contents()[0])
-    assert told[0] == (NAMES[0], size, size)
+    assert reported[0] == (NAMES[0], size, size)
     assert not (tmp_path / "cache").exists()
 
 
@@ -298,7 +298,7 @@ def test_the_next_mirror_helps(tiny, tmp_path, monkeypatch):
     with Server({}) as empty, Server(dict.fromkeys(NAMES, b"other")) as wrong, Server(good()) as server:
         mirrors(monkeypatch, tiny, empty.url, wrong.url, server.url)
         check(load_dataset("mnist"))
-    assert empty.asked == wrong.asked == server.asked == NAMES
+    assert empty.requested == wrong.requested == server.requested == NAMES
 
 
 @pytest.mark.parametrize(

@@ -59,13 +59,13 @@ def test_the_map_is_what_one_by_one_decoding_gives(tmp_path_factory, kinds, size
     contents = [file.read_bytes() for file in root.rglob("*.*") if file.is_file()]
     assume(len(set(contents)) == len(contents))
     channels, height, width = wanted
-    asked = Preprocessing(channels, height, width, mean=(0.0,) * channels, std=(1.0,) * channels)
-    for dataset in (load(root, asked), load(root, asked)):  # built, then from the cache
+    preprocessing = Preprocessing(channels, height, width, mean=(0.0,) * channels, std=(1.0,) * channels)
+    for dataset in (load(root, preprocessing), load(root, preprocessing)):  # built, then from the cache
         assert isinstance(dataset.train_images, np.memmap)
         assert dataset.train_images.dtype == np.uint8
         assert not dataset.train_images.flags.writeable
-        assert np.array_equal(dataset.train_images, one_by_one(root, "train", asked))
-        test = one_by_one(root, "val", asked)  # they are mixed
+        assert np.array_equal(dataset.train_images, one_by_one(root, "train", preprocessing))
+        test = one_by_one(root, "val", preprocessing)  # they are mixed
         assert sorted(image.tobytes() for image in dataset.test_images) == sorted(image.tobytes() for image in test)
 
 
@@ -88,13 +88,13 @@ def test_of_an_animation_the_first_frame_counts(tmp_path):
     assert np.array_equal(load(tmp_path / "set").train_images[0, 0], np.asarray(frames[0]))
 
 
-def test_progress_is_told_while_pictures_are_decoded_and_only_then(tmp_path):
-    told = []
+def test_progress_is_reported_only_while_pictures_are_decoded(tmp_path):
+    reported = []
     root = write_parts(tmp_path / "set")
-    load(root, progress=lambda *now: told.append(now))
-    assert told == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6), (6, 6), (1, 4), (2, 4), (3, 4), (4, 4)]
-    load(root, progress=lambda *now: told.append(now))
-    assert len(told) == 10
+    load(root, progress=lambda *now: reported.append(now))
+    assert reported == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6), (6, 6), (1, 4), (2, 4), (3, 4), (4, 4)]
+    load(root, progress=lambda *now: reported.append(now))
+    assert len(reported) == 10
 
 
 def test_one_part_alone_decodes_nothing_else(tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_changed_folder_is_decoded_again_and_the_old_entry_goes(tmp_path, buil
     assert [name for name in after if name.startswith("test")] == [name for name in before if name.startswith("test")]
 
 
-def test_two_sizes_stay_beside_each_other(tmp_path, built):
+def test_two_sizes_are_kept_next_to_each_other(tmp_path, built):
     root = write_parts(tmp_path / "set")
     for _ in range(2):
         load(root)

@@ -65,7 +65,7 @@ def test_what_torchvision_would_read_is_not_left_out_in_silence(tmp_path):
         load(root)
 
 
-def test_bad_pictures_can_be_left_out_which_is_told(tmp_path, built):
+def test_bad_pictures_can_be_left_out_and_are_reported(tmp_path, built):
     root = write_parts(tmp_path / "set")
     for part in ("train", "val"):
         (root / part / "cat" / "bad.png").write_text(f"hello {part}")
@@ -91,7 +91,7 @@ def test_leaving_out_may_leave_no_class_empty(tmp_path, labels):
         load(root, on_bad="skip")
 
 
-def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_work(tmp_path, monkeypatch):
     root = write_parts(tmp_path / "set")
     usage = decoded.shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(decoded.shutil, "disk_usage", lambda _: usage)
@@ -156,13 +156,13 @@ from pathlib import Path
 from bnexport.data.folder import load_folder
 from support.pictures import GREY
 
-root, told, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+root, count_file, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 builds = 0
 
 def progress(done, total):
     global builds
     builds += done == 1
-    told.write_text(str(done))
+    count_file.write_text(str(done))
     time.sleep(pause)
 
 dataset = load_folder(root, preprocessing=GREY, cache_dir=root.parent / "cache", progress=progress)
@@ -171,12 +171,12 @@ print(builds, int(dataset.train_images.astype(int).sum()), int(dataset.test_imag
 
 
 @contextlib.contextmanager
-def child(root, told, pause):
+def child(root, count_file, pause):
     """A process that loads a folder, and waits after each picture."""
     here = Path(__file__).parents[3]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here / "tests")])}
     process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(root), str(told), str(pause)],
+        [sys.executable, "-c", CHILD, str(root), str(count_file), str(pause)],
         env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with process:
@@ -198,7 +198,7 @@ def wait_for(condition, process):
 def test_processes_that_want_the_same_folder_build_it_once(tmp_path):
     root = write_parts(tmp_path / "set", train=10, test=3)
     with contextlib.ExitStack() as stack:
-        children = [stack.enter_context(child(root, tmp_path / f"told{n}", 0.02)) for n in range(3)]
+        children = [stack.enter_context(child(root, tmp_path / f"count{n}", 0.02)) for n in range(3)]
         printed = []
         for process in children:
             out, err = process.communicate(timeout=240)
@@ -214,9 +214,9 @@ def test_processes_that_want_the_same_folder_build_it_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
 def test_a_killed_build_is_cleared_away_and_done_again(tmp_path):
-    root, told = write_parts(tmp_path / "set", train=10), tmp_path / "told"
-    with child(root, told, 0.2) as process:
-        wait_for(lambda: told.exists() and told.read_text() not in ("", "1"), process)
+    root, count_file = write_parts(tmp_path / "set", train=10), tmp_path / "count"
+    with child(root, count_file, 0.2) as process:
+        wait_for(lambda: count_file.exists() and count_file.read_text() not in ("", "1"), process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait(60)
     assert [name for name in left(root) if name.endswith(".part")], "it was killed too late to show anything"
@@ -224,7 +224,7 @@ def test_a_killed_build_is_cleared_away_and_done_again(tmp_path):
     assert not [name for name in left(root) if name.startswith(".")]
 
 
-def test_who_has_mapped_an_entry_keeps_it_when_it_is_outdated(tmp_path):
+def test_a_mapped_entry_stays_readable_when_it_is_outdated(tmp_path):
     root = write_parts(tmp_path / "set")
     old = load(root).train_images
     want = one_by_one(root, "train", GREY)

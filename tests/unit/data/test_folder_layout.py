@@ -46,7 +46,7 @@ def test_two_parts(tmp_path, name):
     assert dataset.name == f"folder:{tmp_path / 'set'}"
 
 
-def test_with_test_and_val_val_is_not_used_and_this_is_told(tmp_path):
+def test_with_test_and_val_val_is_not_used_and_this_is_reported(tmp_path):
     write_parts(tmp_path / "set", name="val", test=1)
     write_parts(tmp_path / "set", name="test", test=2)
     dataset = load(tmp_path / "set")
@@ -54,7 +54,7 @@ def test_with_test_and_val_val_is_not_used_and_this_is_told(tmp_path):
     assert "val is not used" in dataset.origin
 
 
-def test_without_parts_a_share_of_each_class_is_held_out_and_this_is_told(tmp_path):
+def test_without_parts_a_share_of_each_class_is_held_out_and_this_is_reported(tmp_path):
     root = write_pictures(tmp_path / "set", *(f"cat/{n}.png" for n in range(20)), *(f"dog/{n}.png" for n in range(3)))
     dataset = load(root)
     assert sorted(dataset.test_labels) == [0, 0, 1]
@@ -225,7 +225,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("make", "message", "remedy"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_data_set_is_refused_with_a_sentence(tmp_path, make, message, remedy):
+def test_folders_that_are_not_data_sets_are_refused_with_a_sentence(tmp_path, make, message, remedy):
     root = tmp_path / "x" / "set"
     root.parent.mkdir()
     make(root)

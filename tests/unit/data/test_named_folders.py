@@ -17,11 +17,11 @@ def pictures(tmp_path, monkeypatch):
 
 
 def test_a_folder_goes_by_its_name(pictures, tmp_path):
-    told = []
-    dataset = load_dataset(pictures, preprocessing=COLOURS, on_picture=lambda *now: told.append(now))
+    reported = []
+    dataset = load_dataset(pictures, preprocessing=COLOURS, on_picture=lambda *now: reported.append(now))
     assert dataset.name == pictures
     assert dataset.train_images.shape == (6, 3, 6, 5)
-    assert told[-1] == (4, 4)
+    assert reported[-1] == (4, 4)
     images, labels = load_test_images(pictures, preprocessing=COLOURS)
     assert np.array_equal(images, dataset.test_images)
     assert np.array_equal(labels, dataset.test_labels)

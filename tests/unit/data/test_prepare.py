@@ -12,7 +12,7 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
 
 
-def asks(channels, height, width):
+def wanted_images(channels, height, width):
     return Preprocessing(channels, height, width, mean=(0.0,) * channels, std=(1.0,) * channels)
 
 
@@ -40,15 +40,15 @@ def from_files(folder, images, preprocessing):
 def test_it_gives_what_the_same_pictures_give_as_files(tmp_path_factory, source, wanted, seed):
     channels, *size = source
     images = pixels(2, *([channels] if channels else []), *size, seed=seed)
-    fitted = prepared(images, asks(*wanted))
+    fitted = prepared(images, wanted_images(*wanted))
     assert fitted.dtype == np.uint8
     assert fitted.shape == (2, *wanted)
-    assert np.array_equal(fitted, from_files(tmp_path_factory.mktemp("png"), images, asks(*wanted)))
+    assert np.array_equal(fitted, from_files(tmp_path_factory.mktemp("png"), images, wanted_images(*wanted)))
 
 
 def test_rgb_becomes_grey_by_the_weights_of_the_eye():
     primaries = np.eye(3, dtype=np.uint8).reshape(3, 3, 1, 1) * 255
-    assert prepared(primaries, asks(1, 1, 1)).ravel().tolist() == [76, 150, 29]
+    assert prepared(primaries, wanted_images(1, 1, 1)).ravel().tolist() == [76, 150, 29]
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def test_rgb_becomes_grey_by_the_weights_of_the_eye():
 )
 def test_where_nothing_is_to_do_it_is_a_view(shape, wanted):
     images = pixels(*shape)
-    assert np.shares_memory(prepared(images, asks(*wanted)), images)
+    assert np.shares_memory(prepared(images, wanted_images(*wanted)), images)
 
 
 def test_no_images():
-    assert prepared(pixels(0, 28, 28), asks(3, 32, 32)).shape == (0, 3, 32, 32)
+    assert prepared(pixels(0, 28, 28), wanted_images(3, 32, 32)).shape == (0, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -69,17 +69,17 @@ def test_no_images():
 )
 def test_what_is_not_images_is_refused(images):
     with pytest.raises(DataError, match="the images are an array of") as caught:
-        prepared(images, asks(1, 6, 5))
+        prepared(images, wanted_images(1, 6, 5))
     assert caught.value.remedy
 
 
 def test_a_model_of_two_channels_is_refused():
     with pytest.raises(DataError, match="2 channels"):
-        prepared(pixels(4, 6, 5), asks(2, 6, 5))
+        prepared(pixels(4, 6, 5), wanted_images(2, 6, 5))
 
 
 def test_the_result_is_an_input_by_preprocessing():
     images = pixels(4, 28, 28)
-    inputs = asks(3, 8, 9).apply(prepared(images, asks(3, 8, 9)))
+    inputs = wanted_images(3, 8, 9).apply(prepared(images, wanted_images(3, 8, 9)))
     assert inputs.shape == (4, 3, 8, 9)
-    assert np.array_equal(inputs, prepared(images, asks(3, 8, 9)).astype(np.float32) * np.float32(1 / 255))
+    assert np.array_equal(inputs, prepared(images, wanted_images(3, 8, 9)).astype(np.float32) * np.float32(1 / 255))

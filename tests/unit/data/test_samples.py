@@ -172,10 +172,10 @@ def test_a_fixed_batch_is_not_cut(tmp_path: Path) -> None:
     assert len(load(save(tmp_path / "a.npy", FLOATS), fixed, limit=3).feeds["input"]) == 7
 
 
-def test_pixels_that_nobody_scaled_are_mentioned(tmp_path: Path) -> None:
-    told = load(save(tmp_path / "a.npy", FLOATS * 255)).described
-    assert "their values reach 248.781" in told
-    assert "the bundle's preprocessing gives -2 to 2" in told
+def test_unscaled_pixels_are_mentioned(tmp_path: Path) -> None:
+    description = load(save(tmp_path / "a.npy", FLOATS * 255)).described
+    assert "their values reach 248.781" in description
+    assert "the bundle's preprocessing gives -2 to 2" in description
 
 
 class Evil:

@@ -43,7 +43,7 @@ def test_an_inference_service(bundle: Bundle, tmp_path: Path) -> None:
     assert any("/v2/models/bn-lenet/infer" in step for step in done.next_steps)
 
 
-def test_a_gpu_is_asked_for() -> None:
+def test_a_gpu_is_requested() -> None:
     service = inference_service("m", DeployRequest(device="tensorrt"), SCALING, model_bytes=3 * 2**30)
     limits = service["spec"]["predictor"]["model"]["resources"]["limits"]
     assert limits == {"cpu": "1", "memory": "10Gi", "nvidia.com/gpu": "1"}
@@ -58,7 +58,7 @@ def test_a_foreign_model_on_kserve(foreign: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"storage_uri": "bucket/models"}, "can't load from the storage URI"),
         ({"storage_uri": "ftp://host/models"}, "can't load from the storage URI"),
@@ -73,8 +73,8 @@ def test_a_foreign_model_on_kserve(foreign: Bundle, tmp_path: Path) -> None:
         ({"metric": "latency"}, "latency"),
     ],
 )
-def test_scaling_that_can_not_be(options: dict[str, object], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_scaling_that_can_not_be(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         Scaling(**({"storage_uri": "s3://b/m"} | options))
 
 
@@ -118,7 +118,7 @@ def test_no_protocol_version_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["a: [", "- x", "", "a: !!python/object:os.system {}"])
-def test_text_that_is_no_service(text: str) -> None:
+def test_text_that_is_not_a_service(text: str) -> None:
     with pytest.raises(ExportError):
         check_yaml(text)
 
@@ -222,7 +222,7 @@ DOCKERFILE = dockerfile(None)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("COPY models", "COPY weights", "copies weights"),
         ("USER 10001", "USER root", "as root"),
@@ -234,11 +234,11 @@ DOCKERFILE = dockerfile(None)
         ("EXPOSE 8000", "FROM scratch", "start from one image"),
     ],
 )
-def test_dockerfiles_that_are_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
+def test_dockerfiles_that_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
     (tmp_path / "models").mkdir()
     check_dockerfile(DOCKERFILE, tmp_path)
     assert old in DOCKERFILE
-    with pytest.raises(Refused, match=told):
+    with pytest.raises(Refused, match=message):
         check_dockerfile(DOCKERFILE.replace(old, new), tmp_path)
 
 

@@ -56,7 +56,7 @@ def test_versions_are_read_from_the_file(tmp_path: Path, opset: int, ir_version:
 
 
 @pytest.mark.parametrize(
-    ("release", "opset", "ir_version", "told", "option"),
+    ("release", "opset", "ir_version", "expected", "option"),
     [
         (
             "23.04",
@@ -70,17 +70,17 @@ def test_versions_are_read_from_the_file(tmp_path: Path, opset: int, ir_version:
     ],
 )
 def test_what_a_release_can_not_load_is_refused_with_the_options(
-    tmp_path: Path, release: str, opset: int, ir_version: int, told: str, option: str
+    tmp_path: Path, release: str, opset: int, ir_version: int, expected: str, option: str
 ) -> None:
     bundle = foreign_bundle(tmp_path / "1", opset=opset, ir_version=ir_version)
     with pytest.raises(ExportError) as caught:
         check_loads(bundle.file(MODEL_ONNX), release)
-    assert told in caught.value.message
+    assert expected in caught.value.message
     assert option in caught.value.remedy
     assert check_loads(bundle.file(MODEL_ONNX), DEFAULT_RELEASE) == Reads(opset, ir_version)
 
 
-def test_an_unknown_release_and_a_file_that_is_no_model(tmp_path: Path) -> None:
+def test_an_unknown_release_and_a_file_that_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'24\.5' is not in"):
         release_reads("24.5")
     (tmp_path / "m.onnx").write_bytes(b"\xff\xff")

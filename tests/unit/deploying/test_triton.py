@@ -93,7 +93,7 @@ def test_a_batch_that_does_not_vary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [("other", 2), ("batch", "batch"), (1, 2)])
 @pytest.mark.parametrize("device", DEVICES)
-def test_an_output_that_is_no_batch_like_the_inputs(device: str, shape: tuple[Dim, ...]) -> None:
+def test_an_output_without_the_batch_axis_of_the_inputs(device: str, shape: tuple[Dim, ...]) -> None:
     """Triton would run several requests together, and cut such an output among them."""
     signature = Signature((TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", shape),))
     assert not signature.batched
@@ -206,7 +206,7 @@ def test_a_changed_bundle_and_an_old_release_are_refused(bundle: Bundle, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"device": "tpu"}, "tpu"),
         ({"instances": 0}, "instances can't be 0"),
@@ -215,8 +215,8 @@ def test_a_changed_bundle_and_an_old_release_are_refused(bundle: Bundle, tmp_pat
         ({"instances": 2**31}, "Give 1 to 2147483647"),
     ],
 )
-def test_bad_requests(options: dict[str, object], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_bad_requests(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         DeployRequest(**options)
 
 
@@ -252,7 +252,7 @@ TEXT = triton_config("foreign", FOREIGN)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("max_batch_size: 64", "max_batch_sise: 64", "can't read"),
         ("max_batch_size: 64", 'max_batch_size: "64"', "can't read"),
@@ -272,10 +272,10 @@ TEXT = triton_config("foreign", FOREIGN)
         ('name: "scores"', 'name: "scores" label_filename: "names.txt"', "there is no 'names.txt'"),
     ],
 )
-def test_configurations_that_triton_would_refuse(old: str, new: str, told: str) -> None:
+def test_configurations_that_triton_would_refuse(old: str, new: str, message: str) -> None:
     check_config(TEXT, "foreign", FOREIGN, files=FILES)
     assert old in TEXT
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         check_config(TEXT.replace(old, new), "foreign", FOREIGN, files=FILES)
 
 
@@ -290,7 +290,7 @@ def test_the_table_of_messages_is_tritons(bundle: Bundle, tmp_path: Path) -> Non
             found = found.nested_types_by_name[part]
         return found
 
-    def told(field: object) -> tuple[object, ...]:
+    def facts_of(field: object) -> tuple[object, ...]:
         inner = field.message_type or field.enum_type
         repeated = getattr(field, "is_repeated", None)
         return field.number, field.type, inner and inner.full_name, field.label == 3 if repeated is None else repeated
@@ -300,7 +300,7 @@ def test_the_table_of_messages_is_tritons(bundle: Bundle, tmp_path: Path) -> Non
     assert len(ours) > 10
     for name, kind in ours.items():
         for field in kind.DESCRIPTOR.fields:
-            assert told(field) == told(of(name).fields_by_name[field.name]), f"{name}.{field.name}"
+            assert facts_of(field) == facts_of(of(name).fields_by_name[field.name]), f"{name}.{field.name}"
     for enumeration, theirs in (
         (config_file.enum_types_by_name["DataType"], model_config_pb2.DataType),
         (ours["ModelInstanceGroup"].DESCRIPTOR.enum_types_by_name["Kind"], model_config_pb2.ModelInstanceGroup.Kind),

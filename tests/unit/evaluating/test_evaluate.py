@@ -135,7 +135,7 @@ def test_a_user_s_own_network(write: Write, tmp_path: Path) -> None:
         ("Nan", DataError, "NaN or infinity"),
     ],
 )
-def test_networks_that_are_no_classifiers(tmp_path: Path, name: str, error: type[Exception], words: str) -> None:
+def test_networks_that_are_not_classifiers(tmp_path: Path, name: str, error: type[Exception], words: str) -> None:
     (tmp_path / "net.py").write_text(NETWORKS)
     torch.save({"p": torch.zeros(1)}, tmp_path / "weights.pt")
     with pytest.raises(error, match=words):

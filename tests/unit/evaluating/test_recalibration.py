@@ -46,7 +46,7 @@ def test_batch_statistics_of_the_first_layer_are_those_of_all_its_inputs(write: 
     assert done.distance.stale, "random statistics are"
 
 
-def test_the_checkpoint_says_what_was_done_and_what_it_said_before(write: Write) -> None:
+def test_the_checkpoint_records_the_change_and_the_earlier_state(write: Write) -> None:
     path = write(training={"epoch": 3}, word="of another version")
     request = RecalibrationRequest("population", samples=100, batch_size=40, seed=5)
     done = recalibrate_checkpoint(path, path.with_name("out.safetensors"), request)

@@ -36,8 +36,8 @@ class Keeps(nn.Sequential):
 
 def test_a_fresh_network_is_not_warned_of_and_a_stale_one_is() -> None:
     assert stale_warning(TrainedNetwork(fresh(), **DIGITS)) == ""
-    told = stale_warning(TrainedNetwork(lenet(), **DIGITS))
-    assert told.startswith("the moving statistics are stale on 300 training images")
+    warning = stale_warning(TrainedNetwork(lenet(), **DIGITS))
+    assert warning.startswith("the moving statistics are stale on 300 training images")
     assert sampled_staleness(TrainedNetwork(fresh(), **DIGITS)).images == len(TRAIN[0])
 
 
@@ -63,7 +63,7 @@ def test_the_network_and_the_random_state_are_as_before() -> None:
         (nn.Sequential(nn.Flatten(), nn.Linear(784, 3)), {}),
     ],
 )
-def test_where_nothing_tells_there_is_no_warning(network: nn.Module, changes: dict[str, object]) -> None:
+def test_networks_that_can_not_be_compared_get_no_warning(network: nn.Module, changes: dict[str, object]) -> None:
     assert stale_warning(TrainedNetwork(network, **{**DIGITS, **changes})) == ""
 
 
@@ -76,12 +76,12 @@ def test_without_data_there_is_no_warning(tmp_path, monkeypatch: pytest.MonkeyPa
         sampled_staleness(subject)
 
 
-def test_asked_for_it_is_said_why_not() -> None:
+def test_on_request_the_reason_is_reported() -> None:
     with pytest.raises(UsageError, match="training images of the network are not known"):
         sampled_staleness(TrainedNetwork(lenet(), None, None))
 
 
-def test_the_fold_s_account_carries_the_warning(write: Write, tmp_path) -> None:
+def test_the_fold_report_holds_the_warning(write: Write, tmp_path) -> None:
     request = ExportRequest(formats=("onnx",))
     stale = bnexport.fold_and_export(str(write()), tmp_path / "models" / "stale" / "1", request=request)
     assert stale.bundle is not None, "a warning, not a refusal"

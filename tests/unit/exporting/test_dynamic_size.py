@@ -108,7 +108,7 @@ def test_the_pinned_size_is_named() -> None:
     assert "is pinned" in baked
 
 
-def test_without_an_image_there_is_no_size() -> None:
+def test_a_network_without_images_has_no_size() -> None:
     network = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).eval()
     assert "no input here has a height" in refusal(network, (InputSpec("input", (4,)),), UsageError)
 
@@ -178,7 +178,7 @@ def test_the_graph_holds_from_where_forward_goes_its_way() -> None:
     assert "--input" in caught.value.remedy
 
 
-def test_maps_of_one_pixel_are_no_limit() -> None:
+def test_maps_of_one_pixel_are_not_a_limit() -> None:
     """torch.export keeps away from them here, the graph does not: ConvNeXt's layer norm, channels last, and what follows."""
     network = model(
         lambda m, y: m.wide(m.norm(m.down(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).mean((2, 3)),
@@ -218,7 +218,7 @@ def refusal_of_trace(network: nn.Module) -> str:
     return caught.value.message
 
 
-def test_questions_with_one_answer_are_none() -> None:
+def test_conditions_with_one_possible_answer_are_ignored() -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         y = m.bn(x)
         if x.shape[2] < 1 or x.shape[0] == 0 or x.shape[2] * x.shape[3] < 4 or 2 * x.shape[2] - x.shape[2] < 2:

@@ -132,7 +132,9 @@ def test_same_bytes_from_another_process_and_folder(exported: Path, tmp_path: Pa
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("opset", "ir_version", "written"), [(17, None, 8), (18, 9, 9), (20, None, 9), (21, None, 10)])
-def test_other_targets_are_written_as_asked(opset: int, ir_version: int | None, written: int, tmp_path: Path) -> None:
+def test_other_targets_are_written_as_requested(
+    opset: int, ir_version: int | None, written: int, tmp_path: Path
+) -> None:
     result, signature, inputs = lenet()
     target = OnnxTarget(opset, ir_version)
     export_onnx(result.model, inputs, tmp_path / "model.onnx", signature=signature, target=target)
@@ -173,7 +175,7 @@ def _broken(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize("fault", [_renamed_input, _fixed_batch, _other_opset, _norm_left, _external, _broken])
-def test_a_file_that_is_not_as_asked_is_refused(fault: object, exported: Path) -> None:
+def test_a_file_that_differs_from_the_request_is_refused(fault: object, exported: Path) -> None:
     _, signature, _ = lenet()
     model = onnx.load(exported / "model.onnx")
     check_model(model, signature, 18, 8)
@@ -192,7 +194,7 @@ def test_stamping_metadata_leaves_graph_and_weights(exported: Path, tmp_path: Pa
     assert [(item.key, item.value) for item in model.metadata_props] == [("a", "1"), ("b", "2")]
 
 
-def test_the_exporter_folds_nothing_behind_our_back(tmp_path: Path) -> None:
+def test_the_exporter_does_not_fold(tmp_path: Path) -> None:
     """torch.onnx's own optimiser fuses both of these, the one in training mode wrongly."""
     torch.manual_seed(0)
     inputs = (torch.randn(2, 3, 8, 8),)

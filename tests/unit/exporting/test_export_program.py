@@ -163,5 +163,5 @@ def test_a_refusal_names_the_other_formats(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_formats_are_written_unless_asked_otherwise() -> None:
+def test_all_formats_are_written_by_default() -> None:
     assert ExportRequest().formats == tuple(row.name for row in FORMATS)

@@ -153,7 +153,7 @@ def test_a_weight_computed_from_a_tensor_made_in_forward_is_a_constant(name: str
     assert [row.outcome for row in check(model, images()).rows] == ["backward"]
 
 
-def test_a_tensor_made_with_a_size_of_the_input_is_no_constant() -> None:
+def test_a_tensor_made_with_a_size_of_the_input_is_not_a_constant() -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         return m.bn(functional.conv2d(x, m.conv.weight * torch.arange(x.shape[0]).sum(), m.conv.bias))
 
@@ -161,7 +161,7 @@ def test_a_tensor_made_with_a_size_of_the_input_is_no_constant() -> None:
     assert (row.outcome, "computed from the input" in row.reason) == ("affine", True), row
 
 
-def test_a_tensor_made_and_changed_in_forward_is_no_wrong_constant() -> None:
+def test_a_tensor_made_and_changed_in_forward_is_not_a_wrong_constant() -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         mask = torch.zeros(3)
         mask[1] = 2.0
@@ -170,7 +170,7 @@ def test_a_tensor_made_and_changed_in_forward_is_no_wrong_constant() -> None:
     check(model_of(forward, conv=conv(3, 4, 3), bn=bn(4)), images())
 
 
-def test_results_that_depend_on_the_input_are_no_constants() -> None:
+def test_results_that_depend_on_the_input_are_not_constants() -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         var, _ = torch.var_mean(x)
         return m.bn(functional.conv2d(x, m.conv.weight * var, m.conv.bias))
@@ -221,7 +221,7 @@ def test_a_norm_without_scale_or_without_shift_is_folded_and_listed(name: str) -
     assert left == {"aten.conv2d.default", "aten.relu.default"}
 
 
-def test_a_lone_scale_or_shift_is_no_norm() -> None:
+def test_a_lone_scale_or_shift_is_not_a_norm() -> None:
     for forward in (lambda m, x: x * _on(m.weight), lambda m, x: x + _on(m.bias), lambda m, x: x / 6**0.5):
         model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), Partial(forward)).eval()
         assert check(model, images()).rows == ()
@@ -468,7 +468,7 @@ def test_a_late_failure_keeps_the_earlier_folds(monkeypatch: pytest.MonkeyPatch,
         torch.testing.assert_close(result.model(images(batch=3)), model(images(batch=3)), rtol=1e-3, atol=1e-3)
 
 
-def test_a_chaotic_network_is_no_fault_of_the_fold() -> None:
+def test_a_chaotic_network_is_not_a_fault_of_the_fold() -> None:
     """Whose outputs are all rounding: nothing to compare, but every fold is proved on its own."""
 
     class Chaotic(nn.Module):
@@ -506,7 +506,7 @@ def test_an_identity_norm_has_its_own_rule() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_large_mean_is_not_moved_behind_a_sum(dtype: torch.dtype) -> None:
+def test_a_large_mean_is_not_moved_past_a_sum(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1, groups=2)).eval()
     with torch.no_grad():

@@ -210,7 +210,7 @@ def test_a_wrong_fold_is_rolled_back_alone_and_loudly(monkeypatch: pytest.Monkey
     assert result.report.error <= 1e-12
 
 
-def test_a_wrong_fold_that_no_site_shows_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_fold_that_no_site_shows_gives_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """The written tensors differ from the plan: only the proof of the whole network detects it."""
     flushed = torch_writer.TorchWriter._set
 
@@ -254,7 +254,7 @@ def test_an_affine_that_stays_is_one_operation(build: Callable[[], nn.Module]) -
         torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_scale_and_a_table_of_positions_are_no_batch_norm() -> None:
+def test_a_scale_and_a_table_of_positions_are_not_a_batch_norm() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()

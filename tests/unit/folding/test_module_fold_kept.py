@@ -226,7 +226,7 @@ def test_hooks_on_other_modules_do_not_stop_a_fold() -> None:
     assert [(row.module, row.gone) for row in result.report.rows] == [("0.1", False), ("2.1", True)]
 
 
-def test_an_in_place_operation_behind_a_norm() -> None:
+def test_an_in_place_operation_after_a_norm() -> None:
     torch.manual_seed(0)
     model = randomise(in_place_after()).eval()
     model.bn.running_mean.zero_()

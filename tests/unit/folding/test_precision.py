@@ -83,7 +83,7 @@ def test_linear_layers_too(dtype: torch.dtype) -> None:
     assert row.outcome == "backward"
 
 
-def test_a_variance_above_float16_is_no_infinity() -> None:
+def test_a_variance_above_float16_does_not_become_infinite() -> None:
     """running_var of 1e6 cast to float16 would be infinity, and every output of the channel its shift."""
     model = KeepsStatisticsWide(torch.float16)
     with torch.no_grad():

@@ -42,7 +42,7 @@ WEIGHTS: dict[str, Forward] = {
 
 
 @pytest.mark.parametrize("reason", WEIGHTS)
-def test_why_a_weight_is_no_constant(reason: str) -> None:
+def test_why_a_weight_is_not_a_constant(reason: str) -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         return m.bn(functional.conv2d(x, WEIGHTS[reason](m, x), m.conv.bias))
 

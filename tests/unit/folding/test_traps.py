@@ -138,7 +138,7 @@ def test_a_scale_that_is_infinite_is_kept_and_has_no_number() -> None:
     assert "not finite" in row.reason
 
 
-def test_a_folded_graph_that_fails_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folded_graph_that_fails_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The original runs in float64, the folded graph does not: that is a fault, not "can't tell"."""
     original = fold_module._fold_copy
 

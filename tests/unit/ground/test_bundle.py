@@ -241,7 +241,7 @@ def test_names_that_leave_the_bundle_are_refused(folder: Path, name: str) -> Non
     [None, [], {}, "x", {"sha256": "0" * 64}, {"sha256": "0" * 63, "size": 7}, {"sha256": "G" * 64, "size": 7},
      {"sha256": 7, "size": 7}, {"sha256": "0" * 64, "size": "7"}, {"sha256": "0" * 64 + "\n", "size": 7}],
 )  # fmt: skip
-def test_entries_that_are_no_hash_and_size_are_refused(folder: Path, entry: object) -> None:
+def test_entries_without_hash_and_size_are_refused(folder: Path, entry: object) -> None:
     forge(folder, lambda value: value["files"].update({MODEL_ONNX: entry}))
     assert "can't be read" in refused(folder)
 
@@ -330,7 +330,7 @@ def test_file_gives_only_what_is_listed_and_there(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x01 text", b"\x0a\x08"])
-def test_a_golden_file_that_is_no_tensor(folder: Path, content: bytes) -> None:
+def test_a_golden_file_that_is_not_a_tensor(folder: Path, content: bytes) -> None:
     (folder / GOLDEN / "output_0.pb").write_bytes(content)
     opened = seal(folder, FILL)
     opened.check()

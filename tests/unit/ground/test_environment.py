@@ -101,7 +101,7 @@ def test_a_system_without_cpuinfo_still_names_a_processor(monkeypatch):
     assert cpu_name() == "Fast  CPU: 3"
 
 
-def test_the_gpu_is_not_asked_for_while_torch_is_not_loaded(monkeypatch, tmp_path):
+def test_the_gpu_is_not_queried_while_torch_is_not_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_DRIVER", tmp_path)
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "information").write_text("Model: \t\t NVIDIA Example\n")
@@ -124,7 +124,7 @@ def test_without_torch_the_driver_names_the_gpu(monkeypatch, tmp_path):
     assert gpu_name() == "NVIDIA H9"
 
 
-def test_the_distribution_for_serving_machines_is_told_apart(monkeypatch):
+def test_the_distribution_for_serving_machines_is_recognised(monkeypatch):
     have = {"bnexport-runtime": "2.0"}
 
     def version(name):

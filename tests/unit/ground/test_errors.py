@@ -34,7 +34,7 @@ def test_the_drawn_tree_is_the_tree():
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_every_class_has_a_docstring_of_its_own(kind):
+def test_every_class_has_its_own_docstring(kind):
     assert (kind.__dict__.get("__doc__") or "").strip().split("\n")[0].endswith(".")
 
 

@@ -164,7 +164,7 @@ def test_what_is_in_effect_is_read_back_and_not_remembered():
 
 
 @pytest.mark.parametrize(
-    ("value", "precision", "says"),
+    ("value", "precision", "message"),
     [
         (None, "float32", None),
         (None, "tf32", None),
@@ -174,12 +174,12 @@ def test_what_is_in_effect_is_read_back_and_not_remembered():
         ("1", "tf32", None),
     ],
 )
-def test_the_driver_s_variable_goes_before_settings(monkeypatch, value, precision, says):
+def test_the_driver_s_variable_goes_before_settings(monkeypatch, value, precision, message):
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     if value is not None:
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", value)
     found = override_problem(precision)
-    assert found is None if says is None else says in found
+    assert found is None if message is None else message in found
 
 
 #: What a user may have done with the older flags before; each in a process of its own, since torch does not forget it.
@@ -199,9 +199,9 @@ from bnexport.reproducibility import float32_precision
 b = torch.backends
 def state():
     holders = b, b.cuda.matmul, b.cudnn, b.cudnn.conv, b.cudnn.rnn, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn
-    older = [told(lambda: b.cuda.matmul.allow_tf32), told(lambda: b.cudnn.allow_tf32)]
-    return [holder.fp32_precision for holder in holders], older, told(torch.get_float32_matmul_precision)
-def told(read):
+    older = [value_of(lambda: b.cuda.matmul.allow_tf32), value_of(lambda: b.cudnn.allow_tf32)]
+    return [holder.fp32_precision for holder in holders], older, value_of(torch.get_float32_matmul_precision)
+def value_of(read):
     try:
         return read()
     except RuntimeError:  # a user can contradict himself, too

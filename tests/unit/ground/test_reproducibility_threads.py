@@ -160,7 +160,7 @@ def test_another_choice_of_algorithms_waits_too(pool: ThreadPoolExecutor) -> Non
     assert seen == [(False, True)]
 
 
-def test_who_waits_is_overtaken_only_while_someone_before_it_is_still_in(pool: ThreadPoolExecutor) -> None:
+def test_a_waiting_thread_is_overtaken_only_while_an_earlier_one_is_still_inside(pool: ThreadPoolExecutor) -> None:
     """A pool inside a block must be able to work (or its owner never leaves); a stream of guests must not starve the other."""
     log: list[str] = []
     owner = Guest(pool, log, "owner", "float32")

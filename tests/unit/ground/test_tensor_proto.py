@@ -110,7 +110,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_tensor_is_refused(name: str) -> None:
+def test_files_that_are_not_tensors_are_refused(name: str) -> None:
     content, words = REFUSED[name]
     with pytest.raises(Refusal) as caught:
         read_tensor(content)

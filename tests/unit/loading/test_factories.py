@@ -59,12 +59,12 @@ FACTORIES = {
 @pytest.mark.parametrize("kind", FACTORIES)
 @pytest.mark.parametrize("prefix", ["", "./", "../here/"])
 def test_a_factory_that_fails(tmp_path, monkeypatch, kind, prefix):
-    code, told = FACTORIES[kind]
+    code, expected = FACTORIES[kind]
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "net.py").write_text(code)
     monkeypatch.chdir(tmp_path / "here")
     before = list(sys.path)
-    assert told in message(f"{prefix}net.py:make")
+    assert expected in message(f"{prefix}net.py:make")
     assert sys.path == before
 
 

@@ -154,7 +154,7 @@ def test_the_remedies_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert all(torch.equal(value, network().state_dict()[key]) for key, value in module.state_dict().items())
 
 
-def test_texts_and_damaged_files_are_of_no_kind(tmp_path: Path) -> None:
+def test_texts_and_damaged_files_have_no_kind(tmp_path: Path) -> None:
     for content in (b"some text\n" * 9, b"PK\x03\x04" + bytes(99), b"\x00" * 64, b'{"abcd":{"a": 1}}' * 9):
         (tmp_path / "x").write_bytes(content)
         assert kind_of(tmp_path / "x") is None

@@ -49,7 +49,7 @@ def test_a_checkpoint_and_its_run(tmp_path):
         assert [layer.name for layer in found.layers] == NAMES
 
 
-def test_plain_weights_and_a_user_s_network_say_that_eps_is_assumed(tmp_path):
+def test_of_plain_weights_and_a_user_s_network_eps_is_assumed(tmp_path):
     state = randomise(nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))).state_dict()
     safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
     save_checkpoint(tmp_path / "user.safetensors", Checkpoint(state, {"network": {"source": "net.py:make"}}))
@@ -108,9 +108,9 @@ def test_what_holds_no_batch_norm(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("nowhere", "does not exist"), (".", "holds no model"), ("t", "not a whole")]
+    ("name", "message"), [("nowhere", "does not exist"), (".", "holds no model"), ("t", "not a whole")]
 )
-def test_what_can_not_be_read(tmp_path, name, told):
+def test_what_can_not_be_read(tmp_path, name, message):
     (tmp_path / "t").write_text("text " * 9)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         inspect_path(tmp_path / name)

@@ -275,13 +275,13 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_weights(tmp_path, factory, kind, suffix, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content, told = BROKEN[kind]
+    content, expected = BROKEN[kind]
     file = tmp_path / f"w{suffix}"
     file.write_bytes(content)
     for source in (f"{factory}:make", "bn_lenet"):
         text = message(source, file)
         assert str(file) in text
-        assert told in text
+        assert expected in text
 
 
 def test_half_a_torch_file(tmp_path, factory):

@@ -246,12 +246,12 @@ def test_of_several_sets_one_is_taken_and_the_others_are_named(folder: Path) -> 
     )
     assert same(loaded(stored, key="state_dict_ema").module, averaged)
     assert loaded(stored, key="state_dict").notes == ()
-    said = refusal(stored, key="state")
-    assert "no weights under 'state'. Found: state_dict_ema (tensors: 9), state_dict (tensors: 9)" in said
+    message = refusal(stored, key="state")
+    assert "no weights under 'state'. Found: state_dict_ema (tensors: 9), state_dict (tensors: 9)" in message
     bias = {"bias": plain["head.bias"]}
-    said = refusal({**stored, "state_dict": bias, "state_dict_ema": bias.copy()})
-    assert "does not fit Net under 'state_dict'" in said
-    assert "Found: state_dict_ema (tensors: 1), state_dict (tensors: 1)" in said
+    message = refusal({**stored, "state_dict": bias, "state_dict_ema": bias.copy()})
+    assert "does not fit Net under 'state_dict'" in message
+    assert "Found: state_dict_ema (tensors: 1), state_dict (tensors: 1)" in message
 
 
 def test_averaged_weights_are_taken_where_they_alone_fit(folder: Path) -> None:
@@ -260,9 +260,9 @@ def test_averaged_weights_are_taken_where_they_alone_fit(folder: Path) -> None:
 
 def test_two_networks_in_one_file_need_a_key(folder: Path) -> None:
     stored = {"generator": state_of(), "discriminator": {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)}}
-    said = refusal(stored)
-    assert "the choice is ambiguous. Found: generator (tensors: 9), discriminator (tensors: 2)" in said
-    assert "--weights-key generator" in said
+    message = refusal(stored)
+    assert "the choice is ambiguous. Found: generator (tensors: 9), discriminator (tensors: 2)" in message
+    assert "--weights-key generator" in message
     assert same(loaded(stored, key="generator").module, state_of())
     assert "does not fit Net under 'discriminator'" in refusal(stored, key="discriminator")
     stored["discriminator"] = state_of(seed=9)
@@ -355,7 +355,7 @@ def test_a_bundle_and_a_run_directory(folder: Path) -> None:
         load_source("net.py:Net", weights="bundle")
 
 
-def test_python_callers_are_told_of_python(folder: Path) -> None:
+def test_messages_for_python_callers_name_python_arguments(folder: Path) -> None:
     for weights in (state_of(), 3):
         with pytest.raises(UsageError, match=r"weights is a (dict|int), not the path.*load_state_dict"):
             load_source("net.py:Net", weights=weights)  # type: ignore[arg-type]

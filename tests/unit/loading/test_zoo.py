@@ -28,7 +28,7 @@ def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
-def told(source: str, **options: object) -> ModelError:
+def refusal(source: str, **options: object) -> ModelError:
     with pytest.raises(ModelError) as caught:
         build_from_zoo(source, options)
     assert "\n" not in str(caught.value)
@@ -58,7 +58,7 @@ def test_a_source_names_its_zoo():
         ("timm:resnet10t", {"in_chans": 1}, (1, 176, 176), False),
     ],
 )
-def test_the_package_says_what_goes_in(source, options, shape, means):
+def test_the_package_states_its_preprocessing(source, options, shape, means):
     have, preprocessing = zoo_facts(source, options, build_from_zoo(source, options))
     assert have == shape
     assert (preprocessing is not None) == means
@@ -70,13 +70,13 @@ def test_the_package_says_what_goes_in(source, options, shape, means):
 
 
 def test_a_wrong_name_gets_close_ones():
-    error = told("torchvision:resnet81")
+    error = refusal("torchvision:resnet81")
     assert error.message == "torchvision has no model 'resnet81'"
     assert "resnet18" in error.remedy
-    assert "repvgg_a0" in told("timm:repvgg_a").remedy
-    assert "list_models" in told("torchvision:zzzzzz").remedy
-    assert "has no model" in told("timm:resnet18.no_such_tag").message
-    assert "has no model" in told("timm:hf-hub:someone/something").message
+    assert "repvgg_a0" in refusal("timm:repvgg_a").remedy
+    assert "list_models" in refusal("torchvision:zzzzzz").remedy
+    assert "has no model" in refusal("timm:resnet18.no_such_tag").message
+    assert "has no model" in refusal("timm:hf-hub:someone/something").message
 
 
 @pytest.mark.parametrize(
@@ -104,24 +104,24 @@ def test_options_reach_the_constructor(source, options):
 )  # fmt: skip
 def test_an_option_that_is_not_taken_is_named(source):
     """Also where a builder of torchvision would swallow it."""
-    assert told(source, colour=3).message == f"{source} takes no option 'colour'"
+    assert refusal(source, colour=3).message == f"{source} takes no option 'colour'"
 
 
 @pytest.mark.parametrize("key", ["weights", "weights_backbone", "pretrained", "checkpoint_path", "pretrained_cfg"])
 @pytest.mark.parametrize("source", ["torchvision:fcn_resnet50", "timm:repvgg_a0"])
 def test_options_that_fetch_something_are_refused(source, key):
-    assert "fetches no weights" in told(source, **{key: "DEFAULT"}).message
+    assert "fetches no weights" in refusal(source, **{key: "DEFAULT"}).message
 
 
 def test_wrong_values_are_one_sentence():
-    assert "can't be built with num_classes=x: TypeError" in told("torchvision:resnet18", num_classes="x").message
+    assert "can't be built with num_classes=x: TypeError" in refusal("torchvision:resnet18", num_classes="x").message
     with pytest.raises(ModelError, match="no such options"):
         build_from_zoo("torchvision:resnet18", [1])
 
 
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "quantized_resnet18", "raft_small"])
 def test_other_kinds_are_refused_with_a_reason(name):
-    assert told(f"torchvision:{name}").message.startswith(f"torchvision:{name} ")
+    assert refusal(f"torchvision:{name}").message.startswith(f"torchvision:{name} ")
 
 
 def test_weights_and_a_round_trip(tmp_path: Path):
@@ -160,7 +160,7 @@ def test_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(inspect_path(tmp_path / "c.safetensors").layers) > 3  # its statistics can be read all the same
 
 
-def test_who_can_not_be_rebuilt():
+def test_networks_that_can_not_be_rebuilt():
     assert "only its author has" in str(unknown_reason({"source": "net.py:make"}))
     assert "has no model 'resnet19'" in str(unknown_reason({"source": "torchvision:resnet19"}))
     assert unknown_reason({"source": "bn_lenet"}) is None

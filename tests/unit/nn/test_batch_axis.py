@@ -111,7 +111,7 @@ def refusal(tail: Callable[[Net, Tensor], Tensor]) -> UntracedError:
 
 
 @pytest.mark.parametrize(
-    ("tail", "said", "remedy"),
+    ("tail", "expected", "remedy"),
     [
         (
             squeezed,
@@ -133,9 +133,9 @@ def refusal(tail: Callable[[Net, Tensor], Tensor]) -> UntracedError:
         (asks_for_many, "takes another path for a batch of 4 than for a batch of 2, from FILE:LINE on", "without if"),
     ],
 )
-def test_the_line_and_what_helps_are_named(tail: Callable[[Net, Tensor], Tensor], said: str, remedy: str) -> None:
+def test_the_line_and_what_helps_are_named(tail: Callable[[Net, Tensor], Tensor], expected: str, remedy: str) -> None:
     error = refusal(tail)
-    assert said.replace("FILE", "test_batch_axis.py").replace("LINE", str(line_of(tail))) in error.message
+    assert expected.replace("FILE", "test_batch_axis.py").replace("LINE", str(line_of(tail))) in error.message
     assert "Net" in error.message
     assert remedy in error.remedy
 

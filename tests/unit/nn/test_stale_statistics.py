@@ -154,7 +154,7 @@ def test_the_sentence() -> None:
     assert value["layers"][1]["stale"] is value["stale"] is True
 
 
-def test_few_images_need_a_larger_error_to_tell() -> None:
+def test_few_images_need_a_larger_error() -> None:
     row = LayerStaleness("bn", 0.2, 0.2, 1.0, 1.0, 0.2, 0.2)
     assert StalenessReport((row,), 1024).stale
     assert StalenessReport((row,), 1024).threshold == STALE_ABOVE

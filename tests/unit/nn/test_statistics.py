@@ -127,5 +127,5 @@ def test_json_has_no_number_that_json_lacks():
     assert value["channels"][0]["scale"] == pytest.approx(1.0, rel=1e-4)
 
 
-def test_what_is_no_norm_is_passed_over():
+def test_other_modules_than_norms_are_skipped():
     assert layer_statistics(nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2)).state_dict()) == []

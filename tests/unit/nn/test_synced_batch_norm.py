@@ -68,7 +68,7 @@ def test_several_processes_compute_what_one_does(results, case):
         assert (found - whole[name]).abs().max() <= 1e-8 * scale, name
 
 
-def test_the_cases_tell_a_local_batch_norm_apart():
+def test_the_cases_distinguish_a_local_batch_norm():
     """Each part normalised by itself is far from the whole: the comparison above can fail."""
     for case in ("2-D", "4-D", "called twice", "scratch 4-D"):
         whole, parts = computed(network(case), *batch(case)), CASES[case][2]

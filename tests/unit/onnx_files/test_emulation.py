@@ -112,9 +112,9 @@ def test_ties_limits_and_subnormals(number: float, to: Format, expected: float) 
 
 def test_formats_are_the_standards() -> None:
     for to, kind in ((FLOAT32, np.float32), (FLOAT16, np.float16), (BFLOAT16, ml_dtypes.bfloat16)):
-        told = ml_dtypes.finfo(kind)
+        standard = ml_dtypes.finfo(kind)
         assert (to.largest, to.smallest, 2 * to.half_step) == (
-            float(told.max), float(told.smallest_normal), float(told.eps)
+            float(standard.max), float(standard.smallest_normal), float(standard.eps)
         )  # fmt: skip
     assert (TF32.smallest, 2 * TF32.half_step) == (FLOAT32.smallest, 2.0**-10)
 
@@ -314,7 +314,7 @@ def test_a_weight_is_rounded_once_whatever_the_number_of_chunks(
 
 
 @pytest.mark.parametrize("precision", list(PRECISIONS))
-def test_a_runner_that_emulates_says_so(bundle: Bundle, precision: str) -> None:
+def test_a_runner_that_emulates_reports_it(bundle: Bundle, precision: str) -> None:
     with EmulatedRunner(bundle, precision) as runner:
         outputs = runner.run({"input": X})
     assert (runner.name, runner.effective_device) == (f"emulated-{precision}", "cpu")
@@ -339,13 +339,13 @@ def test_outputs_have_the_signatures_type_and_overflow_is_infinite(
     from bnexport.tensors import Signature
 
     folder = copy_bundle(bundle, tmp_path_factory.mktemp("half") / "1")
-    told = bundle.manifest.signature
-    half = reseal(folder, signature=Signature(told.inputs, (replace(told.outputs[0], dtype="float16"),)))
+    declared = bundle.manifest.signature
+    half = reseal(folder, signature=Signature(declared.inputs, (replace(declared.outputs[0], dtype="float16"),)))
     with EmulatedRunner(half, "bfloat16") as runner:
         assert runner.run({"input": X})["logits"].dtype == np.float16
 
 
-def test_every_row_says_who_computes_so() -> None:
+def test_every_row_has_a_source_and_a_description() -> None:
     assert set(PRECISIONS) >= {"float32", "tf32", "float16", "bfloat16", "tf32-convolutions"}
     for name, row in PRECISIONS.items():
         assert row.name == name

@@ -113,7 +113,7 @@ def test_a_plain_file_is_not_normalised():
     assert bnexport.fold_onnx(model).normalised == ()
 
 
-def test_every_row_has_a_name_of_its_own():
+def test_every_row_has_its_own_name():
     names = [row.name for row in NORMALISATIONS]
     assert len(set(names)) == len(names)
 

@@ -159,7 +159,7 @@ def test_layers_that_left_come_first_and_all_of_them_are_listed() -> None:
 
 def test_charts_hold_no_name() -> None:
     report = full_report()
-    told = "".join(str(item.chart) for item in drifts(report))
-    told += "".join(str(chart) for _, chart in maps(runs(report), samples([run.name for run in runs(report)])))
-    assert HOSTILE not in told
-    assert "script" not in told
+    drawn = "".join(str(item.chart) for item in drifts(report))
+    drawn += "".join(str(chart) for _, chart in maps(runs(report), samples([run.name for run in runs(report)])))
+    assert HOSTILE not in drawn
+    assert "script" not in drawn

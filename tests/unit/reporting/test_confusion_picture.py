@@ -30,7 +30,7 @@ def test_a_picture_and_its_size(tmp_path: Path) -> None:
         assert 400 < image.height < 2500
 
 
-def test_every_cell_tells_its_count_up_to_a_number(tmp_path: Path) -> None:
+def test_every_cell_shows_its_count_up_to_a_number(tmp_path: Path) -> None:
     few, many = draw(tmp_path / "few.svg", 10).decode(), draw(tmp_path / "many.svg", COUNTED + 1).decode()
     for k in range(10):
         assert f"<!-- {70 + k} -->" in few

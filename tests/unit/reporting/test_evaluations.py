@@ -21,14 +21,14 @@ def evaluation(n: int) -> Evaluation:
     return dataclasses.replace(found, top=None) if n <= 5 else found
 
 
-def told(found: Evaluation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def printed_text(found: Evaluation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "80")
     print_evaluation(found, written=["confusion.png"])
     return capsys.readouterr().out
 
 
 def test_every_number_has_its_conditions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    text = told(evaluation(7), capsys, monkeypatch)
+    text = printed_text(evaluation(7), capsys, monkeypatch)
     assert "model.safetensors: 100 test images of digits, torch-cpu" in text
     assert "accuracy 0.9000 (95 % Wilson interval 0.8000 to 0.9500; 90 of 100)" in text
     assert "loss 0.2500 nats" in text
@@ -39,24 +39,24 @@ def test_every_number_has_its_conditions(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_few_classes_have_no_top_5(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "top-5" not in told(evaluation(3), capsys, monkeypatch)
+    assert "top-5" not in printed_text(evaluation(3), capsys, monkeypatch)
 
 
 def test_of_many_classes_the_worst_are_listed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = told(evaluation(100), capsys, monkeypatch)
+    text = printed_text(evaluation(100), capsys, monkeypatch)
     assert f"the {LISTED_CLASSES} of 100 classes with the lowest F1" in " ".join(text.split())
     assert "class 19 " in text
     assert "class 20 " not in text
 
 
-def test_what_is_no_number_and_what_steers_a_terminal(
+def test_missing_numbers_and_control_characters(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = (ClassScores("a\x1b[31m", None, None, None, 0),)
     found = dataclasses.replace(evaluation(3), classes=rows, note="the network was trained on mnist")
-    text = told(found, capsys, monkeypatch)
+    text = printed_text(found, capsys, monkeypatch)
     assert "a?[31m" in text
     assert "\x1b" not in text
     assert "WARNING: the network was trained on mnist" in text

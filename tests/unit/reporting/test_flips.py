@@ -26,7 +26,7 @@ def test_a_picture_is_stretched_to_black_and_white() -> None:
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4)), np.full((1, 2, 2), np.nan), np.zeros((0, 2, 2))])
-def test_what_is_no_picture_has_none(array: np.ndarray) -> None:
+def test_arrays_that_are_not_pictures_have_none(array: np.ndarray) -> None:
     assert picture(array) == ""
 
 

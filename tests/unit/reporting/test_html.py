@@ -94,13 +94,13 @@ def test_verdict_comes_first(render: Render, passing: VerificationReport, failin
     assert "(95 %)" not in bad.words
 
 
-def test_an_incomplete_report_is_no_proof(render: Render) -> None:
+def test_an_incomplete_report_fails(render: Render) -> None:
     words = Page(render(verification=VerificationReport(()))).words
     assert words.split()[6] == "FAIL"
     assert f"Nothing was checked in: {', '.join(REQUIRED_STAGES)}" in words
 
 
-def test_everything_is_told(render: Render, passing: VerificationReport) -> None:
+def test_every_part_is_shown(render: Render, passing: VerificationReport) -> None:
     words = " ".join(Page(render(verification=passing)).words.split())
     for expected in (
         "4 of 7 BatchNorm calls folded, 1 became an affine layer, 2 were kept unchanged",
@@ -180,13 +180,13 @@ def section(words: str, heading: str) -> str:
     return words[words.index(heading) :]
 
 
-def told(text: str) -> str:
+def visible_text(text: str) -> str:
     return " ".join(Page(text).words.split())
 
 
-def test_everything_that_was_found_is_told(render: Render) -> None:
+def test_everything_that_was_found_is_shown(render: Render) -> None:
     report = full_report()
-    words = told(render(verification=report, samples=report.samples))
+    words = visible_text(render(verification=report, samples=report.samples))
     for expected in (
         "onnxruntime-cuda tf32 PASS 0.00038",
         "PASS 0.00076 1.3 x predicted",
@@ -215,16 +215,16 @@ def test_what_was_missed_is_as_loud_as_a_failure(render: Render) -> None:
     report = full_report(passed=True).with_self_test(full_report().findings.self_test or ())
     assert not report.failures
     text = render(verification=report)
-    words = told(text)
+    words = visible_text(text)
     assert words.split()[0] == "FAIL:"
     assert "The self-test missed 1 of 5 faults" in words
     assert words.index("the self-test missed: one flipped bit") < words.index("Verification")
     assert '<li class="FAIL">the self-test missed' in text
-    assert "self-test" not in told(render(verification=VerificationReport(report.rows)))
+    assert "self-test" not in visible_text(render(verification=VerificationReport(report.rows)))
 
 
 def test_parts_without_content_are_not_there(render: Render, passing: VerificationReport) -> None:
-    words = told(render(verification=passing))
+    words = visible_text(render(verification=passing))
     for heading in (
         "Labels that changed",
         "Layer by layer",
@@ -232,10 +232,10 @@ def test_parts_without_content_are_not_there(render: Render, passing: Verificati
         "Self-test: would a fault be caught",
     ):
         assert heading not in words
-        assert heading in told(render(verification=full_report()))
+        assert heading in visible_text(render(verification=full_report()))
 
 
-def test_a_large_report_stays_small_and_says_what_is_left_out(
+def test_a_large_report_stays_small_and_states_what_is_left_out(
     render: Render, manifest: Manifest, large: FoldReport
 ) -> None:
     report = large_report()
@@ -247,7 +247,7 @@ def test_a_large_report_stays_small_and_says_what_is_left_out(
         commands=COMMANDS,
         samples=report.samples,
     )
-    words = told(text)
+    words = visible_text(text)
     assert len(text) < 1_000_000
     assert text.count('class="flip"') == 24
     assert "and 476 more samples, in the JSON report" in words
@@ -263,7 +263,7 @@ def test_a_large_report_stays_small_and_says_what_is_left_out(
 
 def test_many_failures_are_named_up_to_a_number(render: Render, failing: VerificationReport) -> None:
     rows = tuple(dataclasses.replace(failing.failures[0], case=f"case {k}") for k in range(50))
-    words = told(render(verification=dataclasses.replace(failing, rows=(*failing.rows, *rows))))
+    words = visible_text(render(verification=dataclasses.replace(failing, rows=(*failing.rows, *rows))))
     assert f"and {52 - SHOWN_FAILURES} more, listed below under every comparison" in words
     assert section(words, "Every comparison").count("12 values are not finite") == 51
 
@@ -276,7 +276,7 @@ def test_confusions_and_drifts_beyond_their_limits_are_counted(render: Render) -
             drift={f"run {k}": layers(3, 1) for k in range(SHOWN_DRIFTS + 2)},
         ),
     )
-    words = told(render(verification=report))
+    words = visible_text(render(verification=report))
     assert "and 8 more pairs, in the JSON report" in words
     assert (
         "The layers of 2 more runs are in the JSON report; 2 of these runs have a layer above its prediction" in words
@@ -289,10 +289,10 @@ def test_a_later_verification_has_the_page_of_its_bundle(tmp_path: Path, manifes
         ({}, "The bundle contains no fold report."),
     ):
         bundle = Bundle(tmp_path, dataclasses.replace(manifest, fold=account))
-        words = told(verification_page(bundle, full_report(), command="bnexport verify x"))
+        words = visible_text(verification_page(bundle, full_report(), command="bnexport verify x"))
         assert expected in words
         assert "bnexport verify x --runtime torch-cpu --seed 3" in words
         assert "numpy 2.4.6" in words
-    assert "The network has no BatchNorm." in told(
+    assert "The network has no BatchNorm." in visible_text(
         render_report(manifest, fold=FoldReport((), 0), verification=full_report(), environment={}, commands=[])
     )

@@ -38,7 +38,7 @@ def test_a_pass_has_a_case_for_each_row_and_no_failure() -> None:
     assert properties["verdict"].startswith("PASS: 4 comparisons")
 
 
-def test_a_failure_tells_its_reason_and_hostile_text_stays_xml() -> None:
+def test_a_failure_states_its_reason_and_hostile_text_stays_xml() -> None:
     suite = parsed(VerificationReport((*GOOD, BAD))).find("testsuite")
     assert suite is not None
     assert suite.get("failures") == "1"

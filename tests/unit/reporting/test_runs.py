@@ -52,7 +52,7 @@ def test_columns_are_those_that_a_run_has() -> None:
     assert columns(()) == {}
 
 
-def test_a_cell_tells_the_error_nearest_to_its_bound_and_the_predicted_noise() -> None:
+def test_a_cell_shows_the_error_nearest_to_its_bound_and_the_predicted_noise() -> None:
     strict, served = runs(full_report())[1:3]
     assert cell(strict.stages["golden"]).value == "1.9e-07"
     assert cell(strict.stages["golden"]).note == ""
@@ -90,7 +90,7 @@ def test_each_word_of_a_setting_has_its_option() -> None:
 
 
 @pytest.mark.parametrize("spec", RUNNERS, ids=lambda spec: spec.name)
-def test_the_command_of_a_run_asks_for_that_run(spec: object) -> None:
+def test_the_command_of_a_run_repeats_that_run(spec: object) -> None:
     """Each setting gives a command that ``verify`` takes, and no two settings of one runtime give the same."""
     verify = cli.get_command(click.Context(cli), "verify")
     assert verify is not None
@@ -113,7 +113,7 @@ def test_the_command_of_a_run_asks_for_that_run(spec: object) -> None:
     assert len(seen) == sum(settings.precision in spec.precisions for settings in every_settings())
 
 
-def test_what_is_no_runtime_has_no_command() -> None:
+def test_rows_without_a_runtime_have_no_command() -> None:
     (run,) = runs(VerificationReport((Row("golden", "test_data_set_0", "open", False, "it can't be read"),)))
     assert command_of(run, "bnexport verify x") == ""
     (run,) = runs(VerificationReport(tuple(run_rows("torch-cpu"))))
@@ -121,5 +121,5 @@ def test_what_is_no_runtime_has_no_command() -> None:
     assert command_of(run, "bnexport verify x", seed=7) == "bnexport verify x --runtime torch-cpu --seed 7"
 
 
-def test_groups_know_every_stage_of_the_runs() -> None:
+def test_groups_hold_every_stage_of_the_runs() -> None:
     assert {group.stage for group in groups(full_report(passed=True))} >= set(RUN_STAGES) - {"labels"}  # of int8 alone

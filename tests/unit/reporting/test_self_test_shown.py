@@ -30,5 +30,5 @@ def test_a_sentence_counts_the_outcomes(count: int, sentence: str) -> None:
     assert self_test_sentence(report) == sentence
 
 
-def test_a_self_test_that_nobody_asked_for_is_not_told() -> None:
+def test_a_self_test_that_was_not_requested_is_not_shown() -> None:
     assert self_test_sentence(VerificationReport(())) == ""

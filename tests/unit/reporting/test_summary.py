@@ -86,7 +86,7 @@ def test_flipped_names_the_unexplained() -> None:
     assert flipped(None) == "-"
 
 
-def test_ratio_is_the_largest_and_knows_what_has_no_prediction() -> None:
+def test_ratio_is_the_largest_and_absent_without_a_prediction() -> None:
     rows = (
         Row("shipping", "a", "images", True, error=3e-4, bound=1e-2, predicted=2e-4, settings="tf32"),
         Row("shipping", "a", "zeros", True, error=1e-4, bound=1e-2, predicted=2e-4, settings="tf32"),

@@ -162,7 +162,7 @@ def words_of(report: VerificationReport) -> str:
     return " ".join(raw.getvalue().decode().split())
 
 
-def test_everything_that_was_found_is_told_in_short() -> None:
+def test_everything_that_was_found_is_shown_in_short() -> None:
     words = words_of(full_report())
     for expected in (
         "PASS onnxruntime-cuda, tf32 0.00038 0.00076 1.3 0.00019 3 98.7 %",
@@ -248,7 +248,7 @@ def test_an_empty_report_fails_and_prints() -> None:
     assert "no BatchNorm call found, nothing to fold" in raw.getvalue().decode()
 
 
-def test_environment_says_versions() -> None:
+def test_environment_shows_versions() -> None:
     console, raw = console_with("ascii", width=1000)
     print_environment(environment(), console)
     assert f"Python {sys.version.split()[0]}" in raw.getvalue().decode()

@@ -42,7 +42,7 @@ def test_this_environment_fits_together() -> None:
 @pytest.mark.parametrize(
     ("torch", "onnxruntime"), [("13.0", "13.0"), ("13.0", "13.1"), (None, "13.0"), ("12.8", ""), (None, None)]
 )
-def test_one_major_version_or_one_engine_is_no_conflict(
+def test_one_major_version_or_one_engine_is_not_a_conflict(
     machine: object, torch: str | None, onnxruntime: str | None
 ) -> None:
     machine(torch, onnxruntime, nvidia_cudnn_cu13="9.24.0")
@@ -90,9 +90,9 @@ def test_the_doctor_prints_conflicts(monkeypatch: pytest.MonkeyPatch, capsys: py
         doctor, "diagnose", lambda: doctor.Diagnosis((health,), diagnosis.environment, diagnosis.conflicts)
     )
     run(["doctor"])
-    said = capsys.readouterr().out
-    assert "CUDA packages that do not fit together: a and b" in said
-    assert "Install c" in said
+    printed = capsys.readouterr().out
+    assert "CUDA packages that do not fit together: a and b" in printed
+    assert "Install c" in printed
     run(["doctor", "--json"])
-    told = json.loads(capsys.readouterr().out)
-    assert told["conflicts"] == [{"reason": "a and b", "remedy": "Install c"}]
+    result = json.loads(capsys.readouterr().out)
+    assert result["conflicts"] == [{"reason": "a and b", "remedy": "Install c"}]

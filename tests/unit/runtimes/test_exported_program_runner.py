@@ -22,7 +22,7 @@ from bnexport.verification.reference import Reference
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
 
 
-def test_it_says_what_runs(bundle: Bundle) -> None:
+def test_the_description_states_what_runs(bundle: Bundle) -> None:
     with ExportedProgramRunner(bundle.file(MODEL_EXPORTED), bundle.manifest.signature) as runner:
         assert runner.name == "torch-export-cpu"
         assert runner.description == {
@@ -98,7 +98,7 @@ def test_settings_hold_in_the_call_and_not_after_it(bundle: Bundle, precision: s
     )
 
 
-def test_a_forward_that_sets_a_precision_of_its_own_is_told_on(bundle: Bundle) -> None:
+def test_a_forward_that_sets_its_own_precision_is_reported(bundle: Bundle) -> None:
     class Fast(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"

@@ -66,7 +66,7 @@ def test_the_numbers_are_those_of_this_process(bundle: Bundle, name: str) -> Non
     there.close()  # a second time does no harm
 
 
-def test_a_live_module_runs_here_and_the_description_says_so(bundle: Bundle) -> None:
+def test_a_live_module_runs_here_and_the_description_states_it(bundle: Bundle) -> None:
     foreign = Bundle(bundle.path, replace(bundle.manifest, network={"source": "mine.py:net"}))
     with runner_spec("torch-cpu").open(foreign, module=network(), settings=ISOLATED) as runner:
         assert "live module" in runner.description["process"]
@@ -98,12 +98,12 @@ def test_an_error_of_a_run_is_the_same_as_here_and_the_child_lives_on(bundle: Bu
     opened = Bundle(bundle.path, replace(bundle.manifest, signature=loose))
     spec = runner_spec("torchscript-cpu")
     with spec.open(opened) as here, spec.open(opened, settings=ISOLATED) as there:
-        told = []
+        reported = []
         for runner in (here, there):
             with pytest.raises(BundleError) as caught:
                 runner.run({"input": X[:, :, :27]})
-            told.append((caught.value.message, caught.value.remedy))
-        assert told[0] == told[1]
+            reported.append((caught.value.message, caught.value.remedy))
+        assert reported[0] == reported[1]
         np.testing.assert_array_equal(here.run({"input": X})["logits"], there.run({"input": X})["logits"])
         with pytest.raises(FeedError):
             there.run({"input": X[:, 0]})
@@ -170,7 +170,9 @@ CHILDREN = {
 
 
 @pytest.mark.parametrize("child", CHILDREN)
-def test_a_child_that_is_no_runner(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: str) -> None:
+def test_a_child_that_is_not_a_runner(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, child: str
+) -> None:
     source, kind, words = CHILDREN[child]
     (tmp_path / f"{child}_child.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -185,7 +187,7 @@ def test_a_child_that_is_no_runner(bundle: Bundle, tmp_path: Path, monkeypatch: 
     assert started[0].poll() is not None
 
 
-def test_without_a_python_to_start_it_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_python_to_start_the_error_states_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(RuntimeUnavailable, match="can't start a separate process"):
         IsolatedRunner(QUICK, bundle, ISOLATED)
@@ -307,7 +309,7 @@ def test_messages_carry_every_element_type_and_shape() -> None:
     [b"\xff" * 8 + b"x", (2).to_bytes(8, "little") + b"xx"],
     ids=["too large", "no json"],
 )
-def test_what_is_no_message_is_refused(content: bytes) -> None:
+def test_bytes_that_are_not_a_message_are_refused(content: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 -- json's error among them
         isolation.receive(io.BytesIO(content))
 

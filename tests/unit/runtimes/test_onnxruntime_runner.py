@@ -28,7 +28,7 @@ def signature(
     return Signature((TensorSpec(name, dtype, shape),), (TensorSpec("logits", "float32", ("batch", classes)),))
 
 
-def test_it_says_what_really_ran(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_description_states_what_really_ran(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
     with OnnxRuntimeRunner(
         bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=RunSettings(threads=1)
     ) as runner:
@@ -69,7 +69,7 @@ def test_the_levels_are_really_different_graphs(bundle: Bundle) -> None:
     assert nodes == LEVELS
 
 
-def test_what_cuda_is_asked_for() -> None:
+def test_the_options_passed_to_cuda() -> None:
     assert provider_options(CUDA, RunSettings())["use_tf32"] == "0"
     assert provider_options(CUDA, RunSettings("tf32"))["use_tf32"] == "1"
     searches = {
@@ -156,20 +156,20 @@ def test_the_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from bnexport.runtimes import cuda_libraries
 
-    said = {"cuda": "libcurand.so.10: cannot open shared object file", "libcuda": None, "shared": None}
+    reasons = {"cuda": "libcurand.so.10: cannot open shared object file", "libcuda": None, "shared": None}
     monkeypatch.setattr(cuda_libraries, "preload", lambda ort: "")
     monkeypatch.setattr(
         cuda_libraries,
         "_load",
-        lambda library, *, globally=False: said["cuda" if "providers_cuda" in library else "libcuda"],
+        lambda library, *, globally=False: reasons["cuda" if "providers_cuda" in library else "libcuda"],
     )
     found = cuda_libraries.reason(onnxruntime)
     assert found == "onnxruntime's CUDA provider can't be loaded (libcurand.so.10: cannot open shared object file)"
-    said["cuda"] = None
+    reasons["cuda"] = None
     assert cuda_libraries.reason(onnxruntime) is None
 
 
-def test_an_onnxruntime_without_cuda_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_onnxruntime_without_cuda_reports_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])

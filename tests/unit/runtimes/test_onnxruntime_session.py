@@ -36,11 +36,11 @@ ALL_PROVIDERS = [TENSORRT, CUDA, "CPUExecutionProvider"]
 
 def session(**options: dict[str, str]) -> SimpleNamespace:
     """A session on a GPU."""
-    told = onnxruntime.SessionOptions()
-    told.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    told.intra_op_num_threads = 3
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    settings.intra_op_num_threads = 3
     return SimpleNamespace(
-        get_session_options=lambda: told, get_provider_options=lambda: options, get_providers=lambda: list(options)
+        get_session_options=lambda: settings, get_provider_options=lambda: options, get_providers=lambda: list(options)
     )
 
 
@@ -51,7 +51,7 @@ def override(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 @pytest.mark.parametrize(
-    ("device", "told", "variable", "precision"),
+    ("device", "options", "variable", "precision"),
     [
         ("cpu", {}, None, "float32"),
         ("cuda", {"use_tf32": "0"}, None, "float32"),
@@ -62,11 +62,11 @@ def override(monkeypatch: pytest.MonkeyPatch) -> object:
         ("tensorrt", {}, "0", "float32"),
     ],
 )
-def test_the_precision_is_what_the_session_and_the_environment_tell(
-    override: object, device: str, told: dict[str, str], variable: str | None, precision: str
+def test_the_precision_follows_from_the_session_and_the_environment(
+    override: object, device: str, options: dict[str, str], variable: str | None, precision: str
 ) -> None:
     override(variable)
-    assert precision_of(device, in_effect(onnxruntime, session(**{CUDA: told}), device)) == precision
+    assert precision_of(device, in_effect(onnxruntime, session(**{CUDA: options}), device)) == precision
 
 
 def test_what_is_in_effect_is_read_back(override: object) -> None:
@@ -286,8 +286,8 @@ def test_bound_runs_really_go_through_the_binding(bundle: Bundle, monkeypatch: p
 def test_the_table_hands_the_settings_on(bundle: Bundle) -> None:
     settings = RunSettings(optimisation="basic", binding=True, threads=1)
     with runner_spec("onnxruntime-cpu").open(bundle, settings=settings) as runner:
-        told = {name: runner.description[name] for name in ("optimisation", "memory", "threads", "precision")}
-    assert told == {"optimisation": "basic", "memory": "bound on cpu", "threads": 1, "precision": "float32"}
+        found = {name: runner.description[name] for name in ("optimisation", "memory", "threads", "precision")}
+    assert found == {"optimisation": "basic", "memory": "bound on cpu", "threads": 1, "precision": "float32"}
 
 
 @pytest.mark.parametrize(("carried", "calls"), [(True, ["cu13", "cudnn", None]), (False, [None])])

@@ -33,28 +33,28 @@ def has_bfloat16() -> bool:
 
 def test_strict_is_float32_in_every_layer(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
     with opened(bundle, threads=1) as runner:
-        told = runner.description
-    assert told["precision"] == "float32"
-    assert list(told["layers"]) == ["float32"]
-    assert told["layers"]["float32"] >= 7  # two convolutions, two poolings, three products
-    assert told["execution mode"] == "accuracy"
-    assert told["threads"] == 1
-    assert told["version"]
+        settings = runner.description
+    assert settings["precision"] == "float32"
+    assert list(settings["layers"]) == ["float32"]
+    assert settings["layers"]["float32"] >= 7  # two convolutions, two poolings, three products
+    assert settings["execution mode"] == "accuracy"
+    assert settings["threads"] == 1
+    assert settings["version"]
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_it_serves_with_is_told_and_is_as_large_as_predicted(bundle: Bundle) -> None:
+def test_the_serving_precision_is_reported_and_its_error_is_as_predicted(bundle: Bundle) -> None:
     """Bfloat16 where the CPU has it: the only coarse precision that a CPU really serves with."""
     exact = Float64Evaluator(bundle.file(MODEL_ONNX)).evaluate({"input": X})["logits"]
     with opened(bundle, "bfloat16") as runner:
-        told, found = runner.description, runner.run({"input": X})["logits"]
+        settings, found = runner.description, runner.run({"input": X})["logits"]
     error = np.abs(found - exact).max() / np.abs(exact).max()
     if not has_bfloat16():
-        assert told["precision"] == "float32"
+        assert settings["precision"] == "float32"
         assert error < 1e-5
         return
-    assert told["precision"] == "bfloat16"
-    assert told["layers"]["bfloat16"] >= 5
+    assert settings["precision"] == "bfloat16"
+    assert settings["layers"]["bfloat16"] >= 5
     predicted = Emulator(bundle.file(MODEL_ONNX), "bfloat16").evaluate({"input": X})["logits"]
     noise = np.abs(predicted - exact).max() / np.abs(exact).max()
     assert noise / 3 < error < noise * 3

@@ -22,7 +22,7 @@ class Fake(Runner):
         return self.function(feeds["x"])
 
 
-def test_what_fits_is_returned_in_memory_of_its_own() -> None:
+def test_a_fitting_output_is_returned_in_separate_memory() -> None:
     inner = np.zeros((4, 2), np.float32)
     with Fake(lambda _x: {"y": inner}) as runner:
         first = runner.run({"x": X})["y"]
@@ -66,7 +66,7 @@ def test_feeds_that_do_not_fit_never_reach_the_engine(feeds: dict[str, Array], w
         runner.run(feeds)
 
 
-def test_values_are_the_verifiers_question() -> None:
+def test_values_that_are_not_finite_are_left_to_the_verifier() -> None:
     with Fake(lambda _x: {"y": np.full((4, 2), np.nan, np.float32)}) as runner:
         assert np.isnan(runner.run({"x": X})["y"]).all()
 
@@ -118,7 +118,7 @@ def test_a_fault_on_a_gpu_has_the_remedy_for_its_cause(text: str, words: str) ->
     assert (MEMORY in caught.value.remedy) == (words == MEMORY)
 
 
-def test_a_closed_runner_says_so() -> None:
+def test_a_closed_runner_reports_it() -> None:
     with Fake(lambda x: {"y": x[:, :2]}) as runner:
         pass
     with pytest.raises(UsageError, match="closed"):

@@ -98,7 +98,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.usefixtures("gpu")
-def test_a_full_gpu_while_loading_torchscript_is_no_bad_file(
+def test_a_full_gpu_while_loading_torchscript_is_not_a_bad_file(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     kind, text, remedy = FAULTS[fault]
@@ -131,7 +131,7 @@ def test_each_fault_of_a_run_has_its_own_remedy(
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_fault_of_the_file_is_no_missing_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_file_is_not_a_missing_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A verdict, then, and not "not run here"."""
     monkeypatch.setattr(
         torch_outputs, "call", raising(RuntimeError, "mat1 and mat2 shapes cannot be multiplied (2x98 and 72x3)")
@@ -191,7 +191,7 @@ def test_a_module_that_a_gpu_does_not_take(fault: str, monkeypatch: pytest.Monke
     assert caught.value.remedy.startswith(remedy)
 
 
-def test_a_module_that_cannot_be_copied_is_no_fault_of_a_gpu() -> None:
+def test_a_module_that_cannot_be_copied_is_not_a_fault_of_a_gpu() -> None:
     class Stuck(nn.Module):
         def __deepcopy__(self, memo: object) -> None:
             raise TypeError("no copies")
@@ -209,7 +209,7 @@ def test_a_gpu_that_can_not_be_opened_is_one_sentence(monkeypatch: pytest.Monkey
     assert "\n" not in caught.value.message
 
 
-def test_the_drivers_own_words_say_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_s_message_is_the_reason_for_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a warning for ``is_available``, and no warning any more in torch 2.14."""
     old = "The NVIDIA driver on your system is too old (found version 11040)."
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)

@@ -74,7 +74,7 @@ def test_weights_of_another_network_are_refused(bundle: Bundle, tmp_path: Path) 
         original_network(reseal(folder))
 
 
-def test_a_users_network_is_asked_for(bundle: Bundle) -> None:
+def test_a_users_network_is_required(bundle: Bundle) -> None:
     foreign = Bundle(bundle.path, replace(bundle.manifest, network={"source": "mine.py:net"}))
     with pytest.raises(RuntimeUnavailable, match=r"mine\.py:net"):
         open_bundle(foreign)

@@ -102,7 +102,7 @@ def test_what_libraries_log_is_json_too() -> None:
     assert (logger.handlers, logger.propagate) == ([], True)
 
 
-def test_a_name_that_is_no_utf8_stops_no_line() -> None:
+def test_a_name_that_is_not_utf8_does_not_stop_a_line() -> None:
     stream = io.StringIO()
     log = JsonLog(stream)
     log.event("poll failed", reason="/models/\udcff can't be read")

@@ -135,9 +135,9 @@ def test_several_inputs_may_come_in_any_order(cost: Cost) -> None:
         runner = Joiner()
         batcher = Batcher([runner], cost, BatchLimits())
         three, four = np.full((1, 3), 3, np.float32), np.full((1, 4), 4, np.float32)
-        asked = [{"a": three, "b": four}, {"b": three, "a": four}, {"a": three, "b": four}, {"b": four, "a": three}]
-        answers = await asyncio.wait_for(asyncio.gather(*(batcher.submit(feeds, 1) for feeds in asked)), 20)
-        for feeds, got in zip(asked, answers, strict=True):
+        requests = [{"a": three, "b": four}, {"b": three, "a": four}, {"a": three, "b": four}, {"b": four, "a": three}]
+        answers = await asyncio.wait_for(asyncio.gather(*(batcher.submit(feeds, 1) for feeds in requests)), 20)
+        for feeds, got in zip(requests, answers, strict=True):
             assert np.array_equal(got["y"], np.concatenate([feeds["a"], feeds["b"]], 1))
         assert runner.batches == [((1, 3), (1, 4)), ((1, 4), (1, 3)), ((2, 3), (2, 4))]
         await batcher.close()
@@ -154,8 +154,8 @@ def test_a_batch_that_can_not_be_made_takes_no_session_with_it(cost: Cost, monke
         batcher = Batcher([Doubler()], cost, BatchLimits())
         with monkeypatch.context() as context:
             context.setattr("bnexport.serving.batcher.np.concatenate", too_large)
-            asked = (batcher.submit(rows(1.0), 1) for _ in range(2))
-            answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 20)
+            requests = (batcher.submit(rows(1.0), 1) for _ in range(2))
+            answers = await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 20)
         assert [np.array_equal(answer["y"], [[2, 2]]) for answer in answers] == [True] * 2, "each alone needs less"  # type: ignore[index]
         await asyncio.wait_for(ask(batcher, 2.0), 20)
         await batcher.close()
@@ -210,8 +210,8 @@ def test_an_engine_that_refuses_one_request_answers_the_others(cost: Cost) -> No
     async def main() -> None:
         runner = Doubler()
         batcher = Batcher([runner], cost, BatchLimits())
-        asked = [ask(batcher, value) for value in (1.0, -1.0, 2.0, -2.0, 3.0)]
-        results = await asyncio.gather(*asked, return_exceptions=True)
+        requests = [ask(batcher, value) for value in (1.0, -1.0, 2.0, -2.0, 3.0)]
+        results = await asyncio.gather(*requests, return_exceptions=True)
         assert [type(result) for result in results] == [type(None), BundleError, type(None), BundleError, type(None)]
         assert runner.batches == [(5, 2), *[(1, 2)] * 5]
         await asyncio.gather(ask(batcher, 1.0), ask(batcher, 2.0))
@@ -225,10 +225,10 @@ def test_an_engine_that_refuses_one_request_answers_the_others(cost: Cost) -> No
 def test_closing_answers_what_runs_again_alone() -> None:
     async def main() -> None:
         batcher = Batcher([Doubler()], SLOW, BatchLimits())
-        asked = [asyncio.ensure_future(ask(batcher, value)) for value in (1.0, -1.0, 2.0)]
+        requests = [asyncio.ensure_future(ask(batcher, value)) for value in (1.0, -1.0, 2.0)]
         await asyncio.sleep(0)
         await batcher.close()
-        results = await asyncio.gather(*asked, return_exceptions=True)
+        results = await asyncio.gather(*requests, return_exceptions=True)
         assert [type(result) for result in results] == [type(None), BundleError, type(None)]
 
     asyncio.run(main())

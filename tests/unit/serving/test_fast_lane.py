@@ -79,7 +79,7 @@ def without_id(answer: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_an_answer_does_not_tell_which_way_it_came(repository: Repository, calls: list[bool], name: str) -> None:
+def test_an_answer_is_the_same_both_ways(repository: Repository, calls: list[bool], name: str) -> None:
     data, fast = REQUESTS[name]
 
     async def main() -> None:
@@ -152,7 +152,7 @@ def test_pipelined_requests_are_answered_in_their_order(repository: Repository, 
     run(main)
 
 
-def test_who_asks_alone_has_no_batch_to_wait_for(repository: Repository) -> None:
+def test_a_single_request_does_not_wait_for_a_batch(repository: Repository) -> None:
     async def main() -> None:
         house = House(repository)
         statistics = repository.resolve("bn_lenet", None).statistics
@@ -227,7 +227,7 @@ def test_a_client_that_went_away_gets_no_answer(repository: Repository) -> None:
     run(main)
 
 
-def test_a_stop_closes_the_connection_behind_the_answer(repository: Repository) -> None:
+def test_a_stop_closes_the_connection_after_the_answer(repository: Repository) -> None:
     async def main() -> None:
         house = House(repository)
         connection, wire = house.connect()

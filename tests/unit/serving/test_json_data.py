@@ -44,14 +44,14 @@ def test_both_ways_give_the_same(data: list[Any], dtype: str) -> None:
 
 @pytest.mark.parametrize("value", ["1", None, {}, [1.0]], ids=str)
 @pytest.mark.parametrize("booleans", [False, True])
-def test_what_is_no_number_is_refused(value: Any, booleans: bool) -> None:
-    told = outcome([1.0, value, 2.0], "float32", booleans=booleans)
-    assert isinstance(told, str)
-    assert "contains other values than numbers" in told
+def test_other_values_than_numbers_are_refused(value: Any, booleans: bool) -> None:
+    message = outcome([1.0, value, 2.0], "float32", booleans=booleans)
+    assert isinstance(message, str)
+    assert "contains other values than numbers" in message
 
 
 @pytest.mark.parametrize("word", ["true", "false"])
-def test_a_boolean_is_no_number(word: str) -> None:
+def test_a_boolean_is_not_a_number(word: str) -> None:
     signature = Signature((spec("float32"),), (spec("float32"),))
     text = '{"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1.5, %s]}]}' % word  # noqa: UP031
     with pytest.raises(RequestError, match="contains other values than numbers"):

@@ -112,13 +112,13 @@ def rows(count: int, first: float = 1.0) -> np.ndarray:
     return (np.arange(count * 3, dtype=np.float32) + np.float32(first)).reshape(count, 3)
 
 
-def told(answer: bytes) -> dict[str, np.ndarray]:
+def outputs_of(answer: bytes) -> dict[str, np.ndarray]:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 "), answer
     return {tensor["name"]: np.reshape(tensor["data"], tensor["shape"]) for tensor in json.loads(body)["outputs"]}
 
 
-ASKED: dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {
+REQUESTS: dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {
     "four": ({"x": rows(4)}, {"y": -rows(4)}),
     "table": ({"x": rows(2), "k": rows(5)}, {"y": rows(2) @ rows(5).T}),
     "factor": ({"x": rows(2), "k": np.array(3.0)}, {"y": rows(2) * 3}),
@@ -127,9 +127,9 @@ ASKED: dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", REQUESTS)
 def test_clients_at_the_same_time_do_not_change_the_answer(repository: Repository, name: str) -> None:
-    feeds, expected = ASKED[name]
+    feeds, expected = REQUESTS[name]
 
     async def main() -> None:
         house = House(repository)
@@ -138,7 +138,7 @@ def test_clients_at_the_same_time_do_not_change_the_answer(repository: Repositor
             connection.data_received(request(name, feeds))
         await quiet(house)
         for connection, wire in clients:
-            got = told(wire.written)
+            got = outputs_of(wire.written)
             assert got.keys() == expected.keys()
             for output, values in expected.items():
                 assert np.array_equal(got[output], values), output
@@ -213,7 +213,7 @@ def test_a_fault_with_one_bundle_keeps_no_other_from_being_served(
     assert repository.problems() == {"bad/1": "ZeroDivisionError: on purpose"}
 
 
-def test_a_file_whose_name_is_no_utf8_is_a_reason(tmp_path: Path) -> None:
+def test_a_file_whose_name_is_not_utf8_is_reported(tmp_path: Path) -> None:
     for name in ("bad", "good"):
         MODELS["four"].write(tmp_path / name / "1")
     os.close(os.open(os.fsencode(tmp_path / "bad" / "1") + b"/b\xffd", os.O_CREAT))
@@ -251,6 +251,6 @@ def test_misnamed_bundles_are_reported(tmp_path: Path) -> None:
         repository.load()
     MODELS["four"].write(tmp_path / "four" / "1")
     repository.load()
-    told = [path for what, path in events if what == "folder left out"]
-    assert told == [str(tmp_path / place) for place in ("four/01", "four/v2", "my model/1")]
+    left_out = [path for what, path in events if what == "folder left out"]
+    assert left_out == [str(tmp_path / place) for place in ("four/01", "four/v2", "my model/1")]
     assert [(name, version) for name, version, _ in repository.each()] == [("four", "1")]

@@ -133,7 +133,7 @@ IMAGE_OUT = Signature(SIGNATURE.inputs, (TensorSpec("mask", "float32", ("batch",
 
 
 @pytest.mark.parametrize("changes", [{"preprocessing": None}, {"signature": WIDE}, {"signature": IMAGE_OUT}])
-def test_what_is_no_image_classifier_is_refused(bundle: Bundle, tmp_path: Path, changes) -> None:
+def test_models_that_are_not_image_classifiers_are_refused(bundle: Bundle, tmp_path: Path, changes) -> None:
     reseal(copy_bundle(bundle, tmp_path / "1"), **changes)
     assert "is not an image classifier" in refusal(BundleError, tmp_path / "1")
     other = copy_bundle(bundle, tmp_path / "other")
@@ -165,18 +165,18 @@ def test_bad_arguments(bundle: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "told"),
+    ("images", "message"),
     [(IMAGES.astype(np.float32), "float32, expected uint8"), (IMAGES[:, :27], "shape 27x28, expected 28x28x1")],
 )
-def test_images_that_do_not_fit_are_refused(bundle: Bundle, images: np.ndarray, told: str) -> None:
-    with Predictor(bundle) as predictor, pytest.raises(DataError, match=told):
+def test_images_that_do_not_fit_are_refused(bundle: Bundle, images: np.ndarray, message: str) -> None:
+    with Predictor(bundle) as predictor, pytest.raises(DataError, match=message):
         predictor.logits(images)
 
 
-def test_a_file_that_is_no_image_is_named(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_named(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("no image")
-    for name, told in (("a.txt", "is not a PNG"), ("nowhere.png", "does not exist")):
-        with pytest.raises(DataError, match=rf"{name} {told}"):
+    for name, message in (("a.txt", "is not a PNG"), ("nowhere.png", "does not exist")):
+        with pytest.raises(DataError, match=rf"{name} {message}"):
             predict_images(bundle, tmp_path / name)
 
 

@@ -117,7 +117,7 @@ def test_sums_leave_the_counters_of_each_process_alone(memory: int) -> None:
     assert second.together(other).models[KEY].statistics.rows == 30  # type: ignore[union-attr]
 
 
-def test_a_successor_goes_on_counting(memory: int) -> None:
+def test_a_successor_continues_the_counters(memory: int) -> None:
     records = Records(memory)
     for start in (1, 2, 3):
         note_start(records, 0)

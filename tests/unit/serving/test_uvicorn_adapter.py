@@ -92,8 +92,8 @@ def test_with_a_part_missing_the_plain_application_serves(tmp_path: Path) -> Non
         plain = logits_of(server.ask("POST", "/v2/models/bn_lenet/infer", body, headers))
         assert server.ask("GET", "/v2/models/unknown").status == 404
         assert server.stop() == 0
-        told = [event for event in server.events() if event.get("event") == "plain connections"]
-    assert [event["reason"] for event in told] == [
+        logged = [event for event in server.events() if event.get("event") == "plain connections"]
+    assert [event["reason"] for event in logged] == [
         f"uvicorn {uvicorn.__version__} has no HttpToolsProtocol.send_400_response, so the fast lane and the limits on "
         "headers are off"
     ]

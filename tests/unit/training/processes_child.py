@@ -96,8 +96,8 @@ def main(folder: Path) -> None:
     words = ["train", "--dataset", "digits", "--device", "cpu", "--epochs", "2", "--batch-size", "15"]
     own = ["--model", f"{folder / 'net.py'}:Net", "--momentum", "0.5", "--lr", "0.01"]
     found["codes"] = {
-        "told once": code_of([*words, "--out", str(folder / "told"), *own]),
-        "resumed": code_of(["train", "--out", str(folder / "told"), "--resume", "--epochs", "3"]),
+        "reported once": code_of([*words, "--out", str(folder / "reported"), *own]),
+        "resumed": code_of(["train", "--out", str(folder / "reported"), "--resume", "--epochs", "3"]),
         "small batch": code_of([*words[:-1], "2", "--out", str(folder / "small")]),
         "diverged": code_of([*words, "--norm", "none", "--lr", "1e38", "--out", str(folder / "diverged")]),
     }

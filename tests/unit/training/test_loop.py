@@ -31,10 +31,10 @@ def test_an_epoch_is_plain_sgd_over_every_image():
     images, labels = data(10)
     order = epoch_order(10, seed=0, epoch=1)
     model, twin = linear(), linear()
-    told = []
+    reported = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     epochs = Epochs(Step(model, optimizer), Resident(images, labels), batch_size=4)
-    outcome = epochs.take(order, on_batch=lambda *now: told.append(now))
+    outcome = epochs.take(order, on_batch=lambda *now: reported.append(now))
     losses, hits = 0.0, 0
     for start in (0, 4, 8):
         batch = order[start : start + 4]
@@ -47,7 +47,7 @@ def test_an_epoch_is_plain_sgd_over_every_image():
                 parameter -= 0.5 * parameter.grad
         losses += value.item() * len(batch)
         hits += (logits.argmax(1) == labels[batch]).sum().item()
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert reported == [(1, 3), (2, 3), (3, 3)]
     assert outcome.loss == pytest.approx(losses / 10, rel=1e-6)
     assert outcome.accuracy == hits / 10
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

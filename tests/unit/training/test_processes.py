@@ -126,10 +126,10 @@ def test_the_accuracy_is_that_of_the_saved_statistics(together):
     assert (logits.argmax(1).numpy() == dataset.test_labels).mean() == pytest.approx(found[0]["not synced"]["accuracy"])
 
 
-def test_one_process_tells(together):
+def test_only_one_process_prints(together):
     folder, found, out, error = together
     assert {json.dumps(one["codes"]) for one in found} == {
-        json.dumps({"told once": 0, "resumed": 0, "small batch": 2, "diverged": 2, "one is broken": 2})
+        json.dumps({"reported once": 0, "resumed": 0, "small batch": 2, "diverged": 2, "one is broken": 2})
     }
     assert out.count("epoch 1/2  loss") == out.count("epoch 2/2  loss") == out.count("epoch 3/3  loss") == 1
     assert out.count("written: ") == 6
@@ -139,7 +139,7 @@ def test_one_process_tells(together):
     assert "diverged: the loss or the weights are no longer finite in batch 2 of 4 of epoch 1" in ours[1]
     assert ours[2] == "Error: process 1: this one can't read it."
     assert "Traceback" not in error
-    assert {path.name for path in (folder / "told").iterdir()} >= {"model.safetensors", "learning_curves.png"}
+    assert {path.name for path in (folder / "reported").iterdir()} >= {"model.safetensors", "learning_curves.png"}
 
 
 def free_port():
@@ -227,7 +227,7 @@ def test_a_process_of_several_ends_without_finalising_python_and_loses_nothing(w
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("code", "ended"), [(0, 120), (3, 3)])
-def test_output_that_is_lost_is_no_success(code, ended):
+def test_lost_output_is_a_failure(code, ended):
     """As where Python itself ends: 120."""
     text = f"from bnexport.training.processes import end_process; print('said'); end_process({code})"
     with Path("/dev/full").open("w") as full:
@@ -274,7 +274,7 @@ def test_variables_that_contradict_each_other(monkeypatch, variables, message):
     assert "torchrun" in caught.value.remedy
 
 
-def test_alone_nobody_is_asked():
+def test_a_single_process_runs_the_function_itself():
     world = World()
     assert world.from_leader(lambda: 3) == world.all_do(lambda: 3) == world.leader_first(lambda: 3) == 3
 

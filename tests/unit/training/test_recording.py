@@ -132,17 +132,17 @@ ON_THE_HOST: dict[str, tuple[Callable[[Net], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("act", "says"), ON_THE_HOST.values(), ids=ON_THE_HOST.keys())
-def test_what_python_does_in_a_step_is_not_frozen(act: Callable[[Net], None], says: str) -> None:
+@pytest.mark.parametrize(("act", "message"), ON_THE_HOST.values(), ids=ON_THE_HOST.keys())
+def test_what_python_does_in_a_step_is_not_frozen(act: Callable[[Net], None], message: str) -> None:
     recorder = Recorder()
     found, notes = trained(recorder, act)
     assert recorder.recorded == 0
     (note,) = notes
-    assert note.startswith(f"the step is not recorded as a CUDA graph: {says}"), note
+    assert note.startswith(f"the step is not recorded as a CUDA graph: {message}"), note
     same(found, trained(None, act)[0])
 
 
-def test_a_cache_that_the_first_step_fills_is_no_obstacle() -> None:
+def test_a_cache_that_the_first_step_fills_does_not_prevent_recording() -> None:
     def fill(net: Net) -> None:
         if net.cache is None:
             net.cache = torch.zeros(3)
@@ -268,12 +268,12 @@ def small_dataset(*_: object, **__: object) -> Dataset:
     return Dataset("digits", *digits.draw(120, seed=1), *digits.draw(40, seed=2), tuple("0123456789"), "a test")
 
 
-@pytest.mark.parametrize(("asked", "noted"), [(True, True), (None, False), (False, False)])
-def test_a_run_says_why_it_can_t_record_what_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, asked: bool | None, noted: bool
+@pytest.mark.parametrize(("requested", "noted"), [(True, True), (None, False), (False, False)])
+def test_a_run_states_why_it_can_t_record_the_requested_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, requested: bool | None, noted: bool
 ) -> None:
     monkeypatch.setattr("bnexport.training.preparation.load_dataset", small_dataset)
-    config = TrainingConfig(dataset="digits", epochs=1, device="cpu", batch_size=64, lr=0.1, cuda_graph=asked)
+    config = TrainingConfig(dataset="digits", epochs=1, device="cpu", batch_size=64, lr=0.1, cuda_graph=requested)
     listener = Notes()
     train(config, out=tmp_path / "a", progress=listener)
     assert any("the training runs on cpu" in note for note in listener.notes) is noted

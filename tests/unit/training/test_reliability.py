@@ -194,7 +194,7 @@ def test_what_differs_is_named():
     assert "on a GPU" in str(MadeBy("H100", "a", 1, 0, "2.14").differs_from({}))
 
 
-def test_a_resumed_run_with_other_threads_says_so(tmp_path, one_epoch, capsys):
+def test_a_resumed_run_with_other_threads_reports_it(tmp_path, one_epoch, capsys):
     out = tmp_path / "a"
     shutil.copytree(one_epoch, out)
     saved = load_checkpoint(out / "checkpoint.safetensors")

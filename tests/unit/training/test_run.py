@@ -175,7 +175,7 @@ def test_a_resumed_run_of_the_other_norms(tmp_path, norm):
     assert same(train(config, out=tmp_path / "a", resume=True).model, train(config, out=tmp_path / "b").model)
 
 
-def test_more_epochs_go_on_from_the_end(tmp_path, whole):
+def test_more_epochs_continue_from_the_end(tmp_path, whole):
     train(replace(CONFIG, epochs=2), out=tmp_path / "a")
     grown = train(CONFIG, out=tmp_path / "a", resume=True)
     assert same(grown.model, whole.model)

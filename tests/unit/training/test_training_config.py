@@ -66,7 +66,7 @@ def test_numbers_have_the_type_of_their_field():
 
 
 @pytest.mark.parametrize("value", [None, True, False])
-def test_the_recipe_says_whether_the_step_is_recorded(value):
+def test_the_recipe_states_whether_the_step_is_recorded(value):
     config = TrainingConfig(cuda_graph=value)
     assert TrainingConfig.from_json(json.loads(json.dumps(config.to_json()))).cuda_graph is value
     older = {name: item for name, item in config.to_json().items() if name != "cuda_graph"}

@@ -77,7 +77,7 @@ def test_evaluation_in_training_is_strict(seen: Seen) -> None:
     assert seen == {(False, False, STRICT)}
 
 
-def test_statistics_are_strict_for_whoever_calls_them(seen: Seen) -> None:
+def test_statistics_are_strict_for_every_caller(seen: Seen) -> None:
     model, X = bn_lenet(), torch.rand(6, 1, 28, 28)
     for act in (
         lambda: recalibrate(model, [X]),

@@ -94,7 +94,7 @@ def write(
     return seal(folder, Manifest("small", 1, signature, {"source": "test"}))
 
 
-def test_a_dimension_that_has_the_size_of_the_batch_by_chance_is_no_batch(tmp_path: Path) -> None:
+def test_a_dimension_that_has_the_size_of_the_batch_by_chance_is_not_a_batch(tmp_path: Path) -> None:
     """Four samples, four channels, four pixels: only what one sample more changes is the batch."""
     rng = np.random.default_rng(1)
     nodes = [
@@ -135,7 +135,7 @@ def test_a_file_in_half_precision_is_compared_in_its_own(tmp_path: Path) -> None
     assert any(layer.left for layer in layer_drift(bundle, ORT, STRICT, feeds, precision="float32"))
 
 
-def test_what_the_file_itself_makes_infinite_is_nobodys_drift(tmp_path: Path) -> None:
+def test_infinities_of_the_file_itself_are_not_drift(tmp_path: Path) -> None:
     weights = {"m": np.eye(4, dtype=np.float32), "b": np.array([0, np.inf, 0, 0], np.float32)}
     bundle = write(tmp_path, [helper.make_node("Gemm", ["x", "m", "b"], ["y"])], weights, (4,))
     feeds = {"x": np.random.default_rng(3).standard_normal((3, 4)).astype(np.float32)}
@@ -164,14 +164,14 @@ def test_a_fixed_batch_is_run_as_it_is(bundle: Bundle, tmp_path: Path) -> None:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 2
     onnx.save(model, tmp_path / MODEL_ONNX)
-    told = bundle.manifest.signature
-    fixed = [replace(spec, shape=(2, *spec.shape[1:])) for spec in (*told.inputs, *told.outputs)]
+    declared = bundle.manifest.signature
+    fixed = [replace(spec, shape=(2, *spec.shape[1:])) for spec in (*declared.inputs, *declared.outputs)]
     small = seal(tmp_path, replace(bundle.manifest, signature=Signature((fixed[0],), (fixed[1],))))
     drift = layer_drift(small, ORT, STRICT, {"input": FEEDS["input"][:2]}, precision="float32")
     assert len(drift) == 5
 
 
-def test_who_cannot_tell_says_why(bundle: Bundle) -> None:
+def test_runners_that_can_not_be_compared_by_layer_are_refused(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match=r"torchscript-cpu can't be compared: it reads model\.pt"):
         layer_drift(bundle, runner_spec("torchscript-cpu"), STRICT, FEEDS, precision="float32")
     with pytest.raises(UsageError, match="has no tf32 kernels"):

@@ -183,7 +183,9 @@ def test_a_file_that_can_t_be_read_is_a_failed_row(
     assert all("\n" not in row.reason for row in rows)
 
 
-def test_without_torch_it_says_so(right: Bundle, images: ComparedCase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_the_report_states_it(
+    right: Bundle, images: ComparedCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(name: str, *, purpose: str) -> None:
         raise MissingDependency(f"{purpose} needs {name}", remedy="Install it")
 
@@ -236,7 +238,7 @@ def test_a_script_that_is_not_frozen_is_proved_as_well(right: Bundle, images: Co
     assert all(row.passed for row in rows_of(reseal(folder), MODEL_TORCHSCRIPT, [images.head(9)]))
 
 
-def test_a_script_that_changes_itself_is_no_function(tmp_path: Path) -> None:
+def test_a_script_that_changes_itself_is_not_a_function(tmp_path: Path) -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -295,15 +297,15 @@ def test_half_precision_is_judged_by_what_its_weights_rounding_does(tmp_path: Pa
 def test_a_network_that_amplifies_rounding_is_judged_by_its_own(noise: float | None, passed: bool) -> None:
     """An error of 3e-6 is a fault in most networks, and the rounding of the weights in a few."""
     case = ComparedCase(Batch("noise", {"input": np.ones((2, 1))}), {"y": np.array([[1.0], [0.5]])})
-    asked: list[bool] = []
+    reported: list[bool] = []
 
     def rounding(_case: ComparedCase, *, always: bool = False) -> float | None:
-        asked.append(always)
+        reported.append(always)
         return noise if always else None
 
     found = {"y": np.array([[1.0 + 3e-6], [0.5]])}
     (row,) = float64_rows("model.onnx", [case], [found], rounding, device="cpu")
-    assert (row.passed, row.predicted, asked) == (passed, noise, [False, True])
+    assert (row.passed, row.predicted, reported) == (passed, noise, [False, True])
     (right,) = float64_rows("model.onnx", [case], [{"y": case.expected["y"]}], rounding, device="cpu")
     assert (right.passed, right.predicted) == (True, None)
-    assert asked == [False, True, False]  # it costs several evaluations, so it is measured only where it decides
+    assert reported == [False, True, False]  # it costs several evaluations, so it is measured only where it decides

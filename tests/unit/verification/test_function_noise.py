@@ -103,7 +103,7 @@ def result(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return bnexport.fold_and_export(network, out, request=ExportRequest(inputs=("3x16x16",), formats=("onnx",)))
 
 
-def test_the_accuracy_of_a_sigmoid_is_no_fault(result: Any) -> None:
+def test_the_accuracy_of_a_sigmoid_is_not_a_fault(result: Any) -> None:
     assert result.verification.passed, result.verification.summary()
     rows = [row for row in result.verification.rows if row.stage == "strict" and row.run == "onnxruntime-cpu"]
     explained = [row for row in rows if "Sigmoid" in row.reason]

@@ -61,7 +61,7 @@ def test_the_limit_holds_for_every_batch() -> None:
     assert suite_of(manifest(), limit=20).batches[0].n == 20
 
 
-def test_unknown_and_absent_data_sets_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_absent_data_sets_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNEXPORT_DATA", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -75,7 +75,7 @@ def test_unknown_and_absent_data_sets_are_told(tmp_path: Path, monkeypatch: pyte
         suite_of(replace(manifest(), dataset="fashion-mnist"), data_dir=tmp_path / "nothing")
 
 
-def test_images_of_another_size_are_told() -> None:
+def test_images_of_another_size_are_reported() -> None:
     described = replace(manifest(), signature=Signature((TensorSpec("input", "float32", ("batch", 1, 32, 32)),), ()))
     suite = suite_of(described, {"input": np.zeros((2, 1, 32, 32), np.float32)})
     assert "no real images: of digits" in suite.images
@@ -127,7 +127,7 @@ def test_a_folder_of_images_is_decoded_to_the_bundles_size(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "expected"),
     [
         (("cat", "dog", "emu"), "differ in number, 3 and 2; first difference at class 2: 'emu' and nothing"),
         (("dog", "cat"), "are the same names in another order; first difference at class 0: 'dog' and 'cat'"),
@@ -135,15 +135,15 @@ def test_a_folder_of_images_is_decoded_to_the_bundles_size(tmp_path: Path, monke
     ],
 )
 def test_a_folder_whose_classes_are_not_the_labels_is_refused(
-    labels: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    labels: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described = pictures(tmp_path, monkeypatch, labels=labels)
     with pytest.raises(UsageError) as caught:
         suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}, data_dir=tmp_path / "set")
-    assert caught.value.message.endswith(told)
+    assert caught.value.message.endswith(expected)
 
 
-def test_a_folder_is_read_only_where_data_dir_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_read_only_at_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bundle comes from anywhere, and may name any folder of this machine."""
     described = pictures(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:

@@ -44,7 +44,9 @@ def noisy(exact: Outputs, emulated: dict[str, Outputs], name: str, times: float 
 
 
 @pytest.mark.parametrize("name", list(PRECISIONS))
-def test_every_precision_is_told_from_every_other(exact: Outputs, emulated: dict[str, Outputs], name: str) -> None:
+def test_every_precision_is_distinguished_from_every_other(
+    exact: Outputs, emulated: dict[str, Outputs], name: str
+) -> None:
     # Another order of sums: the noise of float32 on top, in another direction.
     rng = np.random.default_rng(1)
     given = {
@@ -178,7 +180,7 @@ def test_an_error_of_the_right_size_that_points_half_aside_is_undecided(
     assert not compatible("tf32", seen)
 
 
-def test_what_cannot_be_told_apart_is_named_by_all_its_names() -> None:
+def test_indistinguishable_precisions_are_all_named() -> None:
     """A network of convolutions alone: TF32 in convolutions is TF32."""
     w = np.random.default_rng(3).standard_normal((6, 3, 3, 3)).astype(np.float32)
     source = one_node(helper.make_node("Conv", ["x", "w"], ["y"]), w, ["n", 3, 8, 8])
@@ -224,7 +226,7 @@ def test_values_that_are_not_finite_are_of_no_precision(exact: Outputs, emulated
     seen = detect(spoilt, exact, emulated)
     assert seen.precision == "none"
     assert "not all finite" in seen.sentence
-    assert not any(compatible(asked, seen) for asked in PRECISIONS)
+    assert not any(compatible(requested, seen) for requested in PRECISIONS)
 
 
 def test_a_precision_that_overflows_is_left_out(exact: Outputs, emulated: dict[str, Outputs]) -> None:
@@ -246,7 +248,7 @@ def test_where_tf32_hardly_differs_a_noisy_float32_is_still_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "found", "fits"),
+    ("requested", "found", "fits"),
     [
         ("float32", "float32", True),
         ("float32", "tf32-convolutions", False),
@@ -262,8 +264,8 @@ def test_where_tf32_hardly_differs_a_noisy_float32_is_still_float32() -> None:
         ("bfloat16", "bfloat16-products", True),
     ],
 )
-def test_what_was_asked_for_must_not_be_finer(asked: str, found: str, fits: bool) -> None:
-    assert compatible(asked, Detected(found, 1e-4, None, _COARSENESS[found], "")) == fits
+def test_the_requested_precision_must_not_be_finer(requested: str, found: str, fits: bool) -> None:
+    assert compatible(requested, Detected(found, 1e-4, None, _COARSENESS[found], "")) == fits
 
 
 def test_every_precision_has_a_rank() -> None:

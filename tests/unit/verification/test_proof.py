@@ -165,7 +165,7 @@ def test_outputs_that_cannot_be_compared_prove_nothing(bundle: Bundle) -> None:
         ("half", "not an ONNX model"),
     ],
 )
-def test_a_file_that_is_no_model_is_refused(bundle: Bundle, content: bytes | str, words: str) -> None:
+def test_a_file_that_is_not_a_model_is_refused(bundle: Bundle, content: bytes | str, words: str) -> None:
     whole = bundle.file(MODEL_ONNX).read_bytes()
     with pytest.raises(BundleError, match=words):
         Float64Evaluator(whole[: len(whole) // 2] if isinstance(content, str) else content)
@@ -180,7 +180,7 @@ def test_a_missing_file_and_a_file_with_weights_elsewhere_are_refused(bundle: Bu
         read_model(tmp_path / "m.onnx")
 
 
-def test_an_operator_that_nobody_knows_is_one_sentence() -> None:
+def test_an_unknown_operator_is_one_sentence() -> None:
     source = model_of([helper.make_node("Teleport", ["x"], ["y"])])
     with pytest.raises(BundleError, match="can't be evaluated in float64") as caught:
         Float64Evaluator(source).evaluate({"x": np.ones((2, 3), np.float32)})
@@ -199,25 +199,25 @@ def test_what_the_file_declares_is_compared_with_the_manifest(bundle: Bundle) ->
     assert declaration_problem(model, manifest) is None
     (spec,), (out,) = manifest.signature.inputs, manifest.signature.outputs
 
-    def told(**changes: object) -> str:
+    def refusal(**changes: object) -> str:
         return declaration_problem(model, replace(manifest, **changes)) or ""
 
-    assert "has the inputs ['input']" in told(signature=Signature((replace(spec, name="x"),), (out,)))
-    assert "has the outputs ['logits']" in told(signature=Signature((spec,), (out, out)))
-    assert "float32, the manifest states float16" in told(
+    assert "has the inputs ['input']" in refusal(signature=Signature((replace(spec, name="x"),), (out,)))
+    assert "has the outputs ['logits']" in refusal(signature=Signature((spec,), (out, out)))
+    assert "float32, the manifest states float16" in refusal(
         signature=Signature((replace(spec, dtype="float16"),), (out,))
     )
-    assert "states 3x1x28x28" in told(signature=Signature((replace(spec, shape=(3, 1, 28, 28)),), (out,)))
-    assert "states batchx9" in told(signature=Signature((spec,), (replace(out, shape=("batch", 9)),)))
-    assert told(onnx={"opset": 17}) == "the file has opset 18, the manifest states 17"
-    assert told(onnx={"ir_version": 9}) == "the file has ir_version 8, the manifest states 9"
-    assert told(onnx={}) == ""
+    assert "states 3x1x28x28" in refusal(signature=Signature((replace(spec, shape=(3, 1, 28, 28)),), (out,)))
+    assert "states batchx9" in refusal(signature=Signature((spec,), (replace(out, shape=("batch", 9)),)))
+    assert refusal(onnx={"opset": 17}) == "the file has opset 18, the manifest states 17"
+    assert refusal(onnx={"ir_version": 9}) == "the file has ir_version 8, the manifest states 9"
+    assert refusal(onnx={}) == ""
     for key, text in manifest.model_facts().items():  # what an export repeats in the file itself
         model.metadata_props.add(key=key, value=text)
-    assert told() == ""
-    assert "metadata 'bnexport.labels'" in told(labels=(*manifest.labels[1:], manifest.labels[0]))
-    assert "metadata 'bnexport.preprocessing'" in told(preprocessing={**manifest.preprocessing, "scale": 1.0})
-    assert "metadata 'bnexport.name'" in told(name="another")
+    assert refusal() == ""
+    assert "metadata 'bnexport.labels'" in refusal(labels=(*manifest.labels[1:], manifest.labels[0]))
+    assert "metadata 'bnexport.preprocessing'" in refusal(preprocessing={**manifest.preprocessing, "scale": 1.0})
+    assert "metadata 'bnexport.name'" in refusal(name="another")
     # A file may leave an output's size open, not an input's, and must leave the batch open.
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
     assert declaration_problem(model, manifest) is None

@@ -151,7 +151,7 @@ def drop(*path: Any) -> Change:
         drop("findings", "self_test", 0, "caught"),
     ],
 )
-def test_what_is_no_report_is_refused(change: Change) -> None:
+def test_files_that_are_not_reports_are_refused(change: Change) -> None:
     value = copy.deepcopy(written(full_report(passed=True)))
     VALIDATOR.validate(value)
     change(value)
@@ -159,7 +159,7 @@ def test_what_is_no_report_is_refused(change: Change) -> None:
         VALIDATOR.validate(value)
 
 
-def test_a_missed_fault_is_no_pass() -> None:
+def test_a_missed_fault_is_not_a_pass() -> None:
     missed = FaultResult("eps dropped", "model.onnx", "file-proof", (), "missed")
     value = written(full_report(passed=True).with_self_test((missed,)))
     VALIDATOR.validate(value)

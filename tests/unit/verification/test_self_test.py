@@ -134,13 +134,13 @@ def test_the_bundle_stays_as_it_was_and_nothing_is_left(
     proven: Bundle, temporary: Path, only: Callable[..., None]
 ) -> None:
     only("eps dropped", "NaN in a weight", "one flipped bit")
-    before, told = contents(proven), []
-    found = self_test(proven, progress=lambda *step: told.append(step))
+    before, reported = contents(proven), []
+    found = self_test(proven, progress=lambda *step: reported.append(step))
     assert contents(proven) == before
     assert proven.problems() == []
     assert list(temporary.iterdir()) == []
-    assert [number for number, _, _ in told] == list(range(1, len(found) + 1))
-    assert told[0] == (1, len(found), "eps dropped in model.onnx")
+    assert [number for number, _, _ in reported] == list(range(1, len(found) + 1))
+    assert reported[0] == (1, len(found), "eps dropped in model.onnx")
 
 
 @pytest.mark.parametrize("where", ["between", "inside"])

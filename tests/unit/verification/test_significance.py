@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bnexport.verification.metrics import accuracy_change, mcnemar
 
 
-def test_nothing_changed_is_no_evidence() -> None:
+def test_zero_changes_are_not_evidence() -> None:
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(7, 7) == 1.0
 

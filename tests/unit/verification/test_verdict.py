@@ -80,7 +80,7 @@ def test_a_report_prints_as_a_table_and_shows_as_html() -> None:
     assert shown.count("<tr>") == 6
 
 
-def test_an_empty_report_is_no_proof() -> None:
+def test_an_empty_report_fails() -> None:
     assert not VerificationReport(()).passed
     assert VerificationReport(()).missing_stages == REQUIRED_STAGES
 

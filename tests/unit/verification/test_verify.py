@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_the_right_bundle_passes_on_every_cpu_runtime(report: VerificationReport
         assert sizes == ["1", "2", "7", "64", "0"]
 
 
-def test_the_report_says_what_it_covers(report: VerificationReport) -> None:
+def test_the_report_states_what_it_covers(report: VerificationReport) -> None:
     assert "weights.safetensors" in report.reference
     assert report.inputs == "1000 test images of digits"
     assert report.accuracy["n"] == 1000
@@ -102,7 +103,7 @@ def test_a_changed_file_is_named_and_not_opened(
     assert all(row.passed for row in found.rows if row.subject == "torchscript-cpu")
 
 
-def test_a_stranger_and_a_missing_file_fail(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_extra_and_a_missing_file_fail(bundle: Bundle, tmp_path: Path) -> None:
     folder = copy_bundle(bundle, tmp_path / "1")
     (folder / "an extra.txt").write_text("hello")
     (folder / "weights.safetensors").unlink()
@@ -156,7 +157,26 @@ def test_runtimes_by_name(bundle: Bundle) -> None:
                 verify(bundle, runtimes=[spec.name])
 
 
-def test_nothing_run_is_no_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_no_named_runtime_reads_is_proved_where_that_is_cheap_or_requested(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def proofs(runtimes: Sequence[str] | None, **scope: bool) -> tuple[set[str], set[str]]:
+        found = verify(bundle, runtimes=runtimes, scope=Scope(max_samples=2, **scope))
+        assert found.passed
+        assert {row.subject for row in found.rows if row.stage == "weights"} == {"model.pt", "model.pt2"}
+        skipped = {name.removeprefix("proof of ") for name in found.skipped if name.startswith("proof of ")}
+        return {row.subject for row in found.rows if row.stage == "file-proof"}, skipped
+
+    monkeypatch.setattr("bnexport.verification.evidence._SHORT_PROOF", 0)  # as for a large network
+    assert proofs(["onnxruntime-cpu"]) == ({"model.onnx"}, {"model.pt", "model.pt2"})
+    assert proofs(["torchscript-cpu"]) == ({"model.onnx", "model.pt"}, {"model.pt2"})
+    every = {"model.onnx", "model.pt", "model.pt2"}
+    assert proofs(["onnxruntime-cpu"], all_files=True) == (every, set())
+    assert proofs(["onnxruntime-cpu"], thorough=True) == (every, set())
+    assert proofs(None) == (every, set())
+
+
+def test_a_verification_that_ran_nothing_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def unavailable(*_args: object) -> None:
         raise RuntimeUnavailable("x can't run here: no y", remedy="z")
 
@@ -260,12 +280,12 @@ def test_the_accuracy_at_export_must_come_out_again(bundle: Bundle, tmp_path: Pa
     rows = [row for row in verify(again, runtimes=FAST).rows if row.stage == "accuracy"]
     assert [(row.case, row.passed) for row in rows] == [("first image", True), ("images", True)]
     wrong = dict(report.accuracy, correct=report.accuracy["correct"] - 20)
-    told = reseal(again.path, verification={"accuracy": wrong})
-    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "images")]
+    changed = reseal(again.path, verification={"accuracy": wrong})
+    assert [(row.stage, row.case) for row in verify(changed, runtimes=FAST).failures] == [("accuracy", "images")]
     mean, deviation = report.accuracy["first_image"]
     wrong = dict(report.accuracy, first_image=[mean, deviation * 1.05])
-    told = reseal(again.path, verification={"accuracy": wrong})
-    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "first image")]
+    changed = reseal(again.path, verification={"accuracy": wrong})
+    assert [(row.stage, row.case) for row in verify(changed, runtimes=FAST).failures] == [("accuracy", "first image")]
 
 
 def test_the_original_is_evaluated_once_on_each_input(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

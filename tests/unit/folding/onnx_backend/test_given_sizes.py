@@ -62,7 +62,7 @@ def test_given_sizes_are_used_for_shapes_and_proof_and_stay_open_in_the_file():
     assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
 
 
-def test_without_them_the_whole_can_not_be_compared_and_that_is_no_failed_fold():
+def test_without_them_the_whole_can_not_be_compared_and_the_fold_does_not_fail():
     report = bnexport.fold_onnx(only_48_high()).report
     assert report.error is None or report.error <= 1e-12
     assert not any("failed its proof" in text for text in (*report.warnings, *(row.reason for row in report.rows)))

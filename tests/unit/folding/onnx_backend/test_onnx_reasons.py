@@ -176,6 +176,6 @@ WEIGHTS: dict[str, Build] = {
 
 
 @pytest.mark.parametrize("reason", WEIGHTS)
-def test_why_the_weights_of_a_layer_are_no_constants(reason: str) -> None:
+def test_why_the_weights_of_a_layer_are_not_constants(reason: str) -> None:
     row = row_of(lambda g: g.bn(WEIGHTS[reason](g), 6))
     assert reason in f"{row.reason};", row.reason

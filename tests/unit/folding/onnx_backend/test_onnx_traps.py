@@ -285,7 +285,7 @@ def small_shufflenet() -> nn.Module:
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("build", [small_densenet, small_shufflenet])
-def test_as_many_as_the_torch_door(build: Any):
+def test_it_folds_as_many_as_the_torch_backend(build: Any):
     torch.manual_seed(0)
     network = randomise(build()).eval()
     inputs = (torch.randn(2, 3, 64, 64),)

@@ -140,8 +140,8 @@ def test_another_job_is_refused_without_force(bundle: Bundle, sources: dict[str,
     out = tmp_path / "out"
     np.save(tmp_path / "mine.npy", IMAGES)
     predict(bundle, tmp_path / "mine.npy", out)
-    for options, told in (({"logits": True}, "logits was False"), ({"shard_rows": 9}, "shards was 5, now 10")):
-        with pytest.raises(OutputError, match=told):
+    for options, message in (({"logits": True}, "logits was False"), ({"shard_rows": 9}, "shards was 5, now 10")):
+        with pytest.raises(OutputError, match=message):
             predict(bundle, tmp_path / "mine.npy", out, **options)
     with pytest.raises(OutputError, match="sources was"):
         predict(bundle, sources["a.npy"], out)

@@ -103,16 +103,16 @@ def test_ctrl_c_leaves_whole_shards(bundle: Bundle, stack: Path, tmp_path: Path)
     with started(command(bundle, stack, tmp_path / "out", "--workers", "2")) as process:
         until("a shard", lambda: parts(tmp_path / "out"))
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=LIMIT)
+        _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
-    assert "Interrupted." in said
-    assert "Traceback" not in said
+    assert "Interrupted." in errors
+    assert "Traceback" not in errors
     assert {pq.read_metadata(path).num_rows for path in (tmp_path / "out").glob("part-*")} == {SHARD_ROWS}
     assert not list((tmp_path / "out").glob(".*"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_workers_hear_no_ctrl_c_while_they_start(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
+def test_workers_ignore_ctrl_c_while_they_start(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
     """Until Python has come to our own code it would answer with a traceback."""
     deaf = {}
     with started(command(bundle, stack, tmp_path / "out", "--workers", "2")) as process:
@@ -134,10 +134,10 @@ def test_a_dead_worker_is_a_sentence(bundle: Bundle, stack: Path, tmp_path: Path
     with started(command(bundle, stack, tmp_path / "out", "--workers", "2")) as process:
         until("a shard", lambda: parts(tmp_path / "out"))
         os.kill(children(process.pid)[-1], signal.SIGKILL)
-        _, said = process.communicate(timeout=LIMIT)
+        _, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 3
-    assert "a worker's process died" in said
-    assert "Traceback" not in said
+    assert "a worker's process died" in errors
+    assert "Traceback" not in errors
 
 
 PEAK = """
@@ -172,9 +172,9 @@ def test_ray_with_an_actor_killed_in_between(bundle: Bundle, stack: Path, tmp_pa
     out, whole = tmp_path / "out", tmp_path / "whole"
     words = [sys.executable, str(program), str(bundle.path), str(stack), str(out), str(SHARD_ROWS)]
     with started(words) as process:
-        told, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said[-2000:]
-    assert told.splitlines()[-1] == "killed 1 rows 9000", "what stands before is Ray's word of the death"
+        printed, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-2000:]
+    assert printed.splitlines()[-1] == "killed 1 rows 9000", "what stands before is Ray's word of the death"
     predict_in_bulk(bundle, [stack], whole, request=BulkRequest(workers=1, shard_rows=SHARD_ROWS))
     assert pq.read_table(out).equals(pq.read_table(whole))
     assert len(parts(out)) == 90
@@ -185,9 +185,9 @@ def test_errors_of_ours_come_back_from_ray(bundle: Bundle, tmp_path: Path) -> No
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "bad.png").write_bytes(b"garbage")
     with started(command(bundle, tmp_path / "in", tmp_path / "out", "--engine", "ray", "--workers", "1")) as process:
-        _, said = process.communicate(timeout=240)
-    assert process.returncode == 2, said[-2000:]
-    assert "bad.png is not a PNG" in said
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == 2, errors[-2000:]
+    assert "bad.png is not a PNG" in errors
 
 
 def test_two_runs_do_not_write_into_one_folder(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
@@ -202,6 +202,6 @@ def test_two_runs_do_not_write_into_one_folder(bundle: Bundle, stack: Path, tmp_
             assert second.returncode == 2
             assert "another run is writing into" in second.stderr
         os.kill(process.pid, signal.SIGCONT)
-        told, said = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, said
-    assert "9000 rows" in told
+        printed, errors = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, errors
+    assert "9000 rows" in printed

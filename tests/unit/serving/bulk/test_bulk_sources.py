@@ -104,7 +104,7 @@ def test_bad_sources(bundle: Bundle, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such names")
 @pytest.mark.parametrize("name", [b"in/\xff.png", b"in\xff/a.png", b"in/\xff.parquet"])
-def test_a_name_that_is_no_text(bundle: Bundle, tmp_path: Path, name: bytes) -> None:
+def test_a_name_that_is_not_text(bundle: Bundle, tmp_path: Path, name: bytes) -> None:
     file = tmp_path / os.fsdecode(name)
     file.parent.mkdir()
     file.write_bytes(png(IMAGES[0]))
@@ -149,7 +149,7 @@ def test_kinds_of_bytes(bundle: Bundle, wanted: np.ndarray, tmp_path: Path, kind
 
 
 @pytest.mark.parametrize(
-    ("ids", "told"),
+    ("ids", "message"),
     [
         (pa.array([b"a"], pa.binary()), "is binary, expected text or numbers"),
         (pa.array([b"a"], pa.binary(1)), "expected text or numbers"),
@@ -158,9 +158,9 @@ def test_kinds_of_bytes(bundle: Bundle, wanted: np.ndarray, tmp_path: Path, kind
     ],
     ids=["binary", "fixed", "list", "utf8"],
 )
-def test_ids_that_have_no_text(bundle: Bundle, tmp_path: Path, ids: pa.Array, told: str) -> None:
+def test_ids_that_have_no_text(bundle: Bundle, tmp_path: Path, ids: pa.Array, message: str) -> None:
     pq.write_table(pa.table({"image": [png(IMAGES[0])], "sku": ids}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         predict(bundle, tmp_path / "a.parquet", tmp_path / "out", id_column="sku")
 
 
@@ -196,7 +196,7 @@ def test_a_source_that_changes_while_it_is_read(
     assert len(list((tmp_path / "out").glob("part-*"))) == 1
 
 
-def test_shards_do_not_depend_on_who_asks(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_shards_do_not_depend_on_the_caller(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
     """Workers, batches and the order in which a folder lists its files change no shard."""
     chosen = (sources["pictures"], sources["several"])
     jobs = [
