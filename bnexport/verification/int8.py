@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.bundle import MODEL_FLOAT32, MODEL_ONNX, Bundle, Manifest
+from bnexport.errors import BundleError
 from bnexport.tensors import Array
 from bnexport.verification.inputs import Batch
 from bnexport.verification.metrics import has_labels
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from bnexport.quantization.integer_emulation import OneLayerEmulator
 
 
-#: Multiplications of the evaluations with one layer in int8 (about three seconds), and the most samples.
-_LAYER_WORK, _MOST_SAMPLES = 4e10, 64
+#: Multiplications of the evaluations with one layer in int8 (about three seconds).
+_LAYER_WORK = 4e10
+#: Most samples of these evaluations, and most elements of their inputs: every tensor is kept in float64.
+_MOST_SAMPLES, _ELEMENTS = 64, 1 << 19
 #: Fewest layers whose share is computed.
 _LEAST_LAYERS = 4
 #: A layer with this share of the noise, and this multiple of the mean share, is suggested for float.
@@ -131,11 +134,12 @@ def layer_report(
     work, count = _LAYER_WORK * (10 if thorough else 1), len(int8_layers(int8))
     dims = model.graph.input[0].type.tensor_type.shape.dim
     fixed = bool(dims) and dims[0].HasField("dim_value")
-    few = batch if fixed else batch.head(int(np.clip(work / max(cost * count / 2, 1), 1, _MOST_SAMPLES)))
+    most = min(_MOST_SAMPLES, _ELEMENTS // max(sum(array[0].size for array in batch.feeds.values()), 1))
+    few = batch if fixed else batch.head(int(min(work / max(cost * count / 2, 1), most)) or 1)
     emulator = OneLayerEmulator(model, int8, few.feeds)
     own = {name: emulator.own(name) for name in emulator.layers}
-    most = max(_LEAST_LAYERS, int(work / max(few.n * cost / 2, 1)))
-    chosen = sorted(own, key=lambda name: -own[name])[:most]
+    affordable = max(_LEAST_LAYERS, int(work / max(few.n * cost / 2, 1)))
+    chosen = sorted(own, key=lambda name: -own[name])[:affordable]
     everything = emulator.power(IntegerEmulator(int8).evaluate(few.feeds))
     shares = {name: emulator.noise(name) / max(everything, np.finfo(np.float64).tiny) for name in chosen}
     layers = tuple(
@@ -144,7 +148,11 @@ def layer_report(
     )
     least = max(_LARGE_SHARE, _TIMES_MEAN / max(count, 1))
     suggested = tuple(layer.layer for layer in layers if layer.share is not None and layer.share >= least)
-    return Int8Findings(layers, tuple(_ranges(emulator, record)), few.n, batch.name, suggested)
+    ranges = tuple(_ranges(emulator, record))
+    numbers = [*own.values(), *shares.values(), *(value for item in ranges for value in item.seen or ())]
+    if not np.isfinite(numbers).all():  # JSON has no such numbers
+        raise BundleError("a value in the network is not finite", remedy="The other checks state where")
+    return Int8Findings(layers, ranges, few.n, batch.name, suggested)
 
 
 def _ranges(emulator: OneLayerEmulator, record: Mapping[str, Any]) -> Iterator[Int8Range]:
