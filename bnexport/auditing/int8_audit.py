@@ -307,7 +307,7 @@ def audit_int8(
     measured, missing = _measured(kernels, feeds, plain)
     found |= measured
     missing |= unavailable or {}
-    checks += [AuditCheck("note", name, one_line(reason, 160)) for name, reason in missing.items()]
+    checks += [AuditCheck("note", name, reason) for name, reason in missing.items()]
     if not found:
         reason = "; ".join(missing.values())
         raise ModelError(f"the file can neither be emulated nor run: {reason}", remedy="Check it with onnx.checker")

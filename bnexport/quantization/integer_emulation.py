@@ -273,7 +273,7 @@ class OneLayerEmulator:
                 with np.errstate(all="ignore"):
                     changed.update(zip(node.output, runner.run(*self._inputs(node, changed, layer)), strict=False))
             if out in self._coders and self._owners[out] == layer:
-                changed[out] = self._coders[out](changed.get(out, self.values[out]))
+                changed[out] = self._coders[out](changed[out] if out in changed else self.values[out])
         return self.power({name: changed.get(name, self.values[name]) for name in self._outputs})
 
     def power(self, outputs: Mapping[str, Array]) -> float:

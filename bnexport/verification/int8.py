@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 #: Multiplications of the evaluations with one layer in int8 (about three seconds).
-_LAYER_WORK = 4e10
+_LAYER_WORK = 2e10
 #: Most samples of these evaluations, and most elements of their inputs: every tensor is kept in float64.
 _MOST_SAMPLES, _ELEMENTS = 64, 1 << 19
 #: Fewest layers whose share is computed.
