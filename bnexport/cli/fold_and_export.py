@@ -74,17 +74,17 @@ def refuse_options(out: Path) -> None:
     for name in given:
         if name == "precision" and context.params["precision"] not in ("float32", "int8"):
             raise UsageError(
-                f"--precision does not go with {context.params['source']}",
+                f"--precision does not apply to {context.params['source']}",
                 remedy="Leave it out, or pass int8: an ONNX file keeps its precision otherwise",
             )
         if name in _REFUSED:
             raise UsageError(
-                f"{words[name]} does not go with {context.params['source']}", remedy=f"Leave it out: {_REFUSED[name]}"
+                f"{words[name]} does not apply to {context.params['source']}", remedy=f"Leave it out: {_REFUSED[name]}"
             )
         if name in _OF_BUNDLES and out.suffix == ".onnx":
             raise UsageError(f"{words[name]} applies to a bundle only", remedy="Pass --out models/<name>/<version>")
     if set(context.params.get("formats") or ()) - {"onnx"}:
-        raise UsageError("an ONNX file can be written as ONNX alone", remedy="Leave --format out")
+        raise UsageError("an ONNX file can be exported as ONNX only", remedy="Leave --format out")
 
 
 def _fold_options(options: dict[str, Any]) -> dict[str, Any]:

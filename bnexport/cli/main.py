@@ -140,12 +140,12 @@ def run(arguments: list[str] | None = None) -> int:
         click.echo("\n".join(_sentences(error)), err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
     except MemoryError:
-        click.echo("Error: this machine has too little memory for it.\nTry a smaller batch or model.", err=True)
+        click.echo("Error: out of memory.\nTry a smaller batch or model.", err=True)
         return 3
     except BrokenPipeError:
         raise
     except OSError as error:  # errors of files are converted where they occur, so this is standard output
-        click.echo(f"Error: {one_line(error)}.\nCheck the disk, or where the output goes.", err=True)
+        click.echo(f"Error: {one_line(error)}.\nCheck the disk and the output path.", err=True)
         return 2
     except Exception as error:
         if os.environ.get(DEBUG):

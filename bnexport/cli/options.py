@@ -254,7 +254,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(
             f"{path} can't be read: {one_line(error)}",
-            remedy='Give a TOML file, with lines as lr = 0.5 or model = "bn_lenet"',
+            remedy='Give a TOML file, with lines such as lr = 0.5 or model = "bn_lenet"',
         ) from error
 
 

@@ -114,12 +114,14 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
         _in_bulk(bundle, images, out, {"runtime": runtime, **given}, as_json=as_json)
         return
     if given:
-        raise UsageError(f"{_BULK[next(iter(given))]} is for --out", remedy="Pass --out FOLDER, or leave it away")
+        raise UsageError(
+            f"{_BULK[next(iter(given))]} is for --out", remedy="Pass --out FOLDER, or leave the option out"
+        )
     if many := [image for image in images if image.is_dir() or image.suffix.lower() in (".parquet", ".npz")]:
         few = f", or the pictures themselves: {many[0]}/*" if many[0].is_dir() else ""
         raise UsageError(
-            f"{many[0]} holds many images, which are labelled into Parquet files",
-            remedy=f"Pass --out FOLDER, where the files go{few}",
+            f"{many[0]} holds many images, and predictions of many images are written to Parquet files",
+            remedy=f"Pass --out FOLDER for these files{few}",
         )
     from bnexport.reporting.results import print_predictions
     from bnexport.serving.predictor import predict_images

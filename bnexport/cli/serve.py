@@ -127,10 +127,11 @@ def _settings(options: dict[str, Any]) -> Any:
 
     certificate, key = options["tls_cert"], options["tls_key"]
     if (certificate is None) != (key is None):
-        raise UsageError("--tls-cert and --tls-key go together", remedy="Give both, or none")
+        raise UsageError("only one of --tls-cert and --tls-key is given", remedy="Give both, or neither")
     if options["port"] == options["grpc_port"] != 0:
         raise UsageError(
-            f"--port and --grpc-port are both {options['port']}", remedy="Give each its own, such as 8000 and 8001"
+            f"--port and --grpc-port are both {options['port']}",
+            remedy="Choose two different ports, such as 8000 and 8001",
         )
     models = ServingSettings(
         **{name: options[name] for name in ("runtime", "workers", "max_batch", "processes")},

@@ -53,7 +53,7 @@ def check_classes(labels: Sequence[str] | None, classes: Sequence[str], *, datas
     if labels is None:
         if scores is not None and scores != len(classes):
             raise UsageError(
-                f"the network gives {scores} scores, {dataset} has {len(classes)} classes",
+                f"the network returns {scores} scores, but {dataset} has {len(classes)} classes",
                 remedy="Choose the data set that the network was trained on with --dataset",
             )
         return

@@ -141,7 +141,7 @@ def folder_of(name: str) -> Path | None:
     if not name.startswith(FOLDER):
         return None
     if not (path := name.removeprefix(FOLDER)):
-        raise UsageError(f"{name!r} names no folder", remedy=f"Write it as {FOLDER}PATH")
+        raise UsageError(f"{name!r} does not name a folder", remedy=f"Write it as {FOLDER}PATH")
     return Path(path)
 
 

@@ -86,7 +86,7 @@ def hold_out(
     The part follows from a hash of the seed and the name, so a growing folder keeps nearly all of its split.
     """
     if not 0 < share < 1:
-        raise UsageError(f"the share to hold out is {share}", remedy="Give a number between 0 and 1, as 0.1")
+        raise UsageError(f"the share to hold out is {share}", remedy="Give a number between 0 and 1, such as 0.1")
     classes: dict[int, list[str]] = {}
     for file in files:
         classes.setdefault(file.label, []).append(file.name)
@@ -148,7 +148,7 @@ def _parts(root: Path) -> tuple[Path, Path | None, str]:
     if not tests and (others := [name for name in names if name != TRAIN]):
         raise DataError(
             f"{root} has {TRAIN} and {others[0]!r}, but no {' or '.join(reversed(TEST))}",
-            remedy=f"Call the folder to test with {TEST[1]}, or move the other folders away from {TRAIN}",
+            remedy=f"Name the test folder {TEST[1]}, or move the other folders away from {TRAIN}",
         )
     return root / TRAIN, root / tests[0] if tests else None, "".join(tests[1:])
 
@@ -261,7 +261,7 @@ def _split(layout: FolderLayout, seed: int, holdout: float) -> tuple[list[Pictur
 def _fitting(preprocessing: Preprocessing) -> Preprocessing:
     if preprocessing.channels not in (1, 3):
         raise DataError(
-            f"the model needs images of {preprocessing.channels} channels, image files have 1 or 3",
+            f"the model needs images of {preprocessing.channels} channels, but image files have 1 or 3",
             remedy="Give the model an input of 1 or 3 channels, such as 3x64x64",
         )
     return preprocessing

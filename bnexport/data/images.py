@@ -54,7 +54,7 @@ def read_idx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Array:
             with gzip.GzipFile(fileobj=raw) as unpacked:
                 return _read(unpacked, file, max_bytes)  # type: ignore[arg-type]
     except EOFError as error:
-        raise DataError(f"{file} is truncated: its gzip stream has no end", remedy=_IDX_REMEDY) from error
+        raise DataError(f"{file} is truncated: its gzip stream is incomplete", remedy=_IDX_REMEDY) from error
     except (OSError, zlib.error) as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read: {one_line(error)}"
         raise DataError(f"{file} {what}", remedy=_IDX_REMEDY) from error
@@ -143,7 +143,9 @@ def pictures_below(
     if (twin := seen.setdefault((here.st_dev, here.st_ino), folder)) is not folder:
         raise DataError(f"{folder} leads to {twin} again", remedy="Remove the link, so that each image counts once")
     if len(below) >= limit("name-parts"):
-        raise DataError(f"{folder} lies more than {limit('name-parts')} folders deep", remedy="Move it up")
+        raise DataError(
+            f"{folder} lies more than {limit('name-parts')} folders deep", remedy="Move it to a higher folder"
+        )
     folders, files = folder_entries(folder)
     for file in files:
         if file.name.lower().endswith(endings):
@@ -217,19 +219,19 @@ def _read_npy(file: Path) -> Array:
     try:
         return np.array(mapped)
     except (OSError, MemoryError) as error:
-        raise DataError(f"{file} is not a whole .npy file: {one_line(error)}", remedy=_REMEDY) from error
+        raise DataError(f"{file} is not a complete .npy file: {one_line(error)}", remedy=_REMEDY) from error
 
 
 def map_npy(file: Path, *, remedy: str = _REMEDY, most: int | None = None) -> np.memmap[Any, np.dtype[Any]]:
     """Map the array of a .npy file, after a check that the file has the bytes that its header declares."""
     try:
-        with refusing(f"{file} is not a whole .npy file: it", DataError, remedy=remedy), file.open("rb") as opened:
+        with refusing(f"{file} is not a complete .npy file: it", DataError, remedy=remedy), file.open("rb") as opened:
             check_header(opened.read(limit("npy-header") + 12), size := file.stat().st_size)
             if most is not None and size > most:
                 raise Refusal(f"has {size} bytes, more than {most}")
         mapped: np.memmap[Any, np.dtype[Any]] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        raise DataError(f"{file} is not a whole .npy file: {one_line(error)}", remedy=remedy) from error
+        raise DataError(f"{file} is not a complete .npy file: {one_line(error)}", remedy=remedy) from error
     return mapped
 
 
@@ -276,7 +278,7 @@ def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = 
     """Read an image file as ``read_picture`` does; its size is checked first."""
     try:
         if (size := file.stat().st_size) > (most := limit("picture-bytes")):
-            raise DataError(f"{file} has {size} bytes, the limit is {most}", remedy=_REMEDY)
+            raise DataError(f"{file} has {size} bytes, but the limit is {most}", remedy=_REMEDY)
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
@@ -295,7 +297,7 @@ def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kin
         # The limit below replaces Pillow's warnings (a bomb, odd metadata).
         with no_warnings, module.open(io.BytesIO(content), formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
+                raise ValueError(f"it has {picture.width}x{picture.height} pixels, but the limit is {MAX_PIXELS}")
             return _fit(ops.exif_transpose(picture), preprocessing)
     except module.UnidentifiedImageError as error:
         raise DataError(f"{name} is not a {kinds}", remedy=remedy) from error
@@ -308,12 +310,12 @@ def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
     module = require("PIL.Image", purpose="reading images")
     if preprocessing.channels not in (1, 3):
         raise DataError(
-            f"the model needs images of {preprocessing.channels} channels, image files have 1 or 3",
+            f"the model needs images of {preprocessing.channels} channels, but image files have 1 or 3",
             remedy="Feed arrays through the Python API",
         )
     if preprocessing.width * preprocessing.height > MAX_PIXELS:
         raise DataError(
-            f"the model needs images of {preprocessing.width}x{preprocessing.height} pixels, the limit is {MAX_PIXELS}",
+            f"the model needs images of {preprocessing.width}x{preprocessing.height} pixels, but the limit is {MAX_PIXELS}",
             remedy="Correct the preprocessing of the model or the manifest",
         )
     if picture.mode.startswith("I"):  # 16 bits per pixel: pillow would clip instead of scaling

@@ -82,7 +82,7 @@ class Preprocessing:
         first, last = (self.channels, self.height, self.width), (self.height, self.width, self.channels)
         if first == last and self.channels > 1 and images.ndim == 4:
             raise DataError(
-                f"images of {'x'.join(map(str, first))} may have their channels first or last",
+                f"images of {'x'.join(map(str, first))} can have their channels first or last, so their layout is ambiguous",
                 remedy="Use a model with another image size",
             )
         stacked = images[..., np.newaxis] if images.ndim == 3 else images

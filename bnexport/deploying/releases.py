@@ -69,7 +69,7 @@ def file_versions(file: Path) -> Reads:
             domain, version = _operator_set(content, field)
             opset = version if domain in ("", "ai.onnx") else opset
     if not opset or not ir_version:
-        raise ExportError(f"{file} does not state its operator set and file format", remedy="Export the model again")
+        raise ExportError(f"{file} does not declare its operator set and file format", remedy="Export the model again")
     return Reads(opset, ir_version)
 
 

@@ -147,7 +147,7 @@ def count_confusion(
         logits = classifier.logits(images[start : start + batch_size])
         if logits.shape[1] != classes:
             raise DataError(
-                f"the network gives {logits.shape[1]} scores, the data set has {classes} classes",
+                f"the network returns {logits.shape[1]} scores, but the data set has {classes} classes",
                 remedy="Choose the data set that the network was trained on with --dataset",
             )
         confusion.add(logits, labels[start : start + batch_size])
@@ -167,7 +167,7 @@ class _FittingPredictor(Predictor):
 def _evaluate_bundle(path: Path, request: EvaluationRequest, on_batch: OnBatch | None) -> Evaluation:
     if given := (*(("--device",) if request.device is not None else ()), *request.given):
         raise UsageError(
-            f"{given[0]} is for a checkpoint, {path} is a bundle",
+            f"{given[0]} is for a checkpoint, but {path} is a bundle",
             remedy="Name its engine and device with --runtime, such as onnxruntime-cuda",
         )
     bundle = Bundle.open(path)
@@ -186,7 +186,7 @@ def _evaluate_bundle(path: Path, request: EvaluationRequest, on_batch: OnBatch |
 def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBatch | None) -> Evaluation:
     if request.runtime is not None:
         raise UsageError(
-            f"--runtime is for a bundle, {path} is not a bundle",
+            f"--runtime is for a bundle, but {path} is not a bundle",
             remedy="Choose the device of torch with --device, or export the network first",
         )
     need_packages("evaluating a checkpoint", "torch", "safetensors")

@@ -210,7 +210,7 @@ def trained_network(path: Path, request: InspectionRequest | None = None) -> Tra
         from bnexport.runtimes.torch_runners import original_network
 
         if odd := [name for name in given.given if name != "--source"]:
-            raise UsageError(f"{odd[0]} is for a checkpoint, {path} is a bundle", remedy="Leave it out")
+            raise UsageError(f"{odd[0]} is for a checkpoint, but {path} is a bundle", remedy="Leave it out")
         bundle = Bundle.open(path)
         bundle.check()
         manifest = bundle.manifest

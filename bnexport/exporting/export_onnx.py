@@ -138,7 +138,7 @@ def _convert(export: Callable[[], ExportedProgram], signature: Signature, opset:
                 ) from error
     if model.ByteSize() > _MAX_BYTES:
         raise ExportError(
-            f"the model has {model.ByteSize()} bytes, one ONNX file holds less than {_MAX_BYTES}",
+            f"the model has {model.ByteSize()} bytes, but one ONNX file holds less than {_MAX_BYTES}",
             remedy="Export it in parts",
         )
     return model

@@ -67,7 +67,7 @@ class OnnxTarget:
             return max(lowest, DEFAULT_IR_VERSION)
         if not lowest <= self.ir_version <= onnx.IR_VERSION:
             raise ExportError(
-                f"IR version {self.ir_version} does not go with opset {self.opset} (possible: {lowest} to {onnx.IR_VERSION})",
+                f"IR version {self.ir_version} is not valid with opset {self.opset} (possible: {lowest} to {onnx.IR_VERSION})",
                 remedy="Leave --ir-version out, or choose an older --opset",
             )
         return self.ir_version
@@ -254,7 +254,7 @@ def read_share(given: float | str | None, flag: str) -> float | None:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise UsageError(f"{flag} {given!r} is not a share", remedy="Write it as 1% or 0.01")
+        raise UsageError(f"{flag} {given!r} is neither a percentage nor a fraction", remedy="Write it as 1% or 0.01")
     return share
 
 
@@ -337,12 +337,14 @@ def parse_inputs(texts: tuple[str, ...], *, default_shape: tuple[int, ...] | Non
         if default_shape is None:
             raise UsageError(
                 "the shape of the network's input is not known",
-                remedy="Pass --input with one sample's shape, as 1x28x28",
+                remedy="Pass --input with one sample's shape, such as 1x28x28",
             )
         return (InputSpec("input", default_shape),)
     specs = tuple(_parse(text, "input" if len(texts) == 1 else f"input_{index}") for index, text in enumerate(texts))
     if len({spec.name for spec in specs}) != len(specs):
-        raise UsageError("two inputs have the same name", remedy="Name them apart: --input a=1x28x28 --input b=10")
+        raise UsageError(
+            "two inputs have the same name", remedy="Give them different names: --input a=1x28x28 --input b=10"
+        )
     return specs
 
 
@@ -392,7 +394,9 @@ def image_preprocessing(
     if mean is None and std is None:
         return None
     if len(specs) != 1 or len(specs[0].shape) != 3:
-        raise UsageError("--mean and --std are for one image input", remedy="Pass --input with its shape, as 3x224x224")
+        raise UsageError(
+            "--mean and --std are for one image input", remedy="Pass --input with its shape, such as 3x224x224"
+        )
     if mean is None or std is None:
         given, missing = ("--std", "--mean") if mean is None else ("--mean", "--std")
         raise UsageError(

@@ -141,7 +141,9 @@ def signature_of(
         raise ExportError("forward returns no tensor", remedy="Return the tensors that the network computes")
     names, outputs = _output_names([path for path, _ in found]), [output for _, output in found]
     if clash := set(names) & set(input_names):
-        raise ExportError(f"{clash.pop()!r} names an input and an output", remedy="Name the input otherwise in --input")
+        raise ExportError(
+            f"{clash.pop()!r} names an input and an output", remedy="Give the input another name in --input"
+        )
     if len({id(output) for output in outputs}) < len(outputs):
         raise ExportError("forward returns one tensor twice", remedy="Return it once: every output has a separate name")
     batch = inputs[0].shape[0]
@@ -219,7 +221,7 @@ def signature_of_file(model: ModelProto) -> Signature:
             raise ExportError(f"{name!r} is in half precision; bundles are verified in float32", remedy=FILE_ALONE)
     inputs = [_declared(value) for value in model.graph.input if value.name not in stored]
     if not inputs:
-        raise ExportError("the file takes no input", remedy=FILE_ALONE)
+        raise ExportError("the file has no input", remedy=FILE_ALONE)
     return Signature(tuple(inputs), tuple(_declared(value) for value in model.graph.output))
 
 

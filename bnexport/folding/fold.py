@@ -25,6 +25,11 @@ from bnexport.folding.torch_backend.torch_writer import TorchWriter, follow_inpu
 from bnexport.folding.torch_backend.trace import trace, two_samples
 
 DEFAULT_MAX_GROWTH = 1.1
+#: Warning of a network whose rounding hides the error of a fold.
+AMPLIFIES = (
+    "a change in the last digit of the input or of the weights changes much of the output, so the network as a whole can't be"
+    " compared in float64: each fold was proved separately"
+)
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,7 @@ def judged(
     _refuse_wrong(name, *proof, "float64")
     if proof[1] < math.inf:
         return proof[0], ()
-    return proof[0], (
-        "a change in the last digit of the input changes much of the output, so the network as a whole can't be compared in"
-        " float64: each fold was proved separately",
-    )
+    return proof[0], (AMPLIFIES,)
 
 
 def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> None:

@@ -96,13 +96,15 @@ class Layer(Kind):
         return cls(name, layout, weight, bias, geometry=geometry, **options)
 
     @classmethod
-    def matrix_product(cls, weight: Weight, before: Sequence[Any] | None, rank: int, *, right: bool) -> Layer | str:
+    def matrix_product(cls, weight: Weight, before: Sequence[Any], rank: int, *, right: bool) -> Layer | str:
         """Return ``x @ W`` (``right``) or ``W @ x`` for an x of shape ``before``, or a sentence why it is not a layer.
 
         ``rank`` is the number of axes of the result.
         """
-        if before is None or len(before) != rank or not 2 <= len(weight.shape) <= rank:
+        if len(before) < 2 or len(weight.shape) < 2:
             return "a product with a vector has no channel axis"
+        if not len(before) == rank >= len(weight.shape):
+            return "its weight adds axes to the value"
         axis = rank - 1 if right else rank - 2
         layout = "right" if right else "left"
         return cls("matrix product", layout, weight, None, out_axis=axis, in_axis=axis, takes_bias=False)

@@ -147,7 +147,7 @@ def load_folded(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             layout = json.loads(bytes(state[marker].tolist()))
             if layout["format"] > modules.FORMAT:
                 raise ModelError(
-                    f"the state dict has format {layout['format']}, this bnexport reads up to {modules.FORMAT}",
+                    f"the state dict has format {layout['format']}, but this bnexport reads formats up to {modules.FORMAT}",
                     remedy="Update bnexport: pip install --upgrade bnexport",
                 )
             modules.with_layout(copied.get_submodule(marker.removesuffix(MARKER).rstrip(".")), layout)

@@ -126,7 +126,7 @@ def _check_format(path: str | Path, found: Any) -> None:
         )
     if found > FORMAT:
         raise ModelError(
-            f"{path} has format {found}, this bnexport reads up to {FORMAT}",
+            f"{path} has format {found}, but this bnexport reads formats up to {FORMAT}",
             remedy="Update bnexport: pip install --upgrade bnexport",
         )
 
@@ -154,7 +154,7 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         state: dict[str, Tensor] = safetensors.load(content)
         return state, dict(header.get("__metadata__") or {})
     except Exception as error:  # safetensors raises its own error, ValueError, TypeError or KeyError (unknown dtype)
-        raise ModelError(f"{path} is not a whole safetensors file: {one_line(error)}", remedy=_REMEDY) from error
+        raise ModelError(f"{path} is not a complete safetensors file: {one_line(error)}", remedy=_REMEDY) from error
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -205,7 +205,7 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     if path.is_dir():
         raise ModelError(f"{path} is a folder, not a checkpoint", remedy="Give the model.safetensors inside it")
     try:
-        with refusing(f"{path} is not a whole safetensors file: it", ModelError, remedy=_REMEDY):
+        with refusing(f"{path} is not a complete safetensors file: it", ModelError, remedy=_REMEDY):
             check_regular(path)
             with path.open("rb") as file:
                 if not file.read(1):

@@ -94,12 +94,17 @@ def _from_path(source: str, weights: WeightsFile | None, options: Mapping[str, A
     path = Path(source)
     if path.suffix == ".py":
         raise ModelError(
-            f"{source} names no factory", remedy=f"Write {source}:NAME, a function that returns the network"
+            f"{source} does not name a factory", remedy=f"Write {source}:NAME, a function that returns the network"
         )
     if weights is not None:
-        raise UsageError(f"{source} contains its own weights", remedy="Name the network's code: file.py:factory")
+        raise UsageError(
+            f"{source} contains its own weights, so --weights does not apply",
+            remedy="Leave --weights out, or name the network's code: file.py:factory",
+        )
     if options:
-        raise UsageError(f"{source} contains its own options", remedy="Leave --model-option out")
+        raise UsageError(
+            f"{source} contains its own options, so --model-option does not apply", remedy="Leave --model-option out"
+        )
     if (path / MANIFEST).is_file():
         raise ModelError(
             f"{source} is a bundle, the result of fold-and-export",

@@ -297,20 +297,21 @@ def _sharded(path: Path, stack: contextlib.ExitStack) -> Tensors:
         index = parse_json(path.read_bytes(), max_bytes=limit("safetensors-header"))
         places = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-            raise ModelError(f"{path} has no table of names and files", remedy="Download the index again")
+            raise ModelError(f"{path} does not contain the table weight_map", remedy="Download the index again")
         for place in sorted(set(places.values())):
             check_name(place)
     shards: dict[str, Tensors] = {}
     for place in sorted(set(places.values())):
         shard = path.parent / place
         if not shard.is_file():
-            raise ModelError(f"{shard} is missing, which {path.name} names", remedy="Download every file of the index")
+            raise ModelError(f"{shard} is missing, but {path.name} lists it", remedy="Download every file of the index")
         refuse_other_kinds(shard, "safetensors", "torch")
         shards[place] = _sets(shard, stack).get("", {})
     for name, place in places.items():
         if name not in shards[place]:
             raise ModelError(
-                f"{path.parent / place} lacks {name}, which {path.name} names", remedy="Download both again"
+                f"{path.parent / place} does not contain {name}, but {path.name} lists it there",
+                remedy="Download both again",
             )
     return {name: shards[place][name] for name, place in places.items()}
 

@@ -60,7 +60,7 @@ def batch_norm(
     """
     if X.dim() not in (2, 4):
         raise FeedError(
-            f"BatchNorm got an input of {X.dim()} dimensions, expected (N, C) or (N, C, H, W)",
+            f"BatchNorm got an input of {X.dim()} dimensions, but it takes (N, C) or (N, C, H, W)",
             remedy="Flatten or unflatten the input before the layer",
         )
     if X.shape[1] != gamma.numel():
@@ -86,7 +86,7 @@ def _batch_statistics(X: Tensor) -> tuple[Tensor, Tensor, int]:
     count = X.numel() // X.shape[1]
     if count < 2:
         raise FeedError(
-            f"BatchNorm got {count} value(s) per channel in training mode, it needs at least 2",
+            f"BatchNorm got {count} value(s) per channel in training mode, but it needs at least 2",
             remedy="Use a larger batch, drop the last partial batch, or call eval() first",
         )
     dims = (0,) if X.dim() == 2 else (0, 2, 3)

@@ -46,7 +46,7 @@ def bn_lenet(norm: str = "torch", *, in_channels: int = 1, num_classes: int = 10
         raise UsageError(f"the norm {norm!r} is unknown", remedy=f"Choose one of {', '.join(NORMS)}")
     if in_channels < 1 or num_classes < 1:
         raise UsageError(
-            f"bn_lenet got in_channels={in_channels}, num_classes={num_classes}", remedy="Both must be at least 1"
+            f"bn_lenet got in_channels={in_channels}, num_classes={num_classes}", remedy="Give at least 1 for both"
         )
     layers: list[tuple[str, nn.Module | None]] = [
         ("conv1", nn.Conv2d(in_channels, 6, kernel_size=5)),  # (N, 6, 24, 24)

@@ -248,7 +248,7 @@ def _watching(layers: dict[str, NormView], moments: dict[str, RunningMoments]) -
             count = X.numel() // max(X.shape[1], 1)
             if count < 2 and layer.training:
                 raise FeedError(
-                    f"a batch leaves {count} value(s) per channel to {name}, it needs at least 2",
+                    f"a batch leaves {count} value(s) per channel to {name}, but it needs at least 2",
                     remedy="Use larger batches, or drop the last partial one",
                 )
             moments[name].add(X)

@@ -124,7 +124,7 @@ def _normalised(X: Tensor, gamma: Any, beta: Any, eps: float) -> tuple[Tensor, T
         mean, var, count = _merged(mean, var, local)
     if count < 2:
         raise FeedError(
-            f"BatchNorm got {count} value(s) per channel over all processes, it needs at least 2",
+            f"BatchNorm got {count} value(s) per channel over all processes, but it needs at least 2",
             remedy="Use a larger batch",
         )
     shape = (1, X.shape[1]) + (1,) * (X.dim() - 2)

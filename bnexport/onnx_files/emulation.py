@@ -279,9 +279,10 @@ def precision_of(name: str) -> Precision:
 
 
 #: Runtime -> operator -> largest absolute error of the engine's function, if that exceeds the rounding of the exact result to
-#: float32. Measured over [-30, 30] with onnxruntime 1.31.1 and openvino 2026.4.1. ONNX Runtime computes the logistic function
-#: as a rational approximation plus 0.5 (MLAS, logistic.cpp, after Eigen), so that a result near 0 keeps the last digit of 0.5:
-#: microsoft/onnxruntime issues 22557 and 26281. torch's functions are exact to a few units in the last place.
+#: float32. Measured over [-30, 30] with onnxruntime 1.31.1 and openvino 2026.4.1 on an AMD EPYC (AVX2). ONNX Runtime computes
+#: the logistic function as a rational approximation plus 0.5 (MLAS, logistic.cpp, after Eigen), so that a result near 0 keeps
+#: the last digit of 0.5: microsoft/onnxruntime issues 22557 and 26281. torch's functions are exact to a few units in the last
+#: place.
 APPROXIMATED: dict[str, dict[str, float]] = {
     "onnxruntime-cpu": {"Sigmoid": 1.5e-7, "Tanh": 2.7e-7},
     "openvino-cpu": {"Erf": 4.9e-7, "Softplus": 1.9e-6},

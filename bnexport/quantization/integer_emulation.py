@@ -287,7 +287,7 @@ class OneLayerEmulator:
 
     def _inputs(self, node: NodeProto, changed: Mapping[str, Any], layer: str) -> list[Any]:
         """Return the inputs of a node: changed ones, and what the int8 file has if the node belongs to the layer."""
-        found = [changed.get(name, self.values.get(name)) if name else None for name in node.input]
+        found: list[Any] = [changed.get(name, self.values.get(name)) if name else None for name in node.input]
         out = node.output[0]
         if out == layer and node.input[0] in self._coders:
             found[0] = self._coders[node.input[0]](found[0])

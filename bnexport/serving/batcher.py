@@ -137,7 +137,9 @@ class Batcher:
     def enqueue(self, inputs: dict[str, Array], rows: int, waiter: Waiter, timeout: float | None = None) -> None:
         """Queue a request that fits the model."""
         if len(self._queue) >= self.limits.queue:
-            raise NotServing(f"{len(self._queue)} requests wait, which is the limit", remedy="Try again in a second")
+            raise NotServing(
+                f"{len(self._queue)} requests are waiting, which is the limit", remedy="Try again in a second"
+            )
         loop = asyncio.get_running_loop()
         patience = self.limits.deadline if timeout is None else min(timeout, self.limits.deadline)
         self._queue.append(_Waiting(inputs, rows, waiter, loop.time() + patience))
@@ -282,7 +284,7 @@ def _fault(error: Exception) -> BnexportError:
         return _blamed(error)
     if isinstance(error, MemoryError):
         return NotServing("out of memory for the batch", remedy="Send fewer samples")
-    return NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the server's log", status=500)
+    return NotServing(f"the batch failed: {one_line(error)}", remedy="Read the server's log", status=500)
 
 
 def _fail(item: _Waiting, error: BnexportError) -> None:

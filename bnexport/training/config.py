@@ -95,7 +95,8 @@ class TrainingConfig:
             raise UsageError(f"--momentum is for sgd, not {self.optimizer}", remedy="Leave --momentum out")
         if self.dataset.startswith(FOLDER) and self.model != LENET and not self.input:
             raise UsageError(
-                f"the images of {self.dataset} can differ in size", remedy="Pass the model's with --input, as 3x64x64"
+                f"the images of {self.dataset} can differ in size",
+                remedy="Pass the model's with --input, such as 3x64x64",
             )
         self.preprocessing()
 
@@ -183,13 +184,13 @@ class TrainingConfig:
             option = item.name.replace("_", "-")
             if item.name != "epochs":
                 raise UsageError(
-                    f"the run was started with {option} {old}, it can't be resumed with {option} {new}",
+                    f"the run was started with {option} {old}, so it can't be resumed with {option} {new}",
                     remedy=f"Resume with {option} {old}, or choose another --out",
                 )
             if new < old or self.schedule != "constant":
                 why = "" if new < old else f": its {self.schedule} schedule ends there"
                 raise UsageError(
-                    f"the run was started with epochs {old}, it can't be resumed with epochs {new}{why}",
+                    f"the run was started with epochs {old}, so it can't be resumed with epochs {new}{why}",
                     remedy=f"Resume with epochs {old}, or choose another --out",
                 )
 

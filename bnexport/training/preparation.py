@@ -79,9 +79,7 @@ def _check_scores(network: nn.Module, facts: Mapping[str, Any], classes: int, pr
     """Run the network on two grey images, in eval mode so that it does not change, and check its scores."""
     shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
     text, source = "x".join(map(str, shape)), facts["source"]
-    remedy = (
-        "Pass the network's image size with --input, as 3x64x64, and its constructor's arguments with --model-option"
-    )
+    remedy = "Pass the network's image size with --input, such as 3x64x64, and its constructor's arguments with --model-option"
     if source == LENET and shape[1:] != (_LENET_SIDE, _LENET_SIDE):
         raise ModelError(f"bn_lenet needs images of 28x28, not {text}", remedy="Pass --input 1x28x28 or 3x28x28")
     try:
@@ -97,7 +95,7 @@ def _check_scores(network: nn.Module, facts: Mapping[str, Any], classes: int, pr
         )
     if scores.shape[1] != classes:
         raise ModelError(
-            f"{source} returns {scores.shape[1]} scores per image, the data set has {classes} classes",
+            f"{source} returns {scores.shape[1]} scores per image, but the data set has {classes} classes",
             remedy=f"Pass the number of classes to its constructor, such as --model-option num_classes={classes}",
         )
 

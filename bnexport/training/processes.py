@@ -206,7 +206,7 @@ def open_world(device: str) -> Iterator[World]:
     rank, size, local = asked_rank(), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
     kind = choose_device(device)
     if rank >= size:
-        raise UsageError(f"RANK is {rank} of WORLD_SIZE {size}", remedy="Start the processes with torchrun")
+        raise UsageError(f"RANK is {rank}, but WORLD_SIZE is {size}", remedy="Start the processes with torchrun")
     if size == 1:
         yield World(device=kind)
         return

@@ -36,7 +36,7 @@ _PLAIN = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248]|c8|c16)")
 def check_header(start: bytes, size: int) -> None:
     """Refuse a .npy header that declares objects (pickles), or an array of another size than the file's."""
     if start[:6] != NPY_MAGIC or len(start) < 12 or start[6] not in (1, 2, 3):
-        raise Refusal("is not a whole .npy file")
+        raise Refusal("is not a complete .npy file")
     wide = start[6] > 1
     length = int.from_bytes(start[8:12] if wide else start[8:10], "little")
     begin = 12 if wide else 10
@@ -47,7 +47,7 @@ def check_header(start: bytes, size: int) -> None:
     if not isinstance(kind, str) or _PLAIN.fullmatch(kind) is None:
         raise Refusal(f"holds an array of {shown(str(kind))}, not of plain numbers")
     if not isinstance(shape, tuple):
-        raise Refusal("is not a whole .npy file: its header has no shape")
+        raise Refusal("is not a complete .npy file: its header has no shape")
     needed = count_elements(shape) * int("".join(filter(str.isdigit, kind)))
     if needed != size - begin - length:
         raise Refusal(f"declares an array of {needed} bytes, but has {size - begin - length}")
@@ -58,9 +58,9 @@ def _parsed(text: bytes) -> dict[str, Any]:
         with no_warnings:  # the compiler warns about odd texts; errors are raised
             header = ast.literal_eval(text.decode("latin-1").strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
-        raise Refusal("is not a whole .npy file: its header can't be read") from error
+        raise Refusal("is not a complete .npy file: its header can't be read") from error
     if not isinstance(header, dict):
-        raise Refusal("is not a whole .npy file: its header is not a dictionary")
+        raise Refusal("is not a complete .npy file: its header is not a dictionary")
     return header
 
 

@@ -82,7 +82,7 @@ def _check_model(model: Any) -> None:
         check_size(size)
     for symbol in _table(model, "range_constraints"):
         if not is_symbol(symbol):  # torch counts up to the number in the name
-            raise Refusal(f"has a size with the odd name {shown(symbol)}")
+            raise Refusal(f"has a size with the invalid name {shown(symbol)}")
     for guard in model.get("guards_code") or ():
         check_guard(guard)
 
@@ -118,7 +118,7 @@ def _check_name(value: Any, allowed: re.Pattern[str]) -> None:
     if isinstance(value, str) and not (value.isascii() and allowed.fullmatch(value)):
         raise Refusal(f"has the name {shown(value)}, which is not a plain word")
     if value is not None and not isinstance(value, str | dict):
-        raise Refusal("has a name that is not a text")
+        raise Refusal("has a name that is not a string")
 
 
 def _check_spec(key: str, value: Any) -> None:
@@ -128,7 +128,7 @@ def _check_spec(key: str, value: Any) -> None:
             raise Refusal(f"has an object of a custom class ({key})")
         return
     if not isinstance(value, str):
-        raise Refusal(f"has an odd {key}")
+        raise Refusal(f"has an invalid {key}")
     if not value:
         return
     for name, kind in _pairs(parse_json(value.encode("utf-8", "replace"), max_bytes=limit("code-bytes"))):
@@ -150,7 +150,7 @@ def _check_payloads(name: str, sizes: Mapping[str, int], value: Any) -> None:
     folder = name.rpartition("/")[0]
     for key, payload in _table(value, "config").items():
         if not isinstance(payload, dict):
-            raise Refusal(f"has an odd entry {shown(key)} in {name}")
+            raise Refusal(f"has an invalid entry {shown(key)} in {name}")
         if payload.get("use_pickle") is not False:
             raise Refusal(f"keeps {shown(key)} as a pickle, not as a plain tensor")
         file = f"{folder}/{payload.get('path_name')}"
@@ -283,7 +283,7 @@ def check_tensor(meta: Any, size: int, name: str) -> None:
 
 def _tree(text: Any) -> ast.Expression:
     if not isinstance(text, str) or len(text) > limit("expression"):
-        raise Refusal(f"has an expression that is not a text, or is longer than {limit('expression')} characters")
+        raise Refusal(f"has an expression that is not a string, or is longer than {limit('expression')} characters")
     try:
         with no_warnings:  # the compiler warns about odd texts; errors are raised
             return ast.parse(text.strip(), mode="eval")
@@ -323,13 +323,13 @@ def check_code(content: bytes) -> None:
     texts = [found.group() for found in _TEXT.finditer(source)]
     code = _TEXT.sub(lambda found: " " if found.group().startswith("#") else '""', source)
     if "'" in code or code.replace('""', "").count('"') or "\\" in code:
-        raise Refusal("has code with a quote that does not end, or a backslash outside of a text")
+        raise Refusal("has code with an unterminated string, or a backslash outside of a string")
     for found in (_FORBIDDEN_WORD.search(code), *(_FORBIDDEN_WORD.fullmatch(_plain(text)) for text in texts)):
         if found is not None:
             raise Refusal(f"has code that calls {found.group()}, which reads or writes files")
     _check_modules(code)
     if "getattr" in code and (_FETCHED.search(code) or re.search(r'""\s*""', code)):
-        raise Refusal("has code that fetches an operator by a text")
+        raise Refusal("has code that fetches an operator by a string")
     for found in _NATIVE.finditer(code):
         if found.group(1) not in NATIVE:
             raise Refusal(f"has code that uses the native class {shown(found.group(1))}")

@@ -39,7 +39,7 @@ def parse_json(content: bytes, *, max_bytes: int) -> Any:
     except (ValueError, RecursionError) as error:
         raise Refusal(f"is not JSON: {one_line(error)}") from error
     if _has_surrogate(text):
-        raise Refusal("has half a character (a single surrogate) in a text")
+        raise Refusal("has an unpaired surrogate in a string")
     return value
 
 

@@ -197,7 +197,7 @@ def _needed_entries(kind: Element, elements: int) -> int:
 def _check_raw(field: Field, kind: Element, elements: int, name: str) -> None:
     there, needed = field.end - field.start, (elements * kind.bits + 7) // 8
     if not kind.bits:
-        raise Refusal(f"has the tensor {shown(name)} of texts as raw bytes")
+        raise Refusal(f"has the tensor {shown(name)} of strings as raw bytes")
     if there != needed:
         raise Refusal(f"declares {needed} bytes for the tensor {shown(name)}, but has {there}")
 
@@ -268,7 +268,7 @@ def _texts(content: bytes, fields: Sequence[Field], name: str) -> dict[str, str]
 
 def _whole(text: str, what: str) -> int:
     if not (text.isascii() and text.isdigit()) or len(text) > limit("json-digits"):
-        raise Refusal(f"{what}, with the odd number {shown(text)}")
+        raise Refusal(f"{what}, with the invalid number {shown(text)}")
     return int(text)
 
 

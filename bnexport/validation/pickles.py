@@ -244,12 +244,12 @@ def read_one_pickle(stream: io.BytesIO, vocabulary: Vocabulary) -> tuple[Any, li
     for _ in range(limit("pickle-steps")):
         code = _take(stream, 1)
         if code not in steps:
-            raise Refusal(f"holds a pickle with the step {code!r}, which weights do not need")
+            raise Refusal(f"holds a pickle with the opcode {code!r}, which weights do not need")
         read, act = steps[code]
         act(machine, read(stream))
         if code == _STOP:
             return machine.result(), machine.storages
-    raise Refusal(f"holds a pickle of more than {limit('pickle-steps')} steps")
+    raise Refusal(f"holds a pickle of more than {limit('pickle-steps')} opcodes")
 
 
 class _Machine:
@@ -365,7 +365,7 @@ class _Machine:
     def name_of_texts(self, _: Any) -> None:
         module, name = self._pop(2)
         if not isinstance(module, str) or not isinstance(name, str):
-            raise Refusal("holds a damaged pickle: a name in it is not a text")
+            raise Refusal("holds a damaged pickle: a name in it is not a string")
         self.name(f"{module}.{name}")
 
     def call(self, _: Any) -> None:
@@ -452,7 +452,7 @@ def _check_elements(arguments: Sequence[Any]) -> None:
 def _take(stream: io.BytesIO, count: int) -> bytes:
     content = stream.read(count)
     if len(content) < count:
-        raise Refusal("holds a damaged pickle: it ends inside a step")
+        raise Refusal("holds a damaged pickle: it ends inside an opcode")
     return content
 
 
@@ -472,7 +472,7 @@ def _bytes(form: str) -> Callable[[io.BytesIO], bytes]:
     def read(stream: io.BytesIO) -> bytes:
         count = length(stream)
         if count < 0:
-            raise Refusal("holds a damaged pickle: it has a text of negative length")
+            raise Refusal("holds a damaged pickle: it has a string of negative length")
         return _take(stream, count)
 
     return read

@@ -41,7 +41,7 @@ def validate_safetensors(file: BinaryIO) -> Any:
 
 def _check_metadata(metadata: Any) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise Refusal("has metadata that are not texts")
+        raise Refusal("has metadata that are not strings")
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
@@ -55,7 +55,7 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
         raise Refusal(f"has an entry for {shown(name)} that is not a type, sizes and a place")
     start, end = place
     if type(start) is not int or type(end) is not int or not 0 <= start <= end:
-        raise Refusal(f"has {shown(name)} at an impossible place")
+        raise Refusal(f"has {shown(name)} at an impossible offset")
     needed = count_elements(shape) * WIDTHS[kind] // 8
     if end - start != needed:
         raise Refusal(f"has {end - start} bytes for {shown(name)}; its sizes need {needed}")

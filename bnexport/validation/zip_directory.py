@@ -100,7 +100,7 @@ def _find_table(file: BinaryIO, size: int) -> _Table:
     file.seek(size - tail_size)
     tail = file.read(tail_size)
     if len(tail) < 22 or tail[-22:-18] != _END:
-        raise Refusal("is not a whole zip archive: its end is missing, or something follows it")
+        raise Refusal("is not a complete zip archive: its end is missing, or something follows it")
     disk, first_disk, here, count, length, start, comment = struct.unpack("<4H2IH", tail[-18:])
     if disk or first_disk or here != count or comment:
         raise Refusal("is an archive in several parts, or one with a comment")
@@ -127,7 +127,7 @@ def _wide_table(tail: bytes, size: int) -> tuple[int, _Table]:
         raise Refusal("is an archive whose 64-bit end record is not where it should be")
     length, _, _, disk, first_disk, here, count, bytes_, start = struct.unpack("<Q2H2I4Q", tail[-94:-42])
     if length != 44 or disk or first_disk or here != count:
-        raise Refusal("is an archive with an odd 64-bit end record")
+        raise Refusal("is an archive with an invalid 64-bit end record")
     return place, _Table(count, start, bytes_)
 
 
@@ -146,7 +146,7 @@ def _central_entries(table: bytes, count: int) -> Iterator[Entry]:
         _check_kind(name, flags, method, attributes >> 16)
         sizes = _widened(name, table[at + 46 + name_size : end], size, packed, header)
         if disk or comment_size or end > len(table):
-            raise Refusal(f"is an archive with an odd entry for {shown(name)}")
+            raise Refusal(f"is an archive with an invalid entry for {shown(name)}")
         if method == STORED and sizes[0] != sizes[1]:
             raise Refusal(f"is an archive in which {shown(name)} has two sizes")
         yield Entry(name, method, crc, sizes[1], sizes[0], sizes[2])
@@ -169,7 +169,7 @@ def _check_kind(name: str, flags: int, method: int, mode: int) -> None:
         what = "is encrypted" if flags & 0x2041 else f"has the odd flags {flags:#06x}"
         raise Refusal(f"is an archive in which {shown(name)} {what}")
     if method not in (STORED, DEFLATED):
-        raise Refusal(f"is an archive in which {shown(name)} is packed by method {method}; known are 0 and 8")
+        raise Refusal(f"is an archive in which {shown(name)} is compressed by method {method}; supported are 0 and 8")
     if mode & _KIND == _SYMLINK:
         raise Refusal(f"is an archive in which {shown(name)} is a symbolic link")
 
@@ -182,14 +182,14 @@ def _widened(name: str, extra: bytes, size: int, packed: int, header: int) -> tu
         kind, length = struct.unpack_from("<2H", extra, at)
         if kind == 1:
             if wide or at + 4 + length > len(extra):
-                raise Refusal(f"is an archive with an odd 64-bit size of {shown(name)}")
+                raise Refusal(f"is an archive with an invalid 64-bit size of {shown(name)}")
             wide = extra[at + 4 : at + 4 + length]
         at += 4 + length
     values, used = [], 0
     for value in (size, packed, header):
         if value == _FULL32:
             if used + 8 > len(wide):
-                raise Refusal(f"is an archive with an odd 64-bit size of {shown(name)}")
+                raise Refusal(f"is an archive with an invalid 64-bit size of {shown(name)}")
             value = struct.unpack_from("<Q", wide, used)[0]
             used += 8
         values.append(value)
@@ -200,7 +200,7 @@ def _placed(file: BinaryIO, entries: list[Entry], end: int) -> list[Entry]:
     """Return the entries with the start of their bytes; refuse overlaps, and bytes before the first entry."""
     order = sorted(entries, key=lambda entry: entry.header)
     if order[0].header != 0:
-        raise Refusal("is an archive with foreign bytes in front")
+        raise Refusal("is an archive with extra bytes before its first file")
     starts = {}
     for entry, follower in zip(order, [*order[1:], None], strict=True):
         start = _local_start(file, entry)

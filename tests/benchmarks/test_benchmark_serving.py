@@ -321,7 +321,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
             family = [pid for pid, _ in Running(child, free_ports(), tmp_path)._rows()]
             assert len(family) > 1
             child.send_signal(number)
-            _, printed = child.communicate(timeout=60)
+            _, printed = child.communicate(timeout=240)
         finally:
             child.kill()
     assert child.returncode == 130

@@ -49,7 +49,7 @@ def test_cpu_time_and_memory_are_of_the_whole_family_and_none_of_it_stays():
         assert server.resident_bytes() > 64 << 20
         assert server.peak_bytes() >= server.resident_bytes()
         assert alive(child)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 240
     while alive(child) and time.monotonic() < end:
         time.sleep(0.01)
     assert not alive(child)

@@ -213,7 +213,7 @@ def test_untrusted_texts_stay_texts(browser: Browser) -> None:
 
 def run_line(browser: Browser, folder: Path) -> Any:
     words = ["bash", "-c", text(browser, "line")]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -245,7 +245,7 @@ def test_the_line_for_several_inputs(browser: Browser, tmp_path: Path) -> None:
         value = {"name": "m", "version": "1", "inputs": inputs}
         line = browser.evaluate(f"tensorLine({json.dumps(value)}, 'ADDRESS', '')")
         script = 'curl() { if [ "${@: -1}" = @- ]; then cat; else printf %s "${@: -1}"; fi; }\n' + line
-        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, timeout=240, check=True)
         length = len(done.stdout) if shape == [1, 2] else int(line.split("length: ")[1].split("'")[0])
         sent = json.loads(done.stdout[:length])["inputs"]
         assert [(item["name"], item["shape"]) for item in sent] == [(odd, [1, shape[1]]), ("b", [1, 1])]

@@ -175,7 +175,7 @@ def test_a_failed_verdict_leaves_no_folder_and_no_flood(here: Path, capfd: pytes
 
 @pytest.mark.parametrize(
     ("source", "sentence"),
-    [("nets.py", "nets.py names no factory"), (":", "':' does not exist"), ("nets:", "nets: does not exist")],
+    [("nets.py", "nets.py does not name a factory"), (":", "':' does not exist"), ("nets:", "nets: does not exist")],
 )
 def test_sources_without_a_factory(here: Path, capfd: pytest.CaptureFixture[str], source: str, sentence: str) -> None:
     assert run(["fold-and-export", source, "--input", "3x8x8", "--out", "models/x/1"]) == 2

@@ -93,7 +93,7 @@ def test_sources(bad: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for arguments, part in (
         (("missing.safetensors",), "does not exist"),
         (("empty.safetensors",), "is empty"),
-        (("text.safetensors",), "not a whole safetensors file"),
+        (("text.safetensors",), "not a complete safetensors file"),
         (("run",), "holds no model.safetensors"),
         (("net.py:nothing",), "has no function 'nothing'"),
         (("net.py:build", "--weights", "code.pt", "--input", "1x8x8"), "not a plain state dict"),

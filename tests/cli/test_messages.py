@@ -68,6 +68,7 @@ _NARROWER: dict[tuple[str, str], tuple[str, ...]] = {
     ("evaluating/network", "--dataset"): _OWN,
     ("quantization/writer", "--repair"): ("audit",),
     ("reporting/results", "--all"): ("inspect",),
+    ("reporting/summary", "--float-layers"): _EXPORT,
     ("evaluating/network", "--input"): _OWN,
     ("evaluating/network", "--source"): _OWN,
     ("evaluating/network", "--model-option"): _OWN,

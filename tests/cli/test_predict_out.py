@@ -69,7 +69,9 @@ def test_sources_that_need_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     source.mkdir() if name == "photos" else source.write_bytes(b"x")
     assert predict(source) == 2
     printed = capsys.readouterr().err
-    assert f"{source} holds many images, which are labelled into Parquet files" in " ".join(printed.split())
+    assert f"{source} holds many images, and predictions of many images are written to Parquet files" in " ".join(
+        printed.split()
+    )
     assert "Pass --out FOLDER" in printed
 
 

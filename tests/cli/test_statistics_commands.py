@@ -182,7 +182,7 @@ def test_files_that_are_not_checkpoints(command: str, tmp_path: Path, capfd: pyt
     (tmp_path / "text.safetensors").write_text("this is a text file, not a checkpoint\n" * 9)
     (tmp_path / "empty").mkdir()
     assert "does not exist" in refused(capfd, 2, command, tmp_path / "missing.safetensors")
-    assert "not a whole safetensors file" in refused(capfd, 2, command, tmp_path / "text.safetensors")
+    assert "not a complete safetensors file" in refused(capfd, 2, command, tmp_path / "text.safetensors")
     assert "holds no model.safetensors" in refused(capfd, 2, command, tmp_path / "empty")
 
 
@@ -198,7 +198,7 @@ def test_weights_without_a_network(words: tuple[str, ...], tmp_path: Path, capfd
 def test_data_that_do_not_fit_or_are_not_here(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     good, odd = write(tmp_path / "good.safetensors"), write(tmp_path / "odd.safetensors", classes=7)
     unnamed = write(tmp_path / "unnamed.safetensors", dataset=None)
-    assert "gives 7 scores, the data set has 10 classes" in refused(capfd, 2, command, odd)
+    assert "returns 7 scores, but the data set has 10 classes" in refused(capfd, 2, command, odd)
     assert "pass --dataset" in refused(capfd, 2, command, unnamed).lower()
     assert "'imagenet' is not one of" in refused(capfd, 2, command, good, "--dataset", "imagenet")
     message = refused(capfd, 3, command, good, "--dataset", "mnist")

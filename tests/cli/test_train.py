@@ -91,7 +91,7 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     assert "'layer' is not one of" in refused(capsys, 2, "--norm", "layer")
     assert "diverged" in refused(capsys, 2, "--lr", "1e38", "--norm", "none", "--out", str(tmp_path / "b"))
     (out / "checkpoint.safetensors").write_text("not a checkpoint")
-    assert "not a whole safetensors file" in refused(capsys, 2, "--out", str(out), "--resume")
+    assert "not a complete safetensors file" in refused(capsys, 2, "--out", str(out), "--resume")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "no CUDA device" in refused(capsys, 3, "--device", "cuda", "--out", str(tmp_path / "c"))
 

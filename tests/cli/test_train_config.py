@@ -67,7 +67,7 @@ def test_the_command_line_wins_and_a_resumed_run_takes_the_file_too(tmp_path, ca
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert (config["lr"], config["epochs"], config["batch_size"]) == (0.25, 1, 60)
     assert run(["train", "--config", "c.toml", "--out", "a", "--resume"]) == 2
-    assert "started with lr 0.25, it can't be resumed with lr 0.5" in capsys.readouterr().err
+    assert "started with lr 0.25, so it can't be resumed with lr 0.5" in capsys.readouterr().err
     (tmp_path / "more.toml").write_text("epochs = 2\nresume = true\n")
     assert run(["train", "--config", "more.toml", "--out", "a"]) == 0
     assert "resuming after epoch 1" in capsys.readouterr().out

@@ -115,7 +115,7 @@ LOWERED: dict[str, tuple[int, Callable[[Good], object], str]] = {
         lambda good: validate_archive(good.checkpoint, "checkpoint"),
         "bytes in .*data.pkl', more than 10",
     ),
-    "pickle-steps": (10, lambda good: validate_archive(good.checkpoint, "checkpoint"), "more than 10 steps"),
+    "pickle-steps": (10, lambda good: validate_archive(good.checkpoint, "checkpoint"), "more than 10 opcodes"),
     "pickle-depth": (1, lambda good: validate_archive(good.checkpoint, "checkpoint"), "more than 1 levels of values"),
     "archive-directory": (50, lambda good: validate_archive(good.checkpoint, "checkpoint"), "table of contents of"),
     "code-bytes": (50, lambda good: validate_archive(good.exported, "pt2"), "more than 50"),

@@ -36,7 +36,7 @@ from bnexport.reporting.tables import print_checks
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.replay import replay_golden
 from bnexport.serving.served_model import ServingSettings, open_served
-from bnexport.verification.int8 import labels_row
+from bnexport.verification.int8 import _at_least, labels_row
 from bnexport.verification.scope import Scope
 from bnexport.verification.self_test.copies import Copy, FaultTarget
 from bnexport.verification.self_test.faults import INT8_FAULTS, spoil_int8
@@ -338,6 +338,15 @@ def test_more_changed_labels_than_the_noise_explains_fail() -> None:
     assert [row.passed for row in rows if row is not None] == [True, False]
     allowed = [labels_row("x", "images", worse, expected, errors, allowed=share) for share in (0.5, 0.01)]
     assert [row.passed for row in allowed if row is not None] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("count", "mean", "expected"),
+    [(0, 2.0, 1.0), (1, 1.0, 0.6321), (3, 2.0, 0.3233), (9, 2.0, 0.0002), (1, 0.0, 0.0), (0, 0.0, 1.0)],
+)
+def test_the_chance_of_as_many_changed_labels(count: int, mean: float, expected: float) -> None:
+    """Poisson's tail, from a table. Two changed labels where 0.4 are expected may be chance."""
+    assert _at_least(count, mean) == pytest.approx(expected, abs=5e-5)
 
 
 def test_options_of_int8_alone_are_refused_without_it() -> None:

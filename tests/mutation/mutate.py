@@ -6,15 +6,19 @@ Each mutant is one small change of one file of TESTS: another comparison, anothe
 number, a call that is left out. A mutant is killed when a test fails, or when the run takes three times as long as it does
 without a mutant. The tree is copied first. Standard output gets one line of JSON per mutant and the score as its last line.
 
-The tests run in a child of this process, which has imported the large libraries already. So a mutant costs seconds.
+A first run without a mutant records the blocks of code that each test and its fixtures run. A mutant is then tested by the
+tests that run its block, the shortest first; a mutant outside of functions, or in a function with a cache, by all. The tests
+run in a child of this process, which has imported the large libraries already. So a mutant costs seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import importlib
 import json
+import math
 import os
 import random
 import shutil
@@ -22,10 +26,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -54,6 +58,7 @@ class Change:
     """One possible change of a syntax tree."""
 
     line: int  # Line of the source
+    block: int  # Line at which the block of its function begins; 0 outside of functions
     text: str  # Description: "Lt -> LtE"
     apply: Callable[[], None]  # Make the change in the tree that the change was found in
 
@@ -95,23 +100,87 @@ def _of_node(node: ast.AST) -> Iterator[tuple[str, Callable[[], None]]]:
             yield "call left out", _set(node, "value", ast.copy_location(ast.Constant(None), node))
 
 
-def _programs(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes that compute something: no annotations, and nothing for the type checker alone."""
+def _programs(node: ast.AST, block: int = 0) -> Iterator[tuple[ast.AST, int]]:
+    """Yield the nodes that compute something, each with its block: no annotations, and nothing for the type checker alone."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
-    yield node
+    yield node, block
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns"):
             continue
+        inner = _block(node, value, block)
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
-                yield from _programs(child)
+                yield from _programs(child, inner)
+
+
+def _block(node: ast.AST, field: Any, block: int) -> int:
+    """Return the block of a field of a node: a list of statements in a function without a cache begins one."""
+    if not _is_body(field) or isinstance(node, ast.ClassDef):
+        return block
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return 0 if any("cache" in ast.unparse(item) for item in node.decorator_list) else field[0].lineno
+    return field[0].lineno if block else 0
+
+
+def _is_body(field: Any) -> bool:
+    return isinstance(field, list) and bool(field) and isinstance(field[0], ast.stmt)
+
+
+def marked(source: str, name: str) -> str:
+    """Return a source that records in ``Blocks`` which of its blocks run."""
+    tree = ast.parse(source)
+    for node, block in list(_programs(tree)):
+        for _, field in ast.iter_fields(node):
+            inner = _block(node, field, block)
+            if inner and _is_body(field):
+                docstring = isinstance(field[0], ast.Expr) and isinstance(field[0].value, ast.Constant)
+                field[int(docstring) : int(docstring)] = ast.parse(f"_block_runs('{name}:{inner}')").body
+    future = max((at for at, item in enumerate(tree.body, 1) if _is_first(item)), default=0)
+    tree.body[future:future] = ast.parse("_block_runs = getattr(__import__('builtins'), '_block_runs', id)").body
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _is_first(item: ast.stmt) -> bool:
+    return isinstance(item, ast.ImportFrom) and item.module == "__future__"
+
+
+class Blocks:
+    """Plugin of pytest: the seconds of each test, and the blocks that the test and its fixtures run."""
+
+    def __init__(self) -> None:
+        self.running: set[str] = set()
+        self.fixtures: dict[str, set[str]] = {}
+        self.tests: dict[str, tuple[float, list[str]]] = {}
+        vars(builtins)["_block_runs"] = self.running.add
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        outside = set(self.running)
+        self.running.clear()
+        try:
+            return (yield)
+        finally:
+            self.fixtures.setdefault(fixturedef.argname, set()).update(self.running)
+            self.running.update(outside)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+        self.running.clear()
+        started = time.monotonic()
+        try:
+            return (yield)
+        finally:
+            every = self.running.union(*(self.fixtures.get(name, ()) for name in item.fixturenames))
+            self.tests[item.nodeid] = (round(time.monotonic() - started, 3), sorted(every))
 
 
 def changes(tree: ast.Module) -> list[Change]:
     """Return every change of a module, in the order of the source."""
     return [
-        Change(getattr(node, "lineno", 0), text, apply) for node in _programs(tree) for text, apply in _of_node(node)
+        Change(getattr(node, "lineno", 0), block, text, apply)
+        for node, block in _programs(tree)
+        for text, apply in _of_node(node)
     ]
 
 
@@ -134,12 +203,17 @@ def sample(root: Path, count: int, seed: int, folders: Iterable[str] = TESTS) ->
     return random.Random(seed).sample(every, min(count, len(every)))
 
 
-def passes(root: Path, tests: Iterable[str], select: str, limit: float | None) -> tuple[bool, float]:
-    """Run tests of a tree; return whether they pass within ``limit`` seconds, and the seconds."""
+def passes(
+    root: Path, tests: Iterable[str], select: str, limit: float | None, record: Path | None = None
+) -> tuple[bool, float]:
+    """Run tests of a tree; return whether they pass within ``limit`` seconds, and the seconds.
+
+    ``record`` gets the seconds and blocks of each test.
+    """
     started = time.monotonic()
     child = os.fork()
     if child == 0:
-        _child(root, ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", select, *tests])
+        _child(root, ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", select, *tests], record)
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         seconds = time.monotonic() - started
@@ -152,7 +226,7 @@ def passes(root: Path, tests: Iterable[str], select: str, limit: float | None) -
         time.sleep(0.1)
 
 
-def _child(root: Path, words: list[str]) -> NoReturn:
+def _child(root: Path, words: list[str], record: Path | None) -> NoReturn:
     """Run pytest in this process, which ends with its code."""
     code = 1
     try:
@@ -163,68 +237,102 @@ def _child(root: Path, words: list[str]) -> NoReturn:
         os.chdir(root)
         os.environ["PYTHONPATH"] = str(root)
         sys.path.insert(0, str(root))  # before the installed package
-        code = int(pytest.main(words))
+        blocks = None if record is None else Blocks()
+        code = int(pytest.main(words, plugins=[blocks] if blocks else []))
+        if blocks is not None and record is not None:
+            record.write_text(json.dumps(blocks.tests), encoding="utf-8")
     finally:
         os._exit(code)
 
 
-def judged(root: Path, name: str, *, slow: bool, limit: float) -> tuple[bool, bool | None, float]:
-    """Return whether the fast tests kill the mutant in a file, whether the slow tests do, and the seconds.
+Record = dict[str, tuple[float, list[str]]]
 
-    The slow tests run only if ``slow`` is set, and only for a mutant that the fast tests miss.
+
+def recorded(root: Path, folder: str, file: Path) -> Record:
+    """Return the seconds and blocks of each fast test of a folder of sources; run the tests if ``file`` is missing."""
+    if not file.is_file():
+        sources = {path: path.read_text(encoding="utf-8") for path in (root / folder).rglob("*.py")}
+        for path, source in sources.items():
+            path.write_text(marked(source, path.relative_to(root).as_posix()), encoding="utf-8")
+        right, _ = passes(root, TESTS[folder], "not slow", None, file)
+        for path, source in sources.items():
+            path.write_text(source, encoding="utf-8")
+        if not right:
+            file.unlink(missing_ok=True)
+            print(f"mutate.py: the tests of {folder} fail without a mutant", file=sys.stderr)
+            sys.exit(2)
+    found: Record = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def tests_of(record: Record, name: str, change: Change) -> dict[str, float]:
+    """Return the tests that run a change, the shortest first, with their seconds."""
+    block = f"{name}:{change.block}"
+    chosen = {test: seconds for test, (seconds, blocks) in record.items() if not change.block or block in blocks}
+    return dict(sorted(chosen.items(), key=lambda item: item[1]))
+
+
+def judged(root: Path, tests: dict[str, float], slow: Sequence[str]) -> tuple[bool, bool | None, float]:
+    """Return whether the fast tests kill the mutant of a tree, whether the tests ``slow`` do, and the seconds.
+
+    The slow tests run only if the fast tests miss the mutant.
     """
-    tests = next(tests for folder, tests in TESTS.items() if name.startswith(folder))
-    right, seconds = passes(root, tests, "not slow", limit)
+    right, seconds = passes(root, tests, "not slow", 3 * sum(tests.values()) + 60) if tests else (True, 0.0)
     if not right or not slow:
         return not right, None, seconds
-    right, more = passes(root, tests, "slow", None)
+    right, more = passes(root, slow, "slow", None)
     return False, not right, seconds + more
 
 
-def main() -> int:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tree", type=Path, default=ROOT, help="Root of the tree to test (default: this one).")
     parser.add_argument("--count", type=int, default=60, help="Number of mutants.")
+    parser.add_argument("--skip", type=int, default=0, help="Leave out the first mutants, which an earlier run tested.")
     parser.add_argument(
         "--seed", type=int, default=1, help="Seed of the sample; the same sources give the same mutants."
     )
     parser.add_argument("--only", choices=TESTS, help="One folder of sources (default: all).")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="Start no mutant after this time.")
+    parser.add_argument("--record", type=Path, help="Folder that keeps the record of the run without a mutant.")
     parser.add_argument(
         "--slow", action="store_true", help="Run the slow tests on what the fast ones miss; print both scores."
     )
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    given, started = _arguments(), time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for library in LARGE:
         importlib.import_module(library)
-    fast = both = 0
+    tested = fast = both = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve() / "tree"
         shutil.copytree(
             given.tree, root, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__", ".*_cache")
         )
-        limits = {}
+        record = (given.record or Path(folder)).resolve()
         folders = [given.only] if given.only else list(TESTS)
-        for name in folders:
-            right, seconds = passes(root, TESTS[name], "not slow", None)
-            if not right:
-                print(f"mutate.py: the tests of {name} fail without a mutant", file=sys.stderr)
-                return 2
-            print(json.dumps({"without mutant": name, "seconds": round(seconds, 1)}), flush=True)
-            limits[name] = 3 * seconds + 60
-        mutants = sample(root, given.count, given.seed, folders)
+        records = {name: recorded(root, name, record / f"{Path(name).name}.json") for name in folders}
+        for name, tests in records.items():
+            seconds = round(sum(seconds for seconds, _ in tests.values()), 1)
+            print(json.dumps({"without mutant": name, "tests": len(tests), "seconds": seconds}), flush=True)
+        mutants = sample(root, given.count, given.seed, folders)[given.skip :]
         for name, index in mutants:
+            if time.monotonic() - started > 60 * given.minutes:
+                break
             source = (root / name).read_text(encoding="utf-8")
             change, text = mutated(source, index)
             (root / name).write_text(text, encoding="utf-8")
-            limit = next(limit for folder, limit in limits.items() if name.startswith(folder))
-            killed, later, seconds = judged(root, name, slow=given.slow, limit=limit)
+            where = next(item for item in folders if name.startswith(item))
+            chosen = tests_of(records[where], name, change)
+            killed, later, seconds = judged(root, chosen, TESTS[where] if given.slow else ())
             (root / name).write_text(source, encoding="utf-8")
-            fast, both = fast + killed, both + (killed or bool(later))
+            tested, fast, both = tested + 1, fast + killed, both + (killed or bool(later))
             found = {"file": name, "line": change.line, "change": change.text, "killed": killed, "by slow tests": later}
-            print(json.dumps({**found, "seconds": round(seconds, 1)}), flush=True)
-    print(
-        f"seed {given.seed}: the fast tests kill {fast} of {len(mutants)} mutants" + f", all tests {both}" * given.slow
-    )
+            print(json.dumps({**found, "tests": len(chosen), "seconds": round(seconds, 1)}), flush=True)
+    print(f"seed {given.seed}: the fast tests kill {fast} of {tested} mutants" + f", all tests {both}" * given.slow)
     return 0
 
 

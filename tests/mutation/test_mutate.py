@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mutation.mutate import ROOT, TESTS, changes, mutated, sample
+from mutation.mutate import ROOT, TESTS, changes, marked, mutated, sample
 
 SOURCE = '''
 def clip(x: int, most: int = 3) -> int:
@@ -54,6 +55,50 @@ def test_the_sample_is_the_same_for_a_seed() -> None:
         change, text = mutated(source, index)
         compile(text, name, "exec")
         assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(source)), change
+
+
+NESTED = '''"""Module."""
+from __future__ import annotations
+import functools
+LIMIT = 1
+
+def outer(x):
+    """Docstring."""
+    if x:
+        return [x + 1]
+    for _ in range(2):
+        x = -1
+
+@functools.cache
+def kept(x):
+    if x:
+        return 2
+
+class Kind:
+    size = 3
+    def method(self):
+        return 4
+'''
+
+
+def test_a_change_knows_the_block_that_runs_it() -> None:
+    found = {change.text: change.block for change in changes(ast.parse(NESTED)) if change.text[0].isdigit()}
+    assert found == {"1 -> 2": 11, "2 -> 3": 0, "3 -> 4": 0, "4 -> 5": 21}
+    runs: list[str] = []
+    builtins = vars(__import__("builtins"))
+    builtins["_block_runs"] = runs.append
+    try:
+        space: dict[str, Any] = {}
+        exec(compile(marked(NESTED, "n.py"), "n.py", "exec"), space)
+    finally:
+        del builtins["_block_runs"]
+    assert (space["__doc__"], space["outer"].__doc__, runs) == ("Module.", "Docstring.", [])
+    space["outer"](5)
+    assert runs == ["n.py:7", "n.py:9"]
+    space["outer"](0)
+    space["kept"](1)
+    space["Kind"]().method()
+    assert runs[2:] == ["n.py:7", "n.py:11", "n.py:11", "n.py:21"]
 
 
 #: A tree with three mutants: one that a fast test sees, one that only a slow test sees, and a condition.

@@ -109,7 +109,7 @@ def batching(port: int, model: dict[str, Any]) -> None:
             sent, deliver = items(over_grpc, model, number % count, number % count + 1), partial(keep, answers, number)
             client.async_infer(name, sent, callback=deliver)
         for _ in range(REQUESTS):
-            number, result, error = answers.get(timeout=60)
+            number, result, error = answers.get(timeout=240)
             for output, expected in model["outputs"].items():
                 row = expected[number % count : number % count + 1]
                 check(f"batched {output} {number}", error is None and close(result.as_numpy(output), row))

@@ -185,7 +185,7 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
 def test_the_number_of_health_watchers_is_limited(server: Server, channel: grpc.Channel, images, logits) -> None:
     watching = [channel.unary_stream(HEALTH + "Watch")(b"", timeout=PATIENCE) for _ in range(256)]
     assert {next(watch) for watch in watching} == {b"\x08\x01"}
-    with pytest.raises(grpc.RpcError, match="watch already"):
+    with pytest.raises(grpc.RpcError, match="are watching already"):
         next(channel.unary_stream(HEALTH + "Watch")(b"", timeout=PATIENCE))
     alive(server, channel, images, logits)
     for watch in watching:

@@ -206,7 +206,7 @@ BAD = {
         for option in ("--grace", "--poll")
         for value in ("nan", "inf")
     },
-    ("--tls-cert", "x.pem"): (2, "go together"),
+    ("--tls-cert", "x.pem"): (2, "only one of"),
     ("--port", "0", "--tls-cert", "x.pem", "--tls-key", "y.pem"): (2, "the TLS files x.pem and y.pem can't be used"),
     ("--port", "8765", "--grpc-port", "8765"): (2, "are both 8765"),
     ("--workers", "three"): (2, "'three' is neither auto nor a number"),

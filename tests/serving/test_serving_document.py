@@ -51,7 +51,9 @@ def test_the_shell_blocks_run(server: Server, pixels: np.ndarray, tmp_path: Path
     for block in blocks("sh"):
         script = "set -e\n" + block.replace("localhost:8000", f"127.0.0.1:{server.port}")
         words = ["bash", "-c", script]
-        done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False
+        )
         assert done.returncode == 0, (block, done.stdout, done.stderr)
         outputs.append(done.stdout)
     assert '"ready":true' in outputs[0]
@@ -67,7 +69,7 @@ def test_the_python_blocks_run(python: Path, server: Server, tmp_path: Path) -> 
         here = source.replace("localhost:8000", f"127.0.0.1:{server.port}")
         here = here.replace("localhost:8001", f"127.0.0.1:{server.grpc_port}")
         words = [str(python), "-c", here]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
         assert len(re.findall(r"b'[-\d.]+:\d:\d'", done.stdout)) == 3
 
@@ -78,7 +80,7 @@ def test_the_python_block_without_a_server_runs(pixels: np.ndarray, tmp_path: Pa
     (source,) = (source for source in blocks("python") if "localhost" not in source)
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", source]
-    done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["shoe.png", "shirt.png", "(5,"]
 

@@ -96,7 +96,7 @@ def over_a_stream(client) -> None:
         client.async_stream_infer("bn_lenet", [tensor(sync)], request_id=str(number))
     client.async_stream_infer("nobody", [tensor(sync)], request_id="bad")
     client.async_stream_infer("bn_lenet", [tensor(sync)], request_id="last", enable_empty_final_response=True)
-    found = [answers.get(timeout=30) for _ in range(7)]
+    found = [answers.get(timeout=240) for _ in range(7)]
     client.stop_stream()
     good = [result for result, error in found if error is None]
     check("stream: ids in order", [r.get_response().id for r in good] == [*map(str, range(5)), "last"])
@@ -141,7 +141,7 @@ with sync.InferenceServerClient(URL) as blocking:
     waiting: queue.Queue = queue.Queue()
     for _ in range(20):
         blocking.async_infer("bn_lenet", [tensor(sync)], lambda result, error: waiting.put((result, error)))
-    got = [waiting.get(timeout=30) for _ in range(20)]
+    got = [waiting.get(timeout=240) for _ in range(20)]
     check("async_infer", all(error is None and close(result.as_numpy("logits")) for result, error in got))
     over_a_stream(blocking)
 asyncio.run(over_asyncio())
@@ -150,7 +150,7 @@ with grpc.insecure_channel(URL) as channel:
     typed = service_pb2.ModelInferRequest(model_name="bn_lenet", id="typed")
     item = typed.inputs.add(name="input", datatype="FP32", shape=inputs.shape)
     item.contents.fp32_contents.extend(inputs.reshape(-1).tolist())
-    answer = stub.ModelInfer(typed, timeout=30)
+    answer = stub.ModelInfer(typed, timeout=240)
     values = np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(answer.outputs[0].shape)
     check("typed contents", close(values) and answer.id == "typed")
 descriptors = [*service_pb2.DESCRIPTOR.message_types_by_name.values()]

@@ -88,8 +88,8 @@ class House:
 
 async def quiet(house: House) -> None:
     """Until nothing is being answered."""
-    for _ in range(2000):
-        await asyncio.sleep(0 if house.state.active == 0 else 0.001)
+    for _ in range(100_000):
+        await asyncio.sleep(0.001 if house.state.active or house.server_state.tasks else 0)
         if house.state.active == 0 and not house.server_state.tasks:
             return
     pytest.fail("a request was not answered")
@@ -109,6 +109,6 @@ def packed(array: np.ndarray, path: str = INFER, more: dict[str, str] | None = N
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        await asyncio.wait_for(main(), 60)
+        await asyncio.wait_for(main(), 240)
 
     asyncio.run(bounded())

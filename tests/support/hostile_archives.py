@@ -195,7 +195,7 @@ SCRIPTS: dict[str, Hostile] = {
         "torchscript", code('getattr(torch, "sa" "ve")(input, "hacked")'), "another name"
     ),
     "script: code fetches save in pieces": Hostile(
-        "torchscript", code('getattr(self.x, "sa" "ve")(input, "hacked")'), "fetches an operator by a text"
+        "torchscript", code('getattr(self.x, "sa" "ve")(input, "hacked")'), "fetches an operator by a string"
     ),
     "script: code fetches save by escapes": Hostile(
         "torchscript", code('getattr(self.x, "s\\x61ve")(input, "hacked")'), "calls save"
@@ -203,7 +203,7 @@ SCRIPTS: dict[str, Hostile] = {
     "script: code in a comment's quotes": Hostile(
         "torchscript", code("_8 = 1 # \"\n  torch.save(input, 'hacked') # \""), "calls save"
     ),
-    "script: quote without an end": Hostile("torchscript", code('_9 = "'), "does not end"),
+    "script: quote without an end": Hostile("torchscript", code('_9 = "'), "unterminated string"),
     "script: operators of others": Hostile("torchscript", code("_9 = ops.evil.run(input)"), "operators of 'evil'"),
     "script: code makes a native object": Hostile(
         "torchscript", code("_9 = __torch__.torch.classes.dist_c10d.Store.__new__()"), "native class 'dist_c10d'"
@@ -237,11 +237,11 @@ SCRIPTS: dict[str, Hostile] = {
         "torchscript", script_with(in_the_directory(local_size=3)), "two sizes"
     ),
     "script: sizes of 64 bits without their field": Hostile(
-        "torchscript", script_with(in_the_directory(size=2**32 - 1)), "odd 64-bit size"
+        "torchscript", script_with(in_the_directory(size=2**32 - 1)), "invalid 64-bit size"
     ),
     "script: overlapping files": Hostile("torchscript", script_with(overlapping), "overlaps the next file"),
     "script: bytes in front": Hostile("torchscript", script_with(lambda m: None, front=b"GIF89a"), "not a zip archive"),
-    "script: archive in front": Hostile("torchscript", script_with(lambda m: None, front=b"PK\x03\x04" * 9), "foreign bytes"),
+    "script: archive in front": Hostile("torchscript", script_with(lambda m: None, front=b"PK\x03\x04" * 9), "extra bytes"),
     "script: bytes behind": Hostile("torchscript", script_with(lambda m: None, behind=b"x"), "something follows"),
     "script: comment": Hostile("torchscript", script_with(lambda m: None, comment=b"hi"), "its end is missing"),
     "script: fewer files than said": Hostile("torchscript", script_with(lambda m: None, count=99), "cut off"),
@@ -286,7 +286,7 @@ SCRIPTS: dict[str, Hostile] = {
     "script: tensor of nothing": Hostile(
         "torchscript", script("constants.pkl", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."), "is not made of"
     ),
-    "script: two million steps": Hostile("torchscript", script("constants.pkl", b"\x80\x02" + b"N" * 2_000_001), "steps"),
+    "script: two million steps": Hostile("torchscript", script("constants.pkl", b"\x80\x02" + b"N" * 2_000_001), "opcodes"),
     "script: two small bombs": Hostile(
         "torchscript",
         script_with(lambda members: members.extend(
@@ -379,12 +379,12 @@ ARRAYS: dict[str, Hostile] = {
     "npz: header that is code": Hostile("npz", npz(Member("x.npy", npy("__import__('os').mkdir('hacked')"))), "header"),
     "npz: header nested deep": Hostile("npz", npz(Member("x.npy", npy("(" * 9000))), "header"),
     "npz: 64-bit end record elsewhere": Hostile("npz", wide(shift=4), "not where it should be"),
-    "npz: 64-bit end record of another length": Hostile("npz", wide(length=99), "odd 64-bit end record"),
+    "npz: 64-bit end record of another length": Hostile("npz", wide(length=99), "invalid 64-bit end record"),
     "npz: two end records that differ": Hostile("npz", wide(count=2), "end records differ"),
     "npz: packed data that are none": Hostile(
         "npz", npz(Member("x.npy", b"", 8, size=99, packed=b"\xff\xff\xff")), "can't be unpacked"
     ),
-    "npz: no header": Hostile("npz", npz(Member("x.npy", b"\x93NUMPY")), "not a whole .npy"),
+    "npz: no header": Hostile("npz", npz(Member("x.npy", b"\x93NUMPY")), "not a complete .npy"),
     "npz: header of 60 kB": Hostile("npz", npz(Member("x.npy", npy(" " * 60_000))), "header of 60001 bytes"),
     "npz: header without a shape": Hostile("npz", npz(Member("x.npy", npy("{'descr': '<f4'}"))), "has no shape"),
     "npz: header that is a list": Hostile("npz", npz(Member("x.npy", npy("['<f4']"))), "is not a dictionary"),

@@ -89,7 +89,7 @@ BUNDLES: dict[str, Hostile] = {
     "manifest: ten megabytes": Hostile("bundle", text(lambda t: t + b" " * 10_000_000), "more than 8388608 bytes"),
     "manifest: quotes without an end": Hostile("bundle", text(lambda t: b'"\\' * 1_000_000), "is not JSON"),
     "manifest: UTF-16": Hostile("bundle", text(lambda t: t.decode().encode("utf-16")), "not UTF-8"),
-    "manifest: half a character": Hostile("bundle", inner("environment", odd="\ud800"), "half a character"),
+    "manifest: half a character": Hostile("bundle", inner("environment", odd="\ud800"), "an unpaired surrogate"),
     "manifest: unknown key": Hostile("bundle", forged(lambda v: v.update(hook="evil.py")), "unknown keys: hook"),
     "manifest: unknown key of the preprocessing": Hostile("bundle", inner("preprocessing", invert=True), "'invert'"),
     "manifest: unknown key of the network": Hostile("bundle", inner("network", code="x"), "'code'"),

@@ -96,7 +96,7 @@ PT2: dict[str, Hostile] = {
     "pt2: size of 100 kB": Hostile("pt2", symbol("(" * 50_000 + "1" + ")" * 50_000), "longer than"),
     "pt2: size nested deep": Hostile("pt2", symbol("-" * 4000 + "1"), "where a size is expected"),
     "pt2: symbol with a huge number": Hostile(
-        "pt2", exported(lambda v: v["range_constraints"].update({"u99999999999": {"min_val": 0, "max_val": 9}})), "odd name"
+        "pt2", exported(lambda v: v["range_constraints"].update({"u99999999999": {"min_val": 0, "max_val": 9}})), "invalid name"
     ),
     "pt2: guard that is code": Hostile(
         "pt2", exported(lambda v: v.update(guards_code=["__import__('os')"])), "condition on sizes"
@@ -131,14 +131,14 @@ PT2: dict[str, Hostile] = {
         "pt2", lambda folder, good: write_zip(folder / "model.pt2", [Member("m/version", b"1")]), "it has no models/"
     ),
     "pt2: model that is a list": Hostile("pt2", exported_file("models/model.json", b"[]"), "not a table"),
-    "pt2: name that is a number": Hostile("pt2", first_node(name=7), "not a text"),
+    "pt2: name that is a number": Hostile("pt2", first_node(name=7), "not a string"),
     "pt2: arguments that are a number": Hostile(
         "pt2",
-        exported(lambda v: v["graph_module"]["module_call_graph"][0]["signature"].update(in_spec=7)), "odd in_spec",
+        exported(lambda v: v["graph_module"]["module_call_graph"][0]["signature"].update(in_spec=7)), "invalid in_spec",
     ),
     "pt2: no ranges": Hostile("pt2", exported(lambda v: v.pop("range_constraints")), "no table 'range_constraints'"),
     "pt2: table of weights that is none": Hostile(
-        "pt2", exported_file("model_weights_config.json", b'{"config": {"w": 7}}'), "odd entry 'w'"
+        "pt2", exported_file("model_weights_config.json", b'{"config": {"w": 7}}'), "invalid entry 'w'"
     ),
     "pt2: weights without sizes": Hostile("pt2", weights_config(lambda v: v.pop("tensor_meta")), "no plain sizes"),
     "pt2: weights of a broken width": Hostile("pt2", exported_file("weights/weight_0", bytes(143)), "not a whole number"),

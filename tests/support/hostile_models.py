@@ -135,7 +135,7 @@ ONNX: dict[str, Hostile] = {
         "onnx", content(field(7, field(11, field(2, field(1, field(2, field(1, b"") * 65)))))), "65 dimensions"
     ),
     "onnx: unknown element type": Hostile("onnx", content(model_with(stored((1,), 99, bytes(4)))), "element type 99"),
-    "onnx: texts as raw bytes": Hostile("onnx", content(model_with(stored((1,), 8, b"x"))), "of texts as raw bytes"),
+    "onnx: texts as raw bytes": Hostile("onnx", content(model_with(stored((1,), 8, b"x"))), "of strings as raw bytes"),
     "onnx: data inside and outside": Hostile(
         "onnx", content(model_with(stored((1,), raw=bytes(4), more=number(14, 1)))), "inside and in another file"
     ),
@@ -190,8 +190,8 @@ ONNX: dict[str, Hostile] = {
         "onnx", with_data("w.bin", lambda inner: (inner / "w.bin").write_bytes(b"1234")), "shorter than the model declares"
     ),
     "onnx: data of another length": Hostile("onnx", with_data("w.bin", NO_DATA, length="17"), "its sizes need 16"),
-    "onnx: data at a negative place": Hostile("onnx", with_data("w.bin", NO_DATA, offset="-4"), "odd number '-4'"),
-    "onnx: data at a place of 30 digits": Hostile("onnx", with_data("w.bin", NO_DATA, offset="9" * 30), "odd number"),
+    "onnx: data at a negative place": Hostile("onnx", with_data("w.bin", NO_DATA, offset="-4"), "invalid number '-4'"),
+    "onnx: data at a place of 30 digits": Hostile("onnx", with_data("w.bin", NO_DATA, offset="9" * 30), "invalid number"),
     "onnx: data with a name that turns around": Hostile("onnx", with_data("w\u202enib.bin", NO_DATA), "U+202E"),
     "onnx: data with a name that is a device": Hostile("onnx", with_data("CON.bin", NO_DATA), "a device on Windows"),
     "onnx: data with a slash that is none": Hostile("onnx", with_data("..\u2215secret", NO_DATA), "U+2215"),
@@ -255,7 +255,7 @@ SAFETENSORS: dict[str, Hostile] = {
     "safetensors: gap": Hostile(
         "safetensors", safe({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, bytes(12)), "leaves a gap"
     ),
-    "safetensors: backwards": Hostile("safetensors", safe({"a": entry([1], 8, 4)}, bytes(8)), "impossible place"),
+    "safetensors: backwards": Hostile("safetensors", safe({"a": entry([1], 8, 4)}, bytes(8)), "impossible offset"),
     "safetensors: negative size": Hostile("safetensors", safe({"a": entry([-1, -1], 0, 4)}, bytes(4)), "negative size"),
     "safetensors: sizes that overflow": Hostile(
         "safetensors", safe({"a": entry([2**32, 2**32], 0, 0)}), "beyond 64 bits"
@@ -275,12 +275,12 @@ SAFETENSORS: dict[str, Hostile] = {
     "safetensors: unknown key": Hostile(
         "safetensors", safe({"a": {**entry([1], 0, 4), "code": "x"}}, bytes(4)), "not a type, sizes and a place"
     ),
-    "safetensors: metadata of numbers": Hostile("safetensors", safe({"__metadata__": {"a": 1}}), "not texts"),
+    "safetensors: metadata of numbers": Hostile("safetensors", safe({"__metadata__": {"a": 1}}), "not strings"),
     "safetensors: nested deep": Hostile("safetensors", safe(b'{"a":' + b"[" * 100_000), "levels deep"),
     "safetensors: a list": Hostile("safetensors", safe([1]), "not a table"),
     "safetensors: infinity": Hostile("safetensors", safe(b'{"__metadata__":{"a":Infinity}}'), "Infinity"),
     "safetensors: not UTF-8": Hostile("safetensors", safe(b'{"\xff":1}'), "not UTF-8"),
     "safetensors: metadata with half a character": Hostile(
-        "safetensors", safe(b'{"__metadata__":{"a":"\\ud800"}}'), "half a character"
+        "safetensors", safe(b'{"__metadata__":{"a":"\\ud800"}}'), "an unpaired surrogate"
     ),
 }  # fmt: skip

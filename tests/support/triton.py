@@ -41,7 +41,7 @@ class Installation:
 
 
 def installation(python: Path) -> Installation:
-    done = subprocess.run([str(python), "-c", _ASK], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([str(python), "-c", _ASK], capture_output=True, text=True, timeout=240, check=True)
     package, libpython = json.loads(done.stdout)
     return Installation(python, Path(package).parent, libpython)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
 from bnexport.folding.engine import Engine, EngineResult
-from bnexport.folding.fold import DEFAULT_MAX_GROWTH
+from bnexport.folding.fold import AMPLIFIES, DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
 from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph
-from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, onnx_fold_error
+from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, last_digit_response, onnx_fold_error
 from bnexport.folding.onnx_backend.onnx_writer import OnnxWriter
 from bnexport.folding.onnx_backend.reading import MAX_BYTES, SourceFile, check_valid, is_fully_valid, read_source
 from bnexport.folding.plan import ATTEMPTS, GrowthBudget
@@ -184,9 +185,12 @@ def _proof(
         return 0.0, ()
     try:
         error = onnx_fold_error(original, model, exact, sizes)
+        wrong = not error <= _MAX_ERROR
+        if wrong and math.isfinite(error) and last_digit_response(original, sizes) > _MAX_ERROR:
+            return error, (AMPLIFIES,)
     except NotEvaluated as reason:
         return None, (f"the folded model as a whole could not be evaluated in float64: {reason}",)
-    if not error <= _MAX_ERROR:
+    if wrong:
         raise ProofError(
             f"the folded model differs from the original by {error:.1e} of scale in float64",
             remedy="Please report it with the file: a fold that is not exact is a fault in bnexport",
@@ -213,7 +217,9 @@ def _check_conversion(
 def _check_written(original: ModelProto, model: ModelProto) -> None:
     """Check that the written model is as valid as the original, also in the checker's full check."""
     if (size := model.ByteSize()) > MAX_BYTES:
-        raise ExportError(f"the folded model has {size} bytes, one file holds 2 GB", remedy="Fold it in parts")
+        raise ExportError(
+            f"the folded model has {size} bytes, but one file holds at most 2 GB", remedy="Fold it in parts"
+        )
     if is_fully_valid(original) and not is_fully_valid(model):
         raise ProofError("the folded model is not valid ONNX", remedy="Please report it with the file")
     check_valid(model, "the folded model")

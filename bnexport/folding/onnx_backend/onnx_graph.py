@@ -162,10 +162,10 @@ class OnnxGraph:
         try:
             found = reader(view) if reader is not None else None
         except _CONTRADICTIONS:
-            found = "its attributes contradict each other"
-        if is_batch_norm(node) and not isinstance(found, OnnxReading):
-            return unread_batch_norm(view, found or "it can't be read", "")
+            found = "its attributes and constants contradict each other"
         if isinstance(found, str):
+            if is_batch_norm(node):
+                return unread_batch_norm(view, found, "")
             return OnnxReading(Opaque(found), everything)
         if found is None or any(name not in self.by_name for name in found.inputs):
             if is_batch_norm(node):

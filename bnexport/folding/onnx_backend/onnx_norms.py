@@ -56,11 +56,16 @@ def _unreadable(view: NodeView) -> tuple[str, str]:
         return UNKNOWN_SHAPE, "a file that shape inference can read"
     if len(shape) < 2:
         return "its input has no channel axis", "an input with a batch axis and a channel axis"
-    if not view.is_floating:
-        return "the file does not state the element type of its input", "a file that shape inference can read"
-    sizes = {view.context.constants.shape(view.input(index)) for index in indices}
+    constants = view.context.constants
+    types = [view.dtype(), view.output_dtype, *(constants.dtype(view.input(index)) for index in indices)]
+    if not all(dtype is not None and dtype.is_floating_point for dtype in types):
+        return "its input or its parameters are not float16, bfloat16, float32 or float64", "the network exported again"
+    sizes = {constants.shape(view.input(index)) for index in indices}
     if len(sizes) != 1 or len(next(iter(sizes))) != 1:
         return "its parameters have different lengths", ""
+    ((size,),) = sizes
+    if isinstance(shape[1], int) and shape[1] != size:
+        return f"its parameters are for {size} channels, and its input has {shape[1]}", ""
     return "", ""
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, ValueInfoProto
+from onnx import ModelProto, ValueInfoProto, numpy_helper
 from torch import Tensor
 
 from bnexport.folding.proof import scale_error
+from bnexport.folding.torch_backend.torch_proof import DEPTH
 from bnexport.onnx_files.float64 import wide_evaluator
 from bnexport.optional import one_line
 from bnexport.tensors import Array
@@ -52,6 +53,23 @@ def onnx_fold_error(
     if not error <= 1e-12 and (narrow := _narrow_value(before, feeds)) is not None:
         raise NotEvaluated(f"onnx's reference implementation leaves float64 at {narrow!r}")
     return error
+
+
+def last_digit_response(model: ModelProto, inputs: Mapping[str, Sequence[int]] | None = None) -> float:
+    """Return the error that float64 rounding explains: see ``torch_proof.last_digit_response``."""
+    rng = np.random.default_rng(1)
+
+    def nudged(array: Array) -> Array:
+        if array.dtype.kind != "f":
+            return array
+        wide = array.astype(np.float64)
+        return np.asarray(wide * (1 + rng.choice((-1, 1), wide.shape) * np.finfo(np.float64).eps))
+
+    engine = evaluator(model)
+    feeds, reference = first_that_works(engine, model, 0, inputs)
+    weights = {tensor.name: nudged(numpy_helper.to_array(tensor)) for tensor in model.graph.initializer}
+    changed = run(engine, {name: nudged(value) for name, value in feeds.items()}), run(evaluator(model, weights), feeds)
+    return DEPTH * max(_difference(outputs, reference) for outputs in changed)
 
 
 def evaluator(model: ModelProto, weights: Mapping[str, Array] | None = None) -> Any:

@@ -13,7 +13,7 @@ from bnexport.folding.affine import Dim
 from bnexport.folding.graph import Geometry, Kind, Layer, Weight
 from bnexport.folding.layers import channels_of
 from bnexport.folding.onnx_backend.inventory import is_default
-from bnexport.folding.onnx_backend.onnx_norms import placed_constant, read_arithmetic, read_batch_norm
+from bnexport.folding.onnx_backend.onnx_norms import UNKNOWN_SHAPE, placed_constant, read_arithmetic, read_batch_norm
 from bnexport.folding.onnx_backend.view import NodeView, OnnxReading
 
 # --- linear layers: Conv, ConvTranspose, Gemm, MatMul, and MatMul with the Add of its bias -----------------------------
@@ -44,9 +44,9 @@ def read_conv(view: NodeView) -> OnnxReading | str | None:
 
 
 def _fits(view: NodeView, layout: str, weight: Weight, bias: Weight | None, groups: int) -> bool:
-    """Return True if groups, channels and bias fit together, which onnx.checker does not check."""
+    """Return True if groups, channels, kernel and bias fit together, which onnx.checker does not check."""
     shape, value = weight.shape, view.shape()
-    if groups < 1 or shape[0] % groups:
+    if groups < 1 or shape[0] % groups or tuple(view.attribute("kernel_shape", shape[2:])) != shape[2:]:
         return False
     inputs, outputs = channels_of(layout, shape, groups)
     there = inputs if value is None or not isinstance(value[1], int) else value[1]
@@ -99,9 +99,10 @@ def read_matmul(view: NodeView) -> OnnxReading | str | None:
         overridable = view.context.constants.overridable & set(view.node.input)
         return view.why_not_constant(0, 1) if overridable else None
     value = 0 if right is not None else 1
-    if view.rank is None:
-        return "a product with a vector has no channel axis"
-    layer = Layer.matrix_product(weight, view.shape(value), view.rank, right=right is not None)
+    shape = view.shape(value)
+    if shape is None or view.rank is None:
+        return UNKNOWN_SHAPE
+    layer = Layer.matrix_product(weight, shape, view.rank, right=right is not None)
     if isinstance(layer, str):
         return layer
     found = OnnxReading(layer, (view.input(value),), (0, 1 - value), None)
@@ -212,7 +213,7 @@ def _transpose(view: NodeView) -> OnnxReading | None:
     return _of(view, kinds.Permute(tuple(axes)))
 
 
-def _gather(view: NodeView) -> OnnxReading | None:
+def _gather(view: NodeView) -> OnnxReading | str | None:
     shape, index = view.shape(), view.constant(1)
     if shape is None or index is None or index.ndim != 1 or view.is_constant(0):
         return None
@@ -220,6 +221,8 @@ def _gather(view: NodeView) -> OnnxReading | None:
     size = shape[axis]
     if not isinstance(size, int):
         return None
+    if any(not -size <= item < size for item in index):
+        return f"it takes a position beyond the {size} of its axis"
     return _of(view, kinds.Reorder(axis, tuple(int(item) % size for item in index)))
 
 

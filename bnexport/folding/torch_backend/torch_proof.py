@@ -19,7 +19,7 @@ from bnexport.folding.torch_backend.nodes import dtype_of
 MAX_ERROR = 1e-12
 #: Allowed error, in multiples of the response to a change of the input's last digit; above the second number, rounding would
 #: hide a real fault.
-_DEPTH = 100
+DEPTH = 100
 _MAX_ROUNDING = 1e-9
 #: Rounding in float16 and bfloat16 stays below in ordinary networks; a wrong fold is far above.
 ROUGH_ERROR = 0.05
@@ -103,10 +103,11 @@ def _rounding(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor])
 
 
 def last_digit_response(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
-    """Return the allowed error of float64 itself: a multiple of the outputs' change when every input's last digit changes.
+    """Return the allowed error of float64 itself: a multiple of the outputs' change when last digits change.
 
-    A fold changes the order of operations in every layer, not only the inputs, hence the factor. A deep network, or one with a
-    steep softmax, amplifies the last digit of its input.
+    Once the last digit of every input changes, and once that of every parameter and buffer. The first change averages out over
+    an image; the second does not, as the rounding of folded weights does not. A fold changes the order of operations in every
+    layer too, hence the factor. A deep network, or one with a steep softmax, amplifies last digits.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -114,8 +115,17 @@ def last_digit_response(wide: nn.Module, probes: tuple[Any, ...], reference: lis
         sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
         return tensor * (1 + sign * torch.finfo(torch.float64).eps)
 
-    other = run(wide, _floats_mapped(nudged, probes))
-    return _DEPTH * max((scale_error(a, b) for a, b in zip(other, reference, strict=True)), default=0.0)
+    others = [run(wide, _floats_mapped(nudged, probes))]
+    tensors = [item for item in (*wide.parameters(), *wide.buffers()) if item.is_floating_point()]
+    kept = [item.detach().clone() for item in tensors]
+    with torch.no_grad():
+        for item, value in zip(tensors, kept, strict=True):
+            item.copy_(nudged(value))
+        others.append(run(wide, probes))
+        for item, value in zip(tensors, kept, strict=True):
+            item.copy_(value)
+    pairs = (pair for other in others for pair in zip(other, reference, strict=True))
+    return DEPTH * max((scale_error(a, b) for a, b in pairs), default=0.0)
 
 
 def image_sizes(original: GraphModule, inputs: tuple[Any, ...]) -> list[int | None]:

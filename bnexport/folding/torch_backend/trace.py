@@ -271,6 +271,8 @@ def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> Un
     if (problem is not None or _BATCH in text.lower()) and (found := batch_problem(model, inputs)) is not None:
         return found
     if problem is not None:
+        if (types := _other_types(model, inputs)) is not None:
+            return types
         shapes = ", ".join("x".join(map(str, item.shape)) for item in inputs if isinstance(item, Tensor))
         return UntracedError(
             f"{name} fails on an example input of shape {shapes}, before any tracing, {problem}",
@@ -286,6 +288,34 @@ def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> Un
         f"torch.export can't trace {name}{place_of(error, model)}: {reason if len(reason) < 300 else reason[:297] + '...'}",
         remedy=_TENSORS,
     )
+
+
+def _other_types(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | None:
+    """Return the error if a model that fails runs on inputs of the same shapes and another element type; else None."""
+    own = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
+    for floats, wanted in ((True, own), (False, own), (True, torch.int64)):
+        given = {
+            item.dtype
+            for item in pytree.tree_leaves(inputs)
+            if isinstance(item, Tensor) and item.is_floating_point() == floats and item.dtype != wanted
+        }
+        if given and call_once(model, _retyped(inputs, given, wanted)).problem is None:
+            have, need = (str(item).removeprefix("torch.") for item in (given.pop(), wanted))
+            return UntracedError(
+                f"{type(model).__name__} fails on an example input of type {have}, and runs on one of type {need}",
+                remedy=f"Give the input as {need} (--input SHAPE:{need})"
+                + f", or convert the network with .to(torch.{have})" * (floats and wanted.is_floating_point),
+            )
+    return None
+
+
+def _retyped(inputs: tuple[Any, ...], given: set[torch.dtype], wanted: torch.dtype) -> tuple[Any, ...]:
+    """Return inputs with zeros of another type in place of tensors of some types."""
+
+    def retyped(item: Tensor) -> Tensor:
+        return torch.zeros_like(item, dtype=wanted) if item.dtype in given else item
+
+    return tuple(pytree.tree_map_only(Tensor, retyped, inputs))
 
 
 def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -> None:

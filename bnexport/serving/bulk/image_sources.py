@@ -106,7 +106,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise DataError(f"{path} is not a whole .npz file: {one_line(error)}", remedy=_NPZ_REMEDY) from error
+        raise DataError(f"{path} is not a complete .npz file: {one_line(error)}", remedy=_NPZ_REMEDY) from error
 
 
 def _member(path: Path, names: list[str], column: str) -> str:

@@ -190,7 +190,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             if self._watching > _MOST_WATCHERS:
                 raise RequestError(
-                    f"{_MOST_WATCHERS} clients watch already, which is the limit",
+                    f"{_MOST_WATCHERS} clients are watching already, which is the limit",
                     remedy="Call Check regularly instead",
                     status=413,
                 )
@@ -230,7 +230,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         except Exception as error:
             state.log.event("fault", id=call.id, path=call.path, error=f"{type(error).__name__}: {one_line(error)}")
             code = grpc.StatusCode.INTERNAL
-            answer = NotServing("the server failed", remedy="Its log has the error", status=500)
+            answer = NotServing("the server failed", remedy="The server's log contains the error", status=500)
         finally:
             state.active -= 1
             state.calls_active -= 1

@@ -207,7 +207,9 @@ def _bytes_of(item: Any) -> bytes:
         return b""
     name = f"input {shown(item.name)}"
     if item.datatype not in CONTENTS:
-        raise RequestError(f"{name} is {item.datatype}, which contents can't hold", remedy="Send raw_input_contents")
+        raise RequestError(
+            f"{name} is {item.datatype}, which the field contents can't hold", remedy="Send raw_input_contents"
+        )
     field, dtype = CONTENTS[item.datatype]
     filled = [found.name for found, _ in item.contents.ListFields()]
     if filled != [field]:

@@ -90,7 +90,9 @@ class Method(NamedTuple):
 def _parsed(name: str, data: bytes, most: int) -> Any:
     if len(data) > most:
         raise RequestError(
-            f"the message has {len(data)} bytes, the limit is {most}", remedy="Send a name and a version", status=413
+            f"the message has {len(data)} bytes, but the limit is {most}",
+            remedy="Send a name and a version",
+            status=413,
         )
     kind = classes()[name]
     try:

@@ -75,7 +75,7 @@ class App:
         self.state.log.event(
             "fault", id=exchange.id, path=exchange.path[:200], error=f"{type(error).__name__}: {one_line(error)}"
         )
-        return error_reply(NotServing("the server failed", remedy="Its log has the error", status=500))
+        return error_reply(NotServing("the server failed", remedy="The server's log contains the error", status=500))
 
     def let_in(self, headers: dict[bytes, bytes]) -> None:
         """Check the token, and record the time of the request."""

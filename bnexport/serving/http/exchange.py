@@ -131,7 +131,7 @@ async def _rest(state: ServerState, exchange: Exchange, start: bytes) -> bytes:
 
 def _too_large(size: str, limits: ServingLimits) -> RequestError:
     return RequestError(
-        f"the body has {size}, the limit is {limits.body_bytes}", remedy="Send several requests", status=413
+        f"the body has {size}, but the limit is {limits.body_bytes}", remedy="Send several requests", status=413
     )
 
 
@@ -180,7 +180,8 @@ def unpacked(body: bytes, coding: bytes, most: int) -> bytes:
         raise RequestError(f"the body unpacks to more than {most} bytes", remedy="Send several requests", status=413)
     if not inflater.eof or inflater.unused_data:
         raise RequestError(
-            f"the {coding.decode()} data of the body ends too early or too late", remedy="Pack the body again"
+            f"the {coding.decode()} data of the body is truncated, or followed by other bytes",
+            remedy="Pack the body again",
         )
     return content
 

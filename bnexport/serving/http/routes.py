@@ -102,7 +102,7 @@ def infer_target(state: ServerState, exchange: Exchange, name: str, version: str
     kind = exchange.headers.get(b"content-type", b"")
     if kind not in _INFER_TYPES and kind.partition(b";")[0].strip().lower() not in _INFER_TYPES:
         raise RequestError(
-            f"the content-type {shown(kind.decode('latin-1'))} is not the protocol's",
+            f"the content-type {shown(kind.decode('latin-1'))} is not a content-type of the protocol",
             remedy="Send application/json, or application/octet-stream with binary tensors",
             status=415,
         )
@@ -169,7 +169,9 @@ async def _optional_object(state: ServerState, exchange: Exchange) -> dict[str, 
     try:
         if len(body) > limits.header_json_bytes:
             raise RequestError(
-                f"the body has {len(body)} bytes, the limit is {limits.header_json_bytes}", remedy="Send {}", status=413
+                f"the body has {len(body)} bytes, but the limit is {limits.header_json_bytes}",
+                remedy="Send {}",
+                status=413,
             )
         value = load_json(body, brackets=limits.brackets) if body else {}
     finally:

@@ -280,7 +280,7 @@ class Supervisor:
         ):
             when = "before it could serve" if served is None else "while the others were started"
             raise seat.error or NotServing(
-                f"process {seat.number} ended {when}: {how}", remedy="Look into the log, and check the memory"
+                f"process {seat.number} ended {when}: {how}", remedy="Read the log, and check the memory"
             )
         if served is None:
             self._close_listener(seat)  # clients must not wait for a process that may never start
@@ -311,7 +311,7 @@ class Supervisor:
             if seat.silent == _SILENT:
                 seat.error = NotServing(
                     f"it sent no heartbeat for {_LOOK * _SILENT:g} seconds and was killed",
-                    remedy="Look into the log for its last requests",
+                    remedy="Read its last requests in the log",
                 )
                 seat.process.kill()
 

@@ -61,7 +61,7 @@ def _packed(numbers: list[Any]) -> Array:
 
 def _other_values(spec: TensorSpec, kind: str) -> RequestError:
     return RequestError(
-        f"the data of input {spec.name!r} contains other values than {_WORDS[kind]}", remedy="Send only those"
+        f"the data of input {spec.name!r} contains other values than {_WORDS[kind]}", remedy=f"Send only {_WORDS[kind]}"
     )
 
 
@@ -144,7 +144,7 @@ class Decoder:
         if header_length is None:
             if len(body) > self._limits.json_bytes:
                 raise RequestError(
-                    f"the JSON has {len(body)} bytes, the limit is {self._limits.json_bytes}",
+                    f"the JSON has {len(body)} bytes, but the limit is {self._limits.json_bytes}",
                     remedy="Send the tensors in binary",
                     status=413,
                 )
@@ -152,7 +152,7 @@ class Decoder:
         else:
             if header_length > len(body) or header_length > self._limits.header_json_bytes:
                 raise RequestError(
-                    f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes",
+                    f"Inference-Header-Content-Length is {header_length}, but the body has {len(body)} bytes",
                     remedy=f"Give the length of the JSON before the tensors, at most {self._limits.header_json_bytes}",
                 )
             header, start = body[:header_length], header_length
@@ -160,7 +160,7 @@ class Decoder:
             plan = cached or self._remember(header, load_json(header, brackets=self._limits.brackets))
         if len(body) - start != plan.binary_bytes:
             raise RequestError(
-                f"there are {len(body) - start} bytes after the JSON, its binary_data_size add up to {plan.binary_bytes}",
+                f"{len(body) - start} bytes follow the JSON, but the sum of binary_data_size is {plan.binary_bytes}",
                 remedy="Send exactly the bytes of each tensor, in the order of the inputs",
             )
         arrays = {}
@@ -206,7 +206,9 @@ class Decoder:
     def check_count(self, count: int) -> None:
         """Refuse more inputs than the model has, before they are parsed."""
         if count > len(self._specs):
-            raise RequestError(f"the request has {count} inputs, the model takes {len(self._specs)}", remedy=_SHAPES)
+            raise RequestError(
+                f"the request has {count} inputs, but the model takes {len(self._specs)}", remedy=_SHAPES
+            )
 
     def _request(
         self, plan: _RequestPlan, arrays: dict[str, Array], request_id: str, timeout: float | None
@@ -237,7 +239,8 @@ class Decoder:
         row = math.prod(sizes) * np.dtype(spec.dtype).itemsize
         if not body or len(body) % row:
             raise RequestError(
-                f"the body has {len(body)} bytes, one sample of {spec.name!r} has {row}", remedy="Send whole samples"
+                f"the body has {len(body)} bytes, but one sample of {spec.name!r} has {row}",
+                remedy="Send whole samples",
             )
         shape = (len(body) // row, *sizes)
         item = _Input(spec, self._checked_shape(spec, list(shape)), math.prod(shape), len(body), None)
@@ -293,7 +296,7 @@ class Decoder:
         if type(size) is not int or size != expected_size:
             found = str(size) if type(size) is int else shown(str(size))
             raise RequestError(
-                f"input {spec.name!r} has {found} bytes (binary_data_size), its shape needs {expected_size}",
+                f"input {spec.name!r} has {found} bytes(binary_data_size), but its shape needs {expected_size}",
                 remedy="Send the bytes of the whole tensor",
             )
         return _Input(spec, shape, math.prod(shape), size, None)
@@ -313,13 +316,13 @@ class Decoder:
             raise RequestError(f"input {problem}", remedy="Send larger ones")
         if shape and isinstance(spec.shape[0], str) and shape[0] > self._limits.batch:
             raise RequestError(
-                f"the batch is {shape[0]}, the limit is {self._limits.batch}",
+                f"the batch is {shape[0]}, but the limit is {self._limits.batch}",
                 remedy="Send several requests",
                 status=413,
             )
         if (size := math.prod(shape) * np.dtype(spec.dtype).itemsize) > self._limits.inflated_bytes:
             raise RequestError(
-                f"input {spec.name!r} would have {size} bytes, the limit is {self._limits.inflated_bytes}",
+                f"input {spec.name!r} would have {size} bytes, but the limit is {self._limits.inflated_bytes}",
                 remedy="Send smaller tensors",
                 status=413,
             )

@@ -77,7 +77,7 @@ def test_bad_use(tmp_path: Path, fake: Path) -> None:
     assert (code, printed.count("\n")) == (2, 1)
     assert "has the results of a session already" in printed
     assert not (tmp_path / "summary.txt").exists()
-    done = subprocess.run([str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([str(SCRIPT)], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert "Use: " in done.stderr
 

@@ -78,7 +78,7 @@ def test_names_are_compared_without_case_and_separators() -> None:
     check_classes(("T-Shirt", " ankle_boot"), ("t shirt", "Ankle Boot"), dataset="x", scores=2)
     check_classes(None, ("a", "b"), dataset="x", scores=2)
     check_classes(None, ("a", "b"), dataset="x", scores=None)
-    with pytest.raises(UsageError, match="the network gives 3 scores, x has 2 classes"):
+    with pytest.raises(UsageError, match="the network returns 3 scores, but x has 2 classes"):
         check_classes(None, ("a", "b"), dataset="x", scores=3)
 
 

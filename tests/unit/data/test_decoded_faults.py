@@ -122,18 +122,18 @@ def test_threads_leave_the_filters_of_warnings_as_they_were():
 
     def work(index):
         with no_warnings:
-            inside.wait(10)
-            leave[index].wait(10)
+            inside.wait(240)
+            leave[index].wait(240)
 
     before = list(warnings.filters)
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
-    inside.wait(10)
+    inside.wait(240)
     assert warnings.filters[0][0] == "ignore"
     for event, thread in zip(leave, threads, strict=True):  # the first to come may be the first to go
         event.set()
-        thread.join(10)
+        thread.join(240)
     assert list(warnings.filters) == before
 
 
@@ -218,7 +218,7 @@ def test_a_killed_build_is_cleared_away_and_done_again(tmp_path):
     with child(root, count_file, 0.2) as process:
         wait_for(lambda: count_file.exists() and count_file.read_text() not in ("", "1"), process)
         os.kill(process.pid, signal.SIGKILL)
-        process.wait(60)
+        process.wait(240)
     assert [name for name in left(root) if name.endswith(".part")], "it was killed too late to show anything"
     assert np.array_equal(load(root).train_images, one_by_one(root, "train", GREY))
     assert not [name for name in left(root) if name.startswith(".")]

@@ -220,7 +220,7 @@ REFUSED = {
     "val is train": (val_is_train, "leads to", "Remove the link"),
     "a link to nowhere": (dead_link, "x.png can't be read", "broken link"),
     "a pipe": (pipe, "is not a plain file", "Remove it"),
-    "too deep": (too_deep, "folders deep", "Move it up"),
+    "too deep": (too_deep, "folders deep", "Move it to a higher folder"),
 }  # fmt: skip
 
 

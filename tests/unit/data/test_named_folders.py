@@ -48,7 +48,7 @@ def test_a_folder_that_moved_is_found_by_data_dir(pictures, tmp_path):
 def test_a_folder_needs_a_size_and_a_path(pictures, load):
     with pytest.raises(UsageError, match="the image size"):
         load(pictures)
-    with pytest.raises(UsageError, match="names no folder") as caught:
+    with pytest.raises(UsageError, match="does not name a folder") as caught:
         load("folder:", preprocessing=COLOURS)
     assert "folder:PATH" in caught.value.remedy
     with pytest.raises(UsageError, match="unknown") as caught:

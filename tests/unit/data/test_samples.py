@@ -311,7 +311,7 @@ def test_a_network_with_two_inputs_needs_names(tmp_path: Path) -> None:
     assert "'a', 'b'" in caught.value.remedy
     np.savez(tmp_path / "x.npz", a=np.ones((3, 2), np.float32), b=np.arange(4))
     with pytest.raises(
-        DataError, match="does not fit the bundle: input 'b' has batch = 4, another input has batch = 3"
+        DataError, match="does not fit the bundle: input 'b' has batch = 4, but another input has batch = 3"
     ):
         load_samples(tmp_path / "x.npz", TWO, None)
 

@@ -200,7 +200,7 @@ def test_the_health_check(status: int, code: int) -> None:
         words = [sys.executable, option, program.replace("8000", str(server.server_port))]
         environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
         try:
-            assert subprocess.run(words, env=environment, timeout=60, check=False).returncode == code
+            assert subprocess.run(words, env=environment, timeout=240, check=False).returncode == code
         finally:
             server.shutdown()
 

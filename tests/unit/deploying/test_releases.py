@@ -87,5 +87,5 @@ def test_an_unknown_release_and_a_file_that_is_not_a_model(tmp_path: Path) -> No
     with pytest.raises(BundleError):
         file_versions(tmp_path / "m.onnx")
     (tmp_path / "m.onnx").write_bytes(b"")
-    with pytest.raises(ExportError, match="does not state"):
+    with pytest.raises(ExportError, match="does not declare"):
         file_versions(tmp_path / "m.onnx")

@@ -94,7 +94,7 @@ def test_a_changed_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
 def test_another_number_of_classes(write: Write) -> None:
     options = {"norm": "torch", "in_channels": 1, "num_classes": 7}
     path = write(module=lenet(num_classes=7), network={"source": "bn_lenet", "options": options})
-    with pytest.raises(DataError, match="gives 7 scores, the data set has 10 classes"):
+    with pytest.raises(DataError, match="returns 7 scores, but the data set has 10 classes"):
         evaluate_path(path, EvaluationRequest())
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from cases import randomise
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnexport
-from bnexport.errors import ProofError
+from bnexport.errors import ProofError, UntracedError
 from bnexport.folding import fold as fold_module
 from bnexport.folding.torch_backend.torch_constants import TorchConstants
 
@@ -225,3 +226,78 @@ def test_a_train_that_changes_weights_changes_only_a_copy() -> None:
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(result.model(images()), model(images()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "needed", "also", "model"),
+    [
+        ("float32", "float16", True, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).half()),
+        ("float64", "float32", True, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))),
+        ("int64", "float32", False, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))),
+        ("float32", "int64", False, nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Linear(576, 4))),
+    ],
+)
+def test_an_input_of_the_wrong_type_is_named_as_the_cause(
+    given: str, needed: str, also: bool, model: nn.Module
+) -> None:
+    with pytest.raises(UntracedError, match=f"of type {given}, and runs on one of type {needed}") as caught:
+        bnexport.fold(model.eval(), torch.zeros(2, 3, 8, 8, dtype=getattr(torch, given)))
+    assert f"--input SHAPE:{needed}" in caught.value.remedy
+    assert (f".to(torch.{given})" in caught.value.remedy) == also
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.zeros(2, 3, 8), "fails on an example input of shape 2x3x8"),
+        (torch.zeros(2, 3, 2, 8, 8), "fails on an example input of shape 2x3x2x8x8"),
+        (torch.zeros(2, 5, 8, 8), "fails on an example input of shape 2x5x8x8"),
+        ((torch.zeros(2, 3, 8, 8),) * 2, "does not take 2 inputs"),
+    ],
+)
+def test_an_input_of_the_wrong_shape_is_named_as_the_cause(x: Tensor | tuple[Tensor, ...], found: str) -> None:
+    with pytest.raises(UntracedError, match=found):
+        bnexport.fold(parts(lambda m, x: m.bn(m.conv(x))), x)
+
+
+@pytest.mark.parametrize("factor", [2.0, -0.5])
+def test_a_norm_beside_a_scaled_convolution_goes_into_it(factor: float) -> None:
+    def forward(m: Parts, x: Tensor) -> Tensor:
+        y = m.conv(x).tanh()
+        return torch.add(m.bn(y) + y.sin(), functional.conv2d(y, m.kernel, padding=1), alpha=factor)
+
+    model = parts(forward)
+    model.kernel = nn.Parameter(torch.randn(4, 4, 3, 3))
+    assert [row.outcome for row in check(model, images()).report.rows] == ["merged"]
+
+
+class Amplifies(nn.Module):
+    """The mean over an image, in which changes of single pixels average out, and a function that multiplies its last digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.bn(self.conv(x)).mean((2, 3)) * 1e4).sin()
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_rounding_that_the_network_amplifies_is_no_fault(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(seed)
+    model, x = randomise(Amplifies()).eval(), torch.randn(2, 3, 32, 32)
+    report = bnexport.fold(model, x).report
+    assert [row.outcome for row in report.rows] == ["backward"]
+    assert not report.warnings
+    assert report.error is not None
+    assert report.error < 1e-10
+    original = fold_module._fold_copy
+
+    def wrong(*options: object) -> object:
+        folded, outcome, exact, growth = original(*options)  # type: ignore[arg-type]
+        exact["conv.bias"] = exact["conv.bias"] * (1 + 1e-9)
+        return folded, outcome, exact, growth
+
+    monkeypatch.setattr(fold_module, "_fold_copy", wrong)
+    with pytest.raises(ProofError):
+        bnexport.fold(model, x)

@@ -76,18 +76,18 @@ def test_threads_that_are_quiet_at_the_same_time_leave_the_process_as_it_was():
 
     def leaves_first():
         with quiet():
-            both.wait(60)
+            both.wait(240)
         first_left.set()
 
     def leaves_last():
         with quiet():
-            both.wait(60)
-            assert first_left.wait(60)
+            both.wait(240)
+            assert first_left.wait(240)
             assert warnings.filters[0][0] == "ignore"
 
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(leaves_first), pool.submit(leaves_last)]:
-            future.result(60)
+            future.result(240)
     assert (logger.level, sys.stdout, sys.stderr, list(warnings.filters)) == before
 
 

@@ -19,7 +19,7 @@ from bnexport import reproducibility
 from bnexport.reproducibility import effective_precision, float32_precision, strict_float32
 
 #: Seconds after which a test gives up on a thread; a deadline, not a measurement.
-DEADLINE = 60.0
+DEADLINE = 240.0
 WORDS = {"float32": "strict float32", "tf32": "TF32"}
 
 

@@ -56,7 +56,7 @@ WRONG = {
     ),
     "unequal batch": (
         {"tokens": np.zeros((3, 3), np.int64)},
-        "input 'tokens' has batch = 3, another input has batch = 2",
+        "input 'tokens' has batch = 3, but another input has batch = 2",
     ),
 }
 

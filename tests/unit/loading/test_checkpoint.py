@@ -73,11 +73,11 @@ def whole():
     [
         (None, "does not exist"),
         (b"", "is empty"),
-        (b"loss 0.27, train acc 0.90\n" * 20, "not a whole safetensors file"),
-        (b"\x80", "not a whole safetensors file"),
-        (whole()[:-10], "not a whole safetensors file"),
-        (whole()[:50], "not a whole safetensors file"),
-        (pickle.dumps({"x": 1}), "not a whole safetensors file"),
+        (b"loss 0.27, train acc 0.90\n" * 20, "not a complete safetensors file"),
+        (b"\x80", "not a complete safetensors file"),
+        (whole()[:-10], "not a complete safetensors file"),
+        (whole()[:50], "not a complete safetensors file"),
+        (pickle.dumps({"x": 1}), "not a complete safetensors file"),
         (safetensors.torch.save({"x": torch.ones(1)}), "no bnexport metadata"),
         (safetensors.torch.save({"x": torch.ones(1)}, metadata={"bnexport": "{"}), "can't be read"),
         (safetensors.torch.save({"x": torch.ones(1)}, metadata={"bnexport": "[]"}), "does not name a network"),
@@ -133,7 +133,7 @@ def test_arrays_of_a_damaged_file(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(FORMAT + 1, f"has format {FORMAT + 1}, this bnexport reads up to {FORMAT}"), ("x", "'x'"), (0, "0")],
+    [(FORMAT + 1, f"has format {FORMAT + 1}, but this bnexport reads formats up to {FORMAT}"), ("x", "'x'"), (0, "0")],
 )
 def test_the_format_is_numbered_and_a_newer_one_refused(tmp_path, number, message):
     file = tmp_path / "a"

@@ -108,7 +108,7 @@ def test_what_holds_no_batch_norm(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere", "does not exist"), (".", "holds no model"), ("t", "not a whole")]
+    ("name", "message"), [("nowhere", "does not exist"), (".", "holds no model"), ("t", "not a complete")]
 )
 def test_what_can_not_be_read(tmp_path, name, message):
     (tmp_path / "t").write_text("text " * 9)

@@ -318,11 +318,11 @@ def test_weights_in_several_files(folder: Path, ending: str) -> None:
     places = sharded(safetensors.torch.save_file if ending == "safetensors" else torch.save, ending)
     assert same(load_source("net.py:Net", weights="w.index.json").module, state_of())
     for change, words in (
-        ({"model.head.extra": f"part-2.{ending}"}, f"part-2.{ending} lacks model.head.extra"),
-        ({"model.head.bias": "part-3.bin"}, "part-3.bin is missing, which w.index.json names"),
+        ({"model.head.extra": f"part-2.{ending}"}, f"part-2.{ending} does not contain model.head.extra"),
+        ({"model.head.bias": "part-3.bin"}, "part-3.bin is missing, but w.index.json lists it"),
         ({"model.head.bias": "../part-2.bin"}, "has the part '..'"),
         ({"model.head.bias": "/etc/passwd"}, "is absolute"),
-        ({"model.head.bias": 3}, "has no table of names and files"),
+        ({"model.head.bias": 3}, "does not contain the table weight_map"),
     ):
         Path("w.index.json").write_text(json.dumps({"weight_map": {**places, **change}}))
         with pytest.raises(ModelError, match=words.replace("(", r"\(")):

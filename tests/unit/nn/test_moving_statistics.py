@@ -251,7 +251,7 @@ def test_population_with_a_layer_that_feeds_itself():
     values = torch.cat([X, 3 * once + 1]).double()
     assert torch.allclose(model.norm.running_mean.double(), values.mean(0), rtol=1e-5)
     assert torch.allclose(model.norm.running_var.double(), values.var(0, correction=0), rtol=1e-5)
-    with pytest.raises(FeedError, match="norm, it needs at least 2"):
+    with pytest.raises(FeedError, match="norm, but it needs at least 2"):
         recalibrate_by_layer(model, lambda: [X[:1]])
 
 

@@ -40,7 +40,7 @@ CPU = [
 
 def is_gone(process: int) -> bool:
     """Whether a process ends, given time; one that was reaped is gone at once."""
-    for _ in range(600):
+    for _ in range(4800):
         try:
             os.kill(process, 0)
         except ProcessLookupError:

@@ -19,7 +19,7 @@ class Stuck(io.StringIO):
         self.gate = threading.Event()
 
     def write(self, text: str) -> int:
-        assert self.gate.wait(30)
+        assert self.gate.wait(240)
         return super().write(text)
 
 

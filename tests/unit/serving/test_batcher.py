@@ -12,6 +12,7 @@ import pytest
 
 from bnexport.errors import BundleError, NotServing
 from bnexport.runtimes.base import Runner
+from bnexport.serving import served_model
 from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.served_model import add_workers, measured_cost, throughput
 from bnexport.tensors import Array, Signature, TensorSpec
@@ -32,7 +33,7 @@ class Doubler(Runner):
         self.seconds = seconds
 
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        assert self.gate.wait(30)
+        assert self.gate.wait(240)
         time.sleep(self.seconds)
         self.batches.append(feeds["x"].shape)
         self.threads.add(threading.get_ident())
@@ -136,7 +137,7 @@ def test_several_inputs_may_come_in_any_order(cost: Cost) -> None:
         batcher = Batcher([runner], cost, BatchLimits())
         three, four = np.full((1, 3), 3, np.float32), np.full((1, 4), 4, np.float32)
         requests = [{"a": three, "b": four}, {"b": three, "a": four}, {"a": three, "b": four}, {"b": four, "a": three}]
-        answers = await asyncio.wait_for(asyncio.gather(*(batcher.submit(feeds, 1) for feeds in requests)), 20)
+        answers = await asyncio.wait_for(asyncio.gather(*(batcher.submit(feeds, 1) for feeds in requests)), 240)
         for feeds, got in zip(requests, answers, strict=True):
             assert np.array_equal(got["y"], np.concatenate([feeds["a"], feeds["b"]], 1))
         assert runner.batches == [((1, 3), (1, 4)), ((1, 4), (1, 3)), ((2, 3), (2, 4))]
@@ -155,9 +156,9 @@ def test_a_batch_that_can_not_be_made_takes_no_session_with_it(cost: Cost, monke
         with monkeypatch.context() as context:
             context.setattr("bnexport.serving.batcher.np.concatenate", too_large)
             requests = (batcher.submit(rows(1.0), 1) for _ in range(2))
-            answers = await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 20)
+            answers = await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 240)
         assert [np.array_equal(answer["y"], [[2, 2]]) for answer in answers] == [True] * 2, "each alone needs less"  # type: ignore[index]
-        await asyncio.wait_for(ask(batcher, 2.0), 20)
+        await asyncio.wait_for(ask(batcher, 2.0), 240)
         await batcher.close()
 
     asyncio.run(main())
@@ -172,7 +173,7 @@ def test_a_full_queue_refuses_and_recovers() -> None:
         await asyncio.sleep(0.01)
         tasks += [asyncio.create_task(ask(batcher, 1.0)) for _ in range(2)]
         await asyncio.sleep(0.01)
-        with pytest.raises(NotServing, match="2 requests wait") as caught:
+        with pytest.raises(NotServing, match="2 requests are waiting") as caught:
             batcher.submit(rows(1.0), 1)
         assert caught.value.status == 503
         runner.gate.set()
@@ -264,27 +265,31 @@ def test_closing_answers_what_was_accepted() -> None:
     asyncio.run(main())
 
 
-def test_quick_models_get_one_session_and_slow_ones_as_many_as_pay() -> None:
-    feeds = rows(1.0, 8)
-    assert measured_cost(Doubler(seconds=0.01), feeds).seconds(8) >= 0.01
-    quick = [Doubler()]
-    add_workers(quick, lambda: pytest.fail("not needed"), feeds, Cost(INLINE_SECONDS / 2, 0.0), most=4)  # type: ignore[arg-type,return-value]
-    slow: list[Runner] = [Doubler(seconds=0.02)]
+@pytest.mark.parametrize(
+    ("rates", "sessions"),
+    [((100.0, 190.0, 270.0, 290.0, 300.0), 3), ((100.0, 190.0, 270.0), 3), ((100.0, 105.0), 1), ((100.0, 50.0), 1)],
+)
+def test_slow_models_get_as_many_sessions_as_pay(
+    rates: tuple[float, ...], sessions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runners: list[Runner] = [Doubler()]
+    opened: list[Runner] = list(runners)
+    monkeypatch.setattr(served_model, "throughput", lambda running, _feeds: rates[len(running) - 1])
 
     def another() -> Runner:
-        slow.append(Doubler(seconds=0.02))
-        return slow[-1]
+        runners.append(Doubler())
+        opened.append(runners[-1])
+        return runners[-1]
 
-    add_workers(slow, another, feeds, Cost(0.02, 0.0), most=3)  # runners that sleep do not disturb each other
-    assert len(slow) == 3
-    lock = threading.Lock()
+    add_workers(runners, another, rows(1.0, 8), Cost(INLINE_SECONDS, 0.0), most=len(rates))
+    assert len(runners) == sessions
+    assert [runner._closed for runner in opened] == [runner not in runners for runner in opened]
 
-    class Locked(Doubler):
-        def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-            with lock:
-                return super()._run(feeds)
 
-    locked: list[Runner] = [Locked(seconds=0.02)]
-    add_workers(locked, lambda: locked.append(Locked(seconds=0.02)) or locked[-1], feeds, Cost(0.02, 0.0), most=8)  # type: ignore[func-returns-value]
-    assert len(locked) <= 2, "a second one is not faster, so there is no third"
-    assert throughput(slow, feeds, 0.1) > 0
+def test_quick_models_get_one_session_and_the_cost_is_measured() -> None:
+    feeds = rows(1.0, 8)
+    quick: list[Runner] = [Doubler()]
+    add_workers(quick, lambda: pytest.fail("not needed"), feeds, Cost(INLINE_SECONDS / 2, 0.0), most=4)
+    assert len(quick) == 1
+    assert measured_cost(Doubler(seconds=0.01), feeds).seconds(8) >= 0.01
+    assert throughput([Doubler(seconds=0.02)], feeds, 0.1) > 0

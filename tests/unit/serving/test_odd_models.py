@@ -144,7 +144,7 @@ def test_clients_at_the_same_time_do_not_change_the_answer(repository: Repositor
                 assert np.array_equal(got[output], values), output
             connection.connection_lost(None)
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 240))
 
 
 @pytest.mark.parametrize(("name", "largest"), [("four", 0), ("sum", 0), ("pairs", 0), ("factor", 0)])
@@ -175,7 +175,7 @@ def test_pictures_for_a_batch_that_does_not_vary(repository: Repository, count: 
         found = json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"]
         assert [row["index"] for row in found] == pixels.reshape(count, 16).argmax(1).tolist()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 240))
 
 
 def test_many_pictures_for_a_batch_that_does_not_vary(repository: Repository, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_remembered_header_is_checked_against_each_body() -> None:
     decoder = Decoder(of("float32"), LIMITS)
     body, length = message(sample("float32"), "FP32", binary=True)
     decoder.decode(body, length)
-    with pytest.raises(RequestError, match="bytes after the JSON"):
+    with pytest.raises(RequestError, match="bytes follow the JSON"):
         decoder.decode(body[:-4], length)
     spoiled = body[:-4] + np.float32(np.nan).tobytes()
     with pytest.raises(RequestError, match="NaN or infinity"):

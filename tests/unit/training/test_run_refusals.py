@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint(tmp_path, damage):
         train(CONFIG, out=out, resume=True)
     assert "\n" not in str(caught.value)
     result.checkpoint.write_bytes(b"half a file")
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
         train(CONFIG, out=out, resume=True)
 
 

@@ -64,7 +64,7 @@ def test_a_factory_is_built_from_the_seed(own):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": 7}, "returns 7 scores per image, the data set has 10 classes"),
+        ({"classes": 7}, "returns 7 scores per image, but the data set has 10 classes"),
         ({"pair": "always"}, "does not return scores"),
         ({"nonsense": 1}, "nonsense"),
     ],

@@ -1,9 +1,16 @@
-"""The accuracy of a runtime's own functions: measured, predicted, and no excuse for a fault."""
+"""The accuracy of a runtime's own functions: measured, predicted, and no excuse for a fault.
+
+The tables were measured with one version of each engine on one kind of processor. There, they have to be close to what the
+engine does. Another version or processor has other kernels, which may be more exact, and which may be less exact by a small
+factor. An error above that factor fails here too, because a verification on that machine would then refuse a right engine.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +30,10 @@ from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.tensors import Array
 from bnexport.verification.verify import verify
 
+#: Versions and vector instructions (``torch.backends.cpu.get_cpu_capability``) with which the tables were measured.
+VERSIONS, CAPABILITY = {"onnxruntime-cpu": "1.31.1", "openvino-cpu": "2026.4.1"}, "AVX2"
+#: Factor by which other kernels may be less exact than the tables: from 8 lanes to 4, sums in line lose a factor of 2.2.
+_ELSEWHERE = 4.0
 ROWS = [(runtime, operator) for runtime, table in APPROXIMATED.items() for operator in table]
 EXACT = {
     "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
@@ -30,6 +41,13 @@ EXACT = {
     "Erf": lambda x: np.vectorize(math.erf)(x),
     "Softplus": lambda x: np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0),
 }
+
+
+def measured_here(runtime: str) -> bool:
+    """Return True on the kind of machine on which the tables were measured."""
+    module = importlib.import_module(runtime.removesuffix("-cpu"))
+    same = str(module.__version__).startswith(VERSIONS[runtime])
+    return same and platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() == CAPABILITY
 
 
 def one_node(operator: str, shape: list[Any], out: list[Any], **constants: Array) -> onnx.ModelProto:
@@ -57,8 +75,11 @@ def test_the_table_is_what_the_engine_does(runtime: str, operator: str) -> None:
     x = np.linspace(-30, 30, 120_001).astype(np.float32)
     found = computed(runtime, one_node(operator, ["n"], ["n"]), x)
     error = float(np.abs(found - EXACT[operator](x.astype(np.float64))).max())
-    stated = APPROXIMATED[runtime][operator]
-    assert stated / 4 < error <= 1.2 * stated
+    stated, here = APPROXIMATED[runtime][operator], measured_here(runtime)
+    assert error <= (1.2 if here else _ELSEWHERE) * stated, (
+        "put this error into APPROXIMATED, with processor and version"
+    )
+    assert error > stated / 4 or not here
 
 
 @pytest.mark.parametrize("operator", list(SUMMED_IN_LINE["onnxruntime-cpu"]))
@@ -70,8 +91,9 @@ def test_sums_in_line_are_the_engine_s(operator: str) -> None:
     exact = Float64Evaluator(model).evaluate({"x": x})["y"]
     predicted = ApproximatingEvaluator(model, "onnxruntime-cpu", seed=0).evaluate({"x": x})["y"] - exact
     error = computed("onnxruntime-cpu", model, x) - exact
-    assert np.abs(error).max() > 4e-6 * np.abs(exact).max()
-    assert 0.5 < np.linalg.norm(predicted) / np.linalg.norm(error) < 2
+    ratio, here = np.linalg.norm(error) / np.linalg.norm(predicted), measured_here("onnxruntime-cpu")
+    assert ratio < (2 if here else _ELSEWHERE), "put the engine's lanes on this processor into SUMMED_IN_LINE"
+    assert not here or (ratio > 0.5 and np.abs(error).max() > 4e-6 * np.abs(exact).max())
 
 
 def test_equal_arguments_have_equal_errors() -> None:
@@ -107,7 +129,7 @@ def test_the_accuracy_of_a_sigmoid_is_not_a_fault(result: Any) -> None:
     assert result.verification.passed, result.verification.summary()
     rows = [row for row in result.verification.rows if row.stage == "strict" and row.run == "onnxruntime-cpu"]
     explained = [row for row in rows if "Sigmoid" in row.reason]
-    assert explained
+    assert explained or not measured_here("onnxruntime-cpu")
     assert all(row.error is not None and row.error > 1e-5 for row in explained)
 
 

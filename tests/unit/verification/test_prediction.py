@@ -21,6 +21,9 @@ from bnexport.onnx_files.models import read_model
 from bnexport.quantization.integer_emulation import EXACT, SATURATING
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.verification import prediction
+from bnexport.verification.budget import Budget
+from bnexport.verification.forecast import Forecast
+from bnexport.verification.inputs import Batch, Case
 from bnexport.verification.prediction import _COARSENESS, Detected, compatible, detect, rounding_noise
 
 X = np.random.default_rng(0).random((64, 1, 28, 28), dtype=np.float32)
@@ -346,3 +349,23 @@ def test_rounding_noise_of_a_constant_node_counts_and_infinity_is_refused() -> N
     endless = one_node(helper.make_node("Div", ["x", "w"], ["y"]), np.zeros(3, np.float32), ["n", 3])
     with pytest.raises(ProofError, match="not finite"):
         rounding_noise(endless, {"x": np.ones((2, 3))})
+
+
+def test_a_batch_that_would_fail_is_predicted_by_the_largest_noise_of_four_draws(bundle: Bundle) -> None:
+    model = read_model(bundle.file(MODEL_ONNX))
+    right, rounded = Float64Evaluator(model), Emulator(model, "tf32")
+    budget = Budget(real=2, noise=2, one_hot=2, constant=2, proof=2, proof_other=2, batch_sizes=(), repeat=1)
+    last = 0
+    for seed in range(6):
+        x = np.random.default_rng(seed).standard_normal((2, 1, 28, 28)).astype(np.float32)
+        case = Case(Batch("noise", {"input": x}), right.evaluate({"input": x}))
+        errors = []
+        for draw in range(4):
+            feeds = {"input": x * np.float32(1 + draw * 2.0**-12)}
+            expected = right.evaluate(feeds)["logits"]
+            errors.append(np.abs(rounded.evaluate(feeds)["logits"] - expected).max() / np.abs(expected).max())
+        forecast = Forecast(model, cases=[case], budget=budget, varies=True)
+        assert forecast.noise("tf32", case) == pytest.approx(errors[0])
+        assert forecast.noise("tf32", case, on_all=True) == pytest.approx(max(errors))
+        last += max(errors) == errors[-1]
+    assert last, "no largest noise is that of the last draw"

@@ -15,7 +15,7 @@ import bnexport
 from bnexport.cli.main import run
 from bnexport.errors import UsageError
 from bnexport.folding.onnx_backend.onnx_constants import Shapes
-from bnexport.folding.onnx_backend.onnx_proof import evaluator
+from bnexport.folding.onnx_backend.onnx_proof import _other_sizes, evaluator
 from bnexport.folding.onnx_backend.onnx_proof import run as evaluate
 
 
@@ -111,3 +111,12 @@ def test_input_is_heeded_for_a_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert fold["error"] is not None
     assert run([*arguments, "--force", "--input", "x=4x48x40"]) == 2
     assert "does not fit 'x'" in capsys.readouterr().err
+
+
+def test_the_other_sizes_of_a_proof_are_larger_than_the_given_ones() -> None:
+    """Smaller ones would leave out what reads beyond the given size."""
+    g = Builder()
+    g.output(g.node("Relu", g.input("n", 3, "height", "width")), rank=4)
+    found = _other_sizes(evaluator(g.model()), g.model(), {"x": (3, 40, 48)})
+    assert found is not None
+    assert found[0]["x"].shape == (2, 3, 72, 80)

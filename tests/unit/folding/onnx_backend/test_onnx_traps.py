@@ -18,8 +18,10 @@ from support.onnx_builder import Builder
 from torch import nn
 
 import bnexport
-from bnexport.errors import ModelError, UsageError
+from bnexport.errors import ModelError, ProofError, UsageError
+from bnexport.folding.fold import AMPLIFIES
 from bnexport.folding.onnx_backend.onnx_constants import Shapes, node_evaluator
+from bnexport.folding.onnx_backend.onnx_writer import OnnxWriter
 
 _MODELS = {case.name: case for case in CASES}
 
@@ -301,3 +303,27 @@ def test_it_folds_as_many_as_the_torch_backend(build: Any):
     assert not ours.warnings
     assert ours.error is not None
     assert ours.error <= 1e-9
+
+
+@pytest.mark.parametrize(("factor", "decides"), [(1e3, True), (1e9, False)])
+def test_rounding_that_the_file_amplifies_is_no_fault(
+    factor: float, decides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = Builder(dtype="float64")
+    y = g.node("GlobalAveragePool", g.bn(g.conv(g.input("n", 3, 16, 16), 3, 6), 6))
+    g.output(g.node("Sin", g.node("Mul", y, g.init("factor", value=np.float64(factor)))), rank=4)
+    report = bnexport.fold_onnx(g.model()).report
+    assert [row.outcome for row in report.rows] == ["backward"]
+    assert report.error is not None
+    assert (report.error <= 1e-9, report.warnings) == ((True, ()) if decides else (False, (AMPLIFIES,)))
+    write = OnnxWriter.write
+
+    def wrong(self: OnnxWriter, *options: Any) -> Any:
+        found = write(self, *options)
+        self.exact = {name: value * (1 + 1e-9) for name, value in self.exact.items()}
+        return found
+
+    monkeypatch.setattr(OnnxWriter, "write", wrong)
+    if decides:
+        with pytest.raises(ProofError, match="a fold that is not exact"):
+            bnexport.fold_onnx(g.model())

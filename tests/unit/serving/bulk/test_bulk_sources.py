@@ -40,7 +40,7 @@ BAD_SOURCES = {
     "two.npz": "no array 'image', only 'a', 'b'",
     "float.npz": "expected a stack of uint8",
     "cut.npz": "",
-    "cut.npy": "not a whole .npy file",
+    "cut.npy": "not a complete .npy file",
     "text.parquet": "not a Parquet file",
     "a.txt": "neither a folder nor a .npy, .npz or Parquet file",
     "none": "contains no image",
