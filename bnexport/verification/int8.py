@@ -67,9 +67,10 @@ def int8_notes(record: Mapping[str, Any]) -> tuple[str, ...]:
     if kept:
         shown = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:_SHOWN])
         notes.append(f"{len(kept)} layers stay in float: {shown}" + (", ..." if len(kept) > _SHOWN else ""))
-    speed = record.get("speed") or {}
-    if speed and speed["of_float32"] < 1:
-        notes.append(f"int8 is slower than float32: {speed['of_float32']:g} x its speed ({speed['conditions']})")
+    speed = record.get("speed")
+    ratio = speed.get("of_float32") if isinstance(speed, dict) else None
+    if isinstance(speed, dict) and isinstance(ratio, float) and ratio < 1:
+        notes.append(f"int8 is slower than float32: {ratio:g} x its speed ({speed.get('conditions')})")
     return (*notes, *map(str, record.get("warnings", ())))
 
 

@@ -80,6 +80,15 @@ def test_the_good_bundle_passes_with_both_kinds_of_kernels(int8_bundle: Bundle) 
     record = int8_bundle.manifest.onnx["quantization"]
     assert record["ranges"]["input"]["source"] == "pixels"
     assert "can saturate 16 bits" in record["pair_safe"]
+    assert record["speed"]["of_float32"] > 0
+    assert record["speed"]["conditions"].startswith("ONNX Runtime 1.")
+    assert record["warnings"] == []  # a measured number is not among them
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.5])
+def test_int8_that_is_slower_is_a_note_with_the_conditions(ratio: float) -> None:
+    notes = int8_notes({"speed": {"of_float32": ratio, "conditions": "one thread"}})
+    assert ("int8 is slower than float32: 0.5 x its speed (one thread)" in notes) == (ratio < 1)
 
 
 def test_the_report_has_the_noise_by_layer_and_the_ranges(int8_bundle: Bundle) -> None:
