@@ -36,7 +36,7 @@ from bnexport.reporting.tables import print_checks
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.replay import replay_golden
 from bnexport.serving.served_model import ServingSettings, open_served
-from bnexport.verification.int8 import _at_least, labels_row
+from bnexport.verification.int8 import _at_least, int8_notes, labels_row
 from bnexport.verification.scope import Scope
 from bnexport.verification.self_test.copies import Copy, FaultTarget
 from bnexport.verification.self_test.faults import INT8_FAULTS, spoil_int8
