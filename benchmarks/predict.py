@@ -42,10 +42,10 @@ def side_by_side(bundle: Bundle, images: Path, *, workers: int, repeats: int = 5
     rows = len(map_npy(images))
     bare, ours = [], []
     for _ in range(repeats):
-        bare.append(_cost(lambda: _bare(bundle, images, workers), rows))
+        bare.append(cost_of(lambda: _bare(bundle, images, workers), rows))
         with tempfile.TemporaryDirectory() as folder:
             out, request = Path(folder, "out"), BulkRequest(workers=workers)
-            ours.append(_cost(functools.partial(predict_in_bulk, bundle, [images], out, request=request), rows))
+            ours.append(cost_of(functools.partial(predict_in_bulk, bundle, [images], out, request=request), rows))
     pairs = list(zip(bare, ours, strict=True))
     rates, times = [own.rate / other.rate for other, own in pairs], [other.cpu / own.cpu for other, own in pairs]
     cells = [
@@ -59,7 +59,7 @@ def side_by_side(bundle: Bundle, images: Path, *, workers: int, repeats: int = 5
     )
 
 
-def _cost(run: Callable[[], object], rows: int) -> Cost:
+def cost_of(run: Callable[[], object], rows: int) -> Cost:
     """Children count once they have ended; both sides wait for their children."""
     begin, before = time.perf_counter(), _cpu_seconds()
     run()

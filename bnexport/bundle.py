@@ -10,6 +10,7 @@
     models/bn_lenet/1/manifest.json         signature, preprocessing, labels, hashes, versions, fold report, verdicts
     models/bn_lenet/1/test_data_set_0/      golden input_0.pb / output_0.pb (the layout of onnx_test_runner)
     models/bn_lenet/1/report.html           one self-contained page
+    models/bn_lenet/1/tuned.json            optional: settings measured on one machine (``tuned``), outside the hashes
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ MODEL_TORCHSCRIPT = "model.pt"
 MODEL_EXPORTED = "model.pt2"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.html"
+TUNED = "tuned.json"
 GOLDEN = "test_data_set_0"
 #: Precisions of the weights in a model file; ``Manifest.onnx`` states it under "precision".
 STORED_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+#: Types of the image input that an export can choose; ``Manifest.onnx`` states "uint8" under "input_type".
+INPUT_TYPES = ("float32", "uint8")
 #: What an int8 file is written for (``quantization``).
 INT8_TARGETS = ("cpu", "tensorrt")
 #: Key of the manifest -> types of its JSON value; the other keys have objects.
@@ -62,7 +66,7 @@ _INNER_KEYS: dict[str, tuple[str, ...]] = {
     "signature": ("inputs", "outputs"),
     "network": ("source", "options"),
     "preprocessing": ("channels", "height", "width", "scale", "mean", "std"),
-    "onnx": ("opset", "ir_version", "precision", "quantization"),
+    "onnx": ("opset", "ir_version", "precision", "quantization", "input_type"),
 }
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 
@@ -78,13 +82,14 @@ class Manifest:
     dataset: str | None = None  # Data set that the network was trained on, a row of ``DATASETS`` or ``folder:PATH``
     preprocessing: Mapping[str, Any] | None = None  # ``data.preprocessing.Preprocessing.to_json``
     labels: tuple[str, ...] | None = None  # Class names in the order of the logits
-    # Of an int8 file also "quantization": its ranges and their sources (``quantization.quantize.Int8Result.record``)
+    # Of an int8 file also "quantization": its ranges and their sources (``quantization.quantize.Int8Result.record``).
+    # "input_type": "uint8" if the files take pixels and hold the preprocessing inside
     onnx: Mapping[str, Any] = field(default_factory=dict)  # ``{"opset": 18, "ir_version": 8, "precision": "float32"}``
     environment: Mapping[str, Any] = field(default_factory=dict)  # Hardware and versions at export
     fold: Mapping[str, Any] = field(default_factory=dict)  # The fold report (``folding.FoldReport.to_json``)
     # The verdict at export (``verification.VerificationReport.to_json``)
     verification: Mapping[str, Any] = field(default_factory=dict)
-    # Path inside the bundle -> ``{"sha256": ..., "size": ...}``, for every file except the manifest
+    # Path inside the bundle -> ``{"sha256": ..., "size": ...}``, for every file except the manifest and tuned.json
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -93,6 +98,11 @@ class Manifest:
         values["signature"] = self.signature.to_json()
         values["labels"] = None if self.labels is None else list(self.labels)
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+
+    @property
+    def takes_pixels(self) -> bool:
+        """True if the input of the files is uint8 pixels, channels first, and the files convert them."""
+        return self.onnx.get("input_type") == "uint8"
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -110,6 +120,7 @@ class Manifest:
             "name": self.name,
             "labels": json.dumps(self.labels),
             "preprocessing": json.dumps(self.preprocessing, sort_keys=True),
+            **({"input_type": "uint8"} if self.takes_pixels else {}),
         }
         return {f"bnexport.{key}": value for key, value in values.items()}
 
@@ -141,6 +152,7 @@ class Manifest:
             if (stored := values["onnx"].get("precision", "float32")) not in STORED_PRECISIONS:
                 raise ValueError(f"its files are in the unknown precision {stored!r}")
             manifest = cls(**values)
+            _check_pixels(manifest)
             _check_file_table(manifest.files)
         except (FeedError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{MANIFEST} can't be read: {one_line(error)}", remedy=_REBUILD) from error
@@ -306,9 +318,10 @@ def write_golden(folder: Path, signature: Signature, inputs: Mapping[str, Array]
 
 
 def _names(folder: Path) -> list[str]:
-    """Return the files below ``folder`` except the manifest, as sorted POSIX paths."""
+    """Return the files below ``folder``, as sorted POSIX paths, except the manifest and a tuned.json that is a plain file."""
     entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(name for path in entries if (name := path.relative_to(folder).as_posix()) != MANIFEST)
+    outside = {MANIFEST} if place_problem(folder, TUNED) else {MANIFEST, TUNED}
+    return sorted({path.relative_to(folder).as_posix() for path in entries} - outside)
 
 
 def _digest(value: Mapping[str, Any]) -> str:
@@ -322,6 +335,16 @@ def _check_kinds(values: Mapping[str, Any]) -> None:
         kinds = _KINDS.get(name, (dict,))
         if type(value) not in kinds:  # not isinstance: true is not a version
             raise TypeError(f"{name} is a {type(value).__name__}, expected {' or '.join(k.__name__ for k in kinds)}")
+
+
+def _check_pixels(manifest: Manifest) -> None:
+    """Check that files that take pixels have one image input and a preprocessing."""
+    stated, specs = manifest.onnx.get("input_type", "float32"), manifest.signature.inputs
+    if stated not in INPUT_TYPES:
+        raise ValueError(f"its files have the unknown input type {stated!r}")
+    fits = len(specs) == 1 and specs[0].dtype == "uint8" and len(specs[0].shape) == 4
+    if manifest.takes_pixels and (manifest.preprocessing is None or not fits):
+        raise ValueError("its files take pixels, but it has no preprocessing or not one image input of uint8")
 
 
 def _check_specs(signature: Mapping[str, Any]) -> None:

@@ -27,6 +27,10 @@ PACKAGES: tuple[tuple[str, ...], ...] = (
 )
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_STAT, _MEMORY, _OWN_STATUS = Path("/proc/stat"), Path("/proc/meminfo"), Path("/proc/self/status")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+#: Instruction sets on which the speed of float32 and int8 kernels depends, as /proc/cpuinfo spells them.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_tile", "asimddp", "i8mm", "sve")
 
 
 def environment() -> dict[str, Any]:
@@ -78,10 +82,36 @@ def available_cores() -> int:
 
 def _cpu_limits() -> Iterator[float]:
     """Yield the limit of each control group of this process, in cores (Linux: cgroup-v2.rst, "cpu.max"; sched-bwc.rst)."""
+    for folder in _control_groups("cpu", "cpu,cpuacct", "cpuacct,cpu"):
+        words = " ".join(_lines(folder / "cpu.max")).split()
+        words = words or [*_lines(folder / "cpu.cfs_quota_us"), *_lines(folder / "cpu.cfs_period_us")]
+        # Without a limit the first word is "max" or -1.
+        if len(words) == 2 and all(word.isdigit() and int(word) > 0 for word in words):
+            yield int(words[0]) / int(words[1])
+
+
+def _memory_limits() -> Iterator[int]:
+    """Yield the unused bytes of each control group's memory limit (Linux: cgroup-v2.rst, "memory.max"; memory.rst).
+
+    Pages of files that the system can drop are unused.
+    """
+    for folder in _control_groups("memory"):
+        files = [line.split()[1] for line in _lines(folder / "memory.stat") if line.startswith("inactive_file ")]
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            words = [*_lines(folder / limit), *_lines(folder / used)]
+            if len(words) == 2 and all(word.isdigit() for word in words):
+                yield max(0, int(words[0]) - int(words[1]) + sum(map(int, files)))
+
+
+def _control_groups(*names: str) -> Iterator[Path]:
+    """Yield the folders of this process's control groups, of version 2 and of these controllers of version 1."""
     for line in _lines(_OWN_GROUPS):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+        if controllers not in ("", *names):
             continue
         root = _GROUPS / controllers
         group = root / path.strip("/")
@@ -89,11 +119,47 @@ def _cpu_limits() -> Iterator[float]:
         for folder in [group, *group.parents] if group.is_dir() else [root]:
             if not folder.is_relative_to(root):
                 break
-            words = " ".join(_lines(folder / "cpu.max")).split()
-            words = words or [*_lines(folder / "cpu.cfs_quota_us"), *_lines(folder / "cpu.cfs_period_us")]
-            # Without a limit the first word is "max" or -1.
-            if len(words) == 2 and all(word.isdigit() and int(word) > 0 for word in words):
-                yield int(words[0]) / int(words[1])
+            yield folder
+
+
+def available_memory() -> int | None:
+    """Return the bytes that new processes may use, by the system and the control groups; None if it is unknown."""
+    free = [int(line.split()[1]) * 1024 for line in _lines(_MEMORY) if line.startswith("MemAvailable:")]
+    return min([*free, *_memory_limits()], default=None)
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory of this process so far, in bytes; 0 if the system does not report it."""
+    return next((int(line.split()[1]) * 1024 for line in _lines(_OWN_STATUS) if line.startswith("VmHWM:")), 0)
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Return the machine's busy and total CPU time since its start, in seconds; two zeros if it does not report them.
+
+    Time that a hypervisor gave to other machines (steal) is busy (Linux: proc_stat(5)).
+    """
+    for line in _lines(_STAT)[:1]:
+        # user, nice, system, idle, iowait, irq, softirq, steal; guest time is part of user
+        ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in line.split()[1:9]]
+        return sum(ticks) - sum(ticks[3:5]), sum(ticks)
+    return 0.0, 0.0
+
+
+def cpu_state() -> dict[str, Any]:
+    """Return facts on which a measurement depends: instruction sets, frequency governor, and load average of one minute.
+
+    A fact that the system does not report is an empty list or None.
+    """
+    flags: set[str] = set()
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith(("flags", "Features")):
+            flags.update(line.partition(":")[2].split())
+            break
+    return {
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "governor": next(iter(_lines(_GOVERNOR)), None),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
 
 
 def _lines(file: Path) -> list[str]:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
 
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, write_golden
+from bnexport.data.preprocessing import Preprocessing, original_feeds
 from bnexport.environment import environment
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.request import ExportRequest, InputSpec, parse_inputs
-from bnexport.exporting.signature import FILE_ALONE, check_labels, signature_of_file
+from bnexport.exporting.signature import FILE_ALONE, check_labels, of_dtype, signature_of_file
 from bnexport.files import refuse_existing_file, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, first_that_works, run
+from bnexport.folding.pixel_input import pixel_model
 from bnexport.onnx_files.float64 import widen_array
-from bnexport.onnx_files.models import multiplications, opset_of
-from bnexport.pipeline import Source, publish, with_int8
+from bnexport.onnx_files.models import multiplications
+from bnexport.pipeline import Source, onnx_facts, publish, with_int8
 from bnexport.progress import Progress, silent
-from bnexport.quantization.moments import seen_in_file
+from bnexport.quantization.int8_plan import with_scales_per_channel
+from bnexport.quantization.moments import Seen, seen_in_file
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import Array, Signature, TensorSpec
 from bnexport.verification.budget import budget_of
@@ -99,22 +101,25 @@ def _file_source(file: Path, name: str, version: int, request: ExportRequest, pr
     """Check and fold a file."""
     progress("folding and proving the fold", 0, 1)
     result = fold_onnx(file, max_growth=request.max_growth, clamps=request.clamps, inputs=_requested(request.inputs))
+    if request.precision == "int8":
+        result = replace(result, model=with_scales_per_channel(result.model))
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
     image = request.image(parse_inputs(request.inputs) if request.inputs else ())
     request.check_dataset(request.dataset, preprocessing=image, labels=request.labels, scores=score_count(signature))
-    onnx_facts = {
-        "opset": opset_of(result.model),
-        "ir_version": result.model.ir_version,
-        "precision": "float32",
-    }
+    request.check_pixels(signature.inputs, image)
+    model = result.model
+    if request.input_type == "uint8" and image is not None:
+        model = pixel_model(model, Preprocessing.from_json(image), _requested(request.inputs))
+        signature = of_dtype(signature, "uint8")
     manifest = Manifest(
         name, version, signature, {"source": file.name, "options": {}}, request.dataset, image,
-        request.labels, onnx_facts, environment(), result.report.to_json(), request.expected_accuracy(request.dataset),
+        request.labels, onnx_facts(request, model), environment(), result.report.to_json(),
+        request.expected_accuracy(request.dataset),
     )  # fmt: skip
 
     def write(stage: Path, report: Progress) -> Manifest:
-        write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
+        write_atomically(stage / MODEL_ONNX, _stamped(model, manifest))
         written = _int8(stage, manifest, result, request)
         report("writing golden vectors", 0.2, 1)
         _write_golden(stage, written, result.original, request)
@@ -135,7 +140,14 @@ def _int8(stage: Path, manifest: Manifest, result: OnnxFoldResult, request: Expo
         example, _ = first_that_works(evaluator(result.original), result.original, 0, sizes)
     except NotEvaluated as reason:
         raise ExportError(f"the file can't be evaluated in float64: {reason}", remedy=FILE_ALONE) from reason
-    return with_int8(stage, manifest, example, partial(seen_in_file, result.original), request)
+    if manifest.takes_pixels:
+        rng = np.random.default_rng(0)
+        example = {name: rng.integers(0, 256, array.shape, np.uint8) for name, array in example.items()}
+
+    def norms(feeds: Mapping[str, Array]) -> list[Seen]:
+        return seen_in_file(result.original, original_feeds(manifest, feeds))
+
+    return with_int8(stage, manifest, example, norms, request)
 
 
 def _requested(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -147,15 +159,14 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
     signature = manifest.signature
     try:
         engine = evaluator(original)
-        shapes = _sample_shapes(signature, request.inputs)
+        shapes = _sample_shapes(of_dtype(signature, "float32") if manifest.takes_pixels else signature, request.inputs)
         if shapes is None:
             shapes = {name: array.shape[1:] for name, array in first_that_works(engine, original, 0)[0].items()}
-        feeds = golden_inputs(
-            signature, shapes=shapes, images=real_images(manifest, data_dir=request.images_at(request.dataset))
-        )
+        images = real_images(manifest, data_dir=request.images_at(request.dataset))
+        feeds = golden_inputs(signature, shapes=shapes, images=images, pixels=manifest.takes_pixels)
         feeds = within_range(manifest, feeds)
         feeds = {spec.name: _of_fixed_batch(spec, feeds[spec.name]) for spec in signature.inputs}
-        outputs = run(engine, {name: widen_array(array) for name, array in feeds.items()})
+        outputs = run(engine, {name: widen_array(array) for name, array in original_feeds(manifest, feeds).items()})
     except NotEvaluated as reason:
         raise ExportError(
             f"the file can't be evaluated in float64, so a bundle of it could not be verified: {reason}",
@@ -182,7 +193,7 @@ def _judged(
         return report
     batch, (spec,) = suite.batches[0], manifest.signature.inputs
     step = _CHUNK if isinstance(spec.shape[0], str) else batch.n
-    images = widen_array(batch.feeds[spec.name])
+    images = widen_array(original_feeds(manifest, batch.feeds)[spec.name])
     scores = np.concatenate(
         [np.asarray(run(engine, {spec.name: images[at : at + step]})[0]) for at in range(0, batch.n, step)]
     )

@@ -11,21 +11,23 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from bnexport.bundle import MODEL_FLOAT32, MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
+from bnexport.data.preprocessing import Preprocessing, original_feeds, preprocessing_of
 from bnexport.environment import cpu_name, environment
 from bnexport.errors import BnexportError, DataError, ModelError, RefusedModel, UsageError
 from bnexport.evaluating.network import TrainedNetwork, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.export_onnx import stamp_metadata
 from bnexport.exporting.formats import FORMATS, ExportJob
-from bnexport.exporting.half import in_precision
+from bnexport.exporting.half import PRECISIONS, in_precision
 from bnexport.exporting.request import (
     ExportRequest,
     InputSpec,
@@ -34,11 +36,12 @@ from bnexport.exporting.request import (
     parse_inputs,
     read_share,
 )
-from bnexport.exporting.signature import check_labels, signature_of
+from bnexport.exporting.signature import check_labels, of_dtype, signature_of
 from bnexport.exporting.triton_config import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, refuse_existing_file, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
 from bnexport.folding.module_fold import ModuleFoldResult, fold_modules
+from bnexport.folding.pixel_input import pixel_module
 from bnexport.folding.report import FoldReport
 from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.loading.checkpoint import save_checkpoint, save_tensors
@@ -47,7 +50,7 @@ from bnexport.loading.zoo import zoo_of
 from bnexport.nn.batch_axis import check_batch
 from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
-from bnexport.onnx_files.models import read_model
+from bnexport.onnx_files.models import opset_of, read_model
 from bnexport.optional import collection_paused, installed
 from bnexport.progress import Progress, part_of, silent
 from bnexport.quantization.moments import Seen, seen_in_module
@@ -179,6 +182,7 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
     """Check and fold a network."""
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
     image = request.image(specs, stated=loaded.preprocessing)
+    request.check_pixels(specs, image)
     loaded = replace(loaded, preprocessing=image)
     request.check_dataset(loaded.dataset, preprocessing=image, labels=loaded.labels)
     inputs, sizes = _checked_example(loaded.module, specs, request), None
@@ -194,15 +198,17 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
     if request.dynamic_size:
         signature = with_smallest_sizes(signature, loaded.module, result.model, specs)
     check_labels(signature, loaded.labels)
+    signature = of_dtype(signature, "uint8") if request.input_type == "uint8" else signature
     manifest = Manifest(
         name, version, signature, loaded.network, loaded.dataset, loaded.preprocessing, loaded.labels,
-        _onnx_facts(request), environment(), result.report.to_json(), request.expected_accuracy(loaded.dataset),
+        onnx_facts(request), environment(), result.report.to_json(), request.expected_accuracy(loaded.dataset),
     )  # fmt: skip
 
     def write(stage: Path, report: Progress) -> Manifest:
-        shipped = in_precision(result.model, inputs, request.precision)
-        _write_models(stage, ExportJob(shipped, inputs, signature, request.onnx), request, part_of(report, 0, 0.9))
-        written = _int8(stage, manifest, loaded.module, inputs, request)
+        shipped, given = _on_pixels(result.model, inputs, manifest)
+        shipped = in_precision(shipped, given, request.precision)
+        _write_models(stage, ExportJob(shipped, given, signature, request.onnx), request, part_of(report, 0, 0.9))
+        written = _int8(stage, manifest, loaded.module, given, request)
         if (stage / MODEL_ONNX).is_file():
             stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
         save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
@@ -213,6 +219,17 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
 
     images = request.images_at(loaded.dataset, usable=image is not None)
     return Source(manifest, result.report, write, module=loaded.module, images=images)
+
+
+def _on_pixels(
+    folded: GraphModule, inputs: tuple[Tensor, ...], manifest: Manifest
+) -> tuple[GraphModule, tuple[Tensor, ...]]:
+    """Return a folded graph and its example inputs; of a manifest that states pixels, those that take and are pixels."""
+    if not manifest.takes_pixels or manifest.preprocessing is None:
+        return folded, inputs
+    pixels = torch.randint(0, 256, inputs[0].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    stored = PRECISIONS[str(manifest.onnx["precision"])]
+    return pixel_module(folded, Preprocessing.from_json(manifest.preprocessing), stored), (pixels,)
 
 
 def fold_weights(
@@ -317,7 +334,11 @@ def _int8(
         return manifest
     names = [spec.name for spec in manifest.signature.inputs]
     example = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-    return with_int8(stage, manifest, example, partial(seen_in_module, module), request)
+
+    def norms(feeds: Mapping[str, Array]) -> list[Seen]:
+        return seen_in_module(module, original_feeds(manifest, feeds))
+
+    return with_int8(stage, manifest, example, norms, request)
 
 
 def with_int8(
@@ -337,12 +358,14 @@ def with_int8(
     """
     model = read_model(stage / MODEL_ONNX)
     options = Int8Options(request.target, request.float_layers, read_share(request.allow_flips, "--allow-flips"))
-    image = manifest.preprocessing
+    image = preprocessing_of(manifest)
 
     def made(named: str | None) -> Int8Result:
         folder = request.images_at(named) if named == manifest.dataset else request.data_dir
         calibration = calibration_of(named, manifest.signature, image, folder)
-        return quantise(model, example, norms, options=options, preprocessing=image, calibration=calibration)
+        return quantise(
+            model, example, norms, options=options, preprocessing=manifest.preprocessing, calibration=calibration
+        )
 
     try:
         result = made(request.calibrate)
@@ -382,12 +405,14 @@ def _int8_speed(folder: Path, manifest: Manifest, feeds: Mapping[str, Array]) ->
     return {}
 
 
-def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:
-    return {
-        "opset": request.onnx.opset,
-        "ir_version": request.onnx.resolved_ir_version(),
-        "precision": request.precision,
+def onnx_facts(request: ExportRequest, model: ModelProto | None = None) -> dict[str, str | int]:
+    """Return the facts of the model files for the manifest; ``model`` is the folded ONNX source, if it is one."""
+    facts: dict[str, str | int] = {
+        "opset": request.onnx.opset if model is None else opset_of(model),
+        "ir_version": request.onnx.resolved_ir_version() if model is None else model.ir_version,
+        "precision": request.precision if model is None else "float32",
     }
+    return facts | ({"input_type": "uint8"} if request.input_type == "uint8" else {})
 
 
 def _finish(stage: Path, source: Source, report: VerificationReport, path: Path, data_dir: Path | None) -> None:

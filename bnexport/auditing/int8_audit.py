@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing
 from bnexport.data.samples import load_samples
 from bnexport.errors import (
     BnexportError,
@@ -200,7 +200,8 @@ def _samples(
     image = image_preprocessing(specs, mean, std)
     if image is None and path.is_dir():
         raise UsageError(f"--samples {path} is a folder of images", remedy="Pass --mean and --std as well")
-    given = None if image is None else Preprocessing.from_json(image)
+    kind = PixelPreprocessing if inputs[0].dtype == "uint8" else Preprocessing
+    given = None if image is None else kind.from_json(image)
     return load_samples(path, replace(declared, inputs=inputs), given, limit=_MOST).feeds
 
 

@@ -30,11 +30,11 @@ _COMMON = (
         "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Device on which Triton runs the model."
     ),
     click.option(
-        "--instances", type=click.IntRange(min=1), default=1, show_default=True,
-        help="Copies of the model that run at once in one Triton. On CPUs, use one per core.",
+        "--instances", type=click.IntRange(min=1),
+        help="Copies of the model that run at once in one Triton. On CPUs, use one per core.  [default: tuned.json, or 1]",
     ),
     click.option(
-        "--max-batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch that Triton forms."
+        "--max-batch-size", type=click.IntRange(min=1), help="Largest batch that Triton forms.  [default: 64]"
     ),
     click.option("--force", is_flag=True, help="Replace an existing deployment."),
 )  # fmt: skip
@@ -126,5 +126,7 @@ def docker(bundle: Path, out: Path, wheel: Path | None, **options: Any) -> None:
 def _print_result(done: Deployment) -> None:
     for name in done.files:
         click.echo(f"written: {done.path / name}")
+    if done.tuning is not None:
+        click.echo(done.tuning)
     for step in done.next_steps:
         click.echo(f"next: {step}")

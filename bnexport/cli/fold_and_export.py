@@ -36,6 +36,7 @@ _OF_BUNDLES = (
     "formats",
     "allow_low_accuracy",
     "precision",
+    "input_type",
 )
 
 

@@ -31,6 +31,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
         "evaluate": ("bnexport.cli.evaluate:evaluate", "Measure accuracy on test images, class by class."),
         "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
+        "benchmark": ("bnexport.cli.benchmark", "Find the fastest runtime whose answers are right."),
         "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),
         "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),
     },
@@ -54,6 +55,7 @@ _SYNONYMS: dict[str, str] = {
     **dict.fromkeys(("fit", "learn"), "train"),
     **dict.fromkeys(("run", "server", "start"), "serve"),
     **dict.fromkeys(("diagnose", "env", "devices"), "doctor"),
+    **dict.fromkeys(("bench", "measure", "time", "profile", "speed", "perf"), "benchmark"),
 }
 
 #: 0 done, 1 the verdict is FAIL, 2 usage or bad input, 3 this machine can't run it.

@@ -48,6 +48,10 @@ class BulkDisplay(BulkProgress):
     ) -> None:
         self._bar.stop()
 
+    def on_tuning(self, line: str) -> None:
+        """Print the line."""
+        self._console.print(line)
+
     def on_start(self, rows: int, done: int, workers: int) -> None:
         """Print the number of images and workers."""
         self._rows, self._done = rows, done
@@ -93,9 +97,13 @@ _BULK = {
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="With --out: number of sessions with one thread each.  [default: one per core; GPU: 1]",
+    help="With --out: number of sessions with one thread each.  [default: tuned.json, or one per core; GPU: 1]",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="With --out: number of images per call.  [default: 256]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="With --out: images per call.  [default: tuned.json, or 256]",
+)
 @click.option("--shard-rows", type=click.IntRange(min=1), help="With --out: number of rows per file.  [default: 10000]")
 @click.option("--column", help="With --out: column of Parquet and .npz files that holds the images.  [default: image]")
 @click.option(

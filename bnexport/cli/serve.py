@@ -71,14 +71,16 @@ class _Seconds(click.FloatRange):
     help="Engine and device. bnexport doctor lists them. A missing runtime is an error and is never replaced by another.",
 )
 @click.option(
-    "--workers", type=_Workers(), default="auto", show_default=True, help="Number of sessions with one thread each."
+    "--workers",
+    type=_Workers(),
+    default="auto",
+    show_default=True,
+    help="Number of sessions with one thread each. auto: tuned.json, or measured.",
 )
 @click.option(
     "--max-batch",
     type=click.IntRange(1, 65536),
-    default=64,
-    show_default=True,
-    help="Largest number of samples that are run as one batch.",
+    help="Largest number of samples that are run as one batch.  [default: tuned.json with --workers auto, or 64]",
 )
 @click.option(
     "--limit", "limits", multiple=True, metavar="NAME=N",

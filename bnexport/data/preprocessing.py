@@ -9,9 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from bnexport.bundle import Manifest
 from bnexport.errors import DataError
 from bnexport.optional import one_line
 from bnexport.tensors import Array
+
+
+def _check_bytes(images: Array) -> None:
+    if images.dtype != np.uint8:
+        raise DataError(
+            f"the images are {images.dtype.name}, expected uint8", remedy="Give pixels from 0 to 255 as uint8"
+        )
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,7 @@ class Preprocessing:
             DataError: The element type or shape is another one (``data.prepare`` fits images to the shape), or ambiguous: 3x3
                 pixels with 3 channels.
         """
-        if images.dtype != np.uint8:
-            raise DataError(
-                f"the images are {images.dtype.name}, expected uint8", remedy="Give pixels from 0 to 255 as uint8"
-            )
+        _check_bytes(images)
         inputs = np.ascontiguousarray(self._channels_first(images), dtype=np.float32)
         if np.shares_memory(inputs, images):
             inputs = inputs.copy()
@@ -76,6 +81,11 @@ class Preprocessing:
         if any(value != 1.0 for value in self.std):
             inputs /= np.asarray(self.std, np.float32).reshape(-1, 1, 1)
         return inputs
+
+    def exact(self, pixels: Array) -> Array:
+        """Return the inputs of the original network for pixels of the input's shape, in float64."""
+        mean, std = (np.array(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        return np.asarray((pixels.astype(np.float64) * self.scale - mean) / std)
 
     def _channels_first(self, images: Array) -> Array:
         """Return the same images as (n, channels, height, width)."""
@@ -117,3 +127,28 @@ class Preprocessing:
                 f"the preprocessing can't be read: {one_line(error)}",
                 remedy="Write the bundle or the checkpoint again",
             ) from error
+
+
+class PixelPreprocessing(Preprocessing):
+    """The preprocessing of a bundle whose files take pixels: they scale and subtract, so ``apply`` only orders the axes."""
+
+    def apply(self, images: Array) -> Array:
+        """Return the same uint8 images as (n, channels, height, width); the rest as in ``Preprocessing.apply``."""
+        _check_bytes(images)
+        return np.ascontiguousarray(self._channels_first(images))
+
+
+def preprocessing_of(manifest: Manifest) -> Preprocessing | None:
+    """Return the preprocessing that makes the inputs of a bundle's files; None where the manifest has none."""
+    if manifest.preprocessing is None:
+        return None
+    kind = PixelPreprocessing if manifest.takes_pixels else Preprocessing
+    return kind.from_json(manifest.preprocessing)
+
+
+def original_feeds(manifest: Manifest, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the inputs of the original network for inputs of a bundle's files: pixels are converted in float64."""
+    if not manifest.takes_pixels or manifest.preprocessing is None:
+        return dict(feeds)
+    image = Preprocessing.from_json(manifest.preprocessing)
+    return {name: image.exact(array) for name, array in feeds.items()}

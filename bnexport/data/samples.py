@@ -157,7 +157,8 @@ def _checked(target: _Target, arrays: Mapping[str, Array], labels: Array | None)
         if array.ndim == 0 or len(array) == 0:
             raise DataError(f"{target.path} holds no sample of {name!r}", remedy="Give at least one sample")
     specs = {spec.name: spec for spec in target.signature.inputs}
-    images = [name for name, array in arrays.items() if name in specs and _is_image(specs[name], array)]
+    known = target.preprocessing is not None
+    images = [name for name, array in arrays.items() if name in specs and _is_image(specs[name], array, known=known)]
     if images:
         return _from_pixels(target, arrays, labels)
     _check_fit(target, arrays)
@@ -174,8 +175,10 @@ def _checked(target: _Target, arrays: Mapping[str, Array], labels: Array | None)
     return Samples(feeds, None if true is None else true[kept], text)
 
 
-def _is_image(spec: TensorSpec, array: Array) -> bool:
-    return array.dtype == np.uint8 and spec.dtype != "uint8"
+def _is_image(spec: TensorSpec, array: Array, *, known: bool) -> bool:
+    """Return whether an array holds images, also where the files take pixels; ``known`` is whether there is a preprocessing."""
+    fits = spec.dtype == "uint8" and not (known and spec.problem(array))
+    return array.dtype == np.uint8 and not fits
 
 
 def _from_pixels(target: _Target, arrays: Mapping[str, Array], labels: Array | None) -> Samples:
@@ -309,9 +312,9 @@ def _description(target: _Target, n: int, there: int, what: str, labels: Array |
 def _far_off(target: _Target, feeds: Mapping[str, Array]) -> str:
     """Return a warning where values lie far outside the range of the bundle's preprocessing; "" elsewhere."""
     preprocessing = target.preprocessing
-    if preprocessing is None or len(feeds) != 1:
-        return ""
     array = next(iter(feeds.values()))
+    if preprocessing is None or len(feeds) != 1 or array.dtype == np.uint8:
+        return ""
     mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
     ends = np.concatenate([-mean / std, (255 * preprocessing.scale - mean) / std])
     largest = float(np.abs(array.astype(np.float64)).max()) if array.size else 0.0

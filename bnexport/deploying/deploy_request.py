@@ -9,13 +9,24 @@ from typing import NamedTuple
 
 from bnexport.deploying.releases import DEFAULT_RELEASE
 from bnexport.errors import UsageError
+from bnexport.tuned import Choice
 
 DEVICES = ("cpu", "cuda", "tensorrt")
 #: The largest integer in Triton's configuration and Kubernetes' resources.
 _INT32 = 2**31 - 1
+_MAX_BATCH = 64
 SCALE_METRICS = ("concurrency", "rps", "cpu", "memory")
 #: URI schemes of KServe's storage initialiser ("Storage", KServe's documentation).
 STORAGE_SCHEMES = ("s3", "gs", "pvc", "hdfs", "webhdfs", "https", "http")
+
+
+class TritonSettings(NamedTuple):
+    """Numbers of Triton's configuration of a model."""
+
+    instances: int  # Copies of the model that run at once
+    threads: int  # Threads of one copy, on a CPU
+    max_batch_size: int  # Largest batch
+    preferred_batch: int | None  # The batch that the batcher prefers; None: any
 
 
 @dataclass(frozen=True)
@@ -25,16 +36,26 @@ class DeployRequest:
     name: str | None = None  # Name in the target; None: the bundle's
     triton: str = DEFAULT_RELEASE  # Release of Triton Inference Server, a key of ``releases.TRITON_RELEASES``
     device: str = "cpu"  # One of DEVICES, for Triton
-    instances: int = 1  # Copies of the model that run at once; on a CPU one thread each
-    max_batch_size: int = 64  # Largest batch that Triton forms
+    # Copies of the model that run at once; None: 1, or the number in tuned.json (``tuning``). One thread each if given.
+    instances: int | None = None
+    max_batch_size: int | None = None  # Largest batch that Triton forms; None: 64, or more if tuned.json's is larger
     force: bool = False  # Replace an existing folder
+    tuning: Choice | None = None  # Settings of the bundle's tuned.json
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise UsageError(f"the device {self.device!r} is unknown", remedy=f"Choose one of {', '.join(DEVICES)}")
         for what, value in (("instances", self.instances), ("the largest batch", self.max_batch_size)):
-            if not 1 <= value <= _INT32:
+            if value is not None and not 1 <= value <= _INT32:
                 raise UsageError(f"{what} can't be {value}", remedy=f"Give 1 to {_INT32}")
+
+    def settings(self) -> TritonSettings:
+        """Return the numbers of Triton's configuration: options first, then the tuning, then the defaults."""
+        batch = self.tuning.batch if self.tuning else 1
+        most = self.max_batch_size or max(_MAX_BATCH, batch)
+        if self.instances is not None or self.tuning is None:
+            return TritonSettings(self.instances or 1, 1, most, batch if 1 < batch <= most else None)
+        return TritonSettings(self.tuning.sessions, self.tuning.threads, most, batch if 1 < batch <= most else None)
 
 
 @dataclass(frozen=True)
@@ -127,3 +148,4 @@ class Deployment:
     path: Path  # The folder
     files: tuple[str, ...]  # Its files, as sorted POSIX paths
     next_steps: tuple[str, ...]  # Next steps for the user, each a command or a sentence
+    tuning: str | None = None  # What was applied of tuned.json, or why nothing was; None without the file

@@ -71,8 +71,8 @@ def inference_service(
 
     Source: KServe, "Control Plane API", serving.kserve.io/v1beta1.
     """
-    memory = _BASE_MEMORY[request.device] + -(-2 * model_bytes * request.instances // _GIB)
-    quantities = {"cpu": str(request.instances), "memory": f"{memory}Gi"}
+    memory = _BASE_MEMORY[request.device] + -(-2 * model_bytes * request.settings().instances // _GIB)
+    quantities = {"cpu": str(request.settings().instances), "memory": f"{memory}Gi"}
     if request.device != "cpu":
         quantities["nvidia.com/gpu"] = "1"
     return {

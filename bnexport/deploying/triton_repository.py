@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from bnexport.bundle import MODEL_ONNX, Bundle
@@ -13,6 +14,7 @@ from bnexport.deploying.releases import check_loads
 from bnexport.errors import OutputError
 from bnexport.exporting.triton_config import CONFIG, device_blocks, triton_config
 from bnexport.files import output_errors, refuse_existing, refuse_overlap, staged_directory, write_atomically
+from bnexport.tuned import Choice, tuned_choice, tuning_line
 
 LABELS = "labels.txt"
 IMAGE = "nvcr.io/nvidia/tritonserver"
@@ -34,6 +36,7 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
     """
     name = deployed_name("triton", request, bundle.manifest.name)
     checked(bundle, out, request, writes=(name,))
+    request, tuning = _tuned(bundle, request)
     with staged_directory(out, force=request.force) as stage:
         write_model(bundle, stage, name, request)
         files = names_in(stage)
@@ -41,7 +44,17 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
     ports = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (8000, 8001))
     mount = shlex.quote(f"type=bind,source={out.absolute()},target=/models,readonly")
     command = f"docker run --rm{gpus} {ports} --mount {mount} {image(request.triton)}"
-    return Deployment(out, files, (f"{command} tritonserver --model-repository=/models",))
+    return Deployment(out, files, (f"{command} tritonserver --model-repository=/models",), tuning)
+
+
+def _tuned(bundle: Bundle, request: DeployRequest) -> tuple[DeployRequest, str | None]:
+    """Return the request with the tuning of its bundle, if one applies here, and the line about it."""
+    found = tuned_choice(bundle, "throughput", f"onnxruntime-{request.device}")
+    if not isinstance(found, Choice):
+        return request, None if found is None else tuning_line(found)
+    request = replace(request, tuning=found)
+    instances, threads, _, preferred = request.settings()
+    return request, tuning_line(replace(found, sessions=instances, threads=threads, batch=preferred or 1))
 
 
 def checked(bundle: Bundle, out: Path, request: DeployRequest, *, writes: Collection[str]) -> None:
@@ -81,17 +94,15 @@ def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *
         shutil.copyfile(bundle.file(MODEL_ONNX), version / MODEL_ONNX)
     if labels := manifest.labels:
         write_atomically(folder / LABELS, "".join(f"{' '.join(label.split())}\n" for label in labels).encode())
+    instances, threads, most, preferred = request.settings()
     text = triton_config(
         name,
         manifest.signature,
-        max_batch_size=request.max_batch_size,
+        max_batch_size=most,
+        preferred_batch=preferred,
+        threads=threads,
         label_filename=LABELS if labels else None,
-        more=device_blocks(
-            manifest.signature,
-            device=request.device,
-            instances=request.instances,
-            max_batch_size=request.max_batch_size,
-        ),
+        more=device_blocks(manifest.signature, device=request.device, instances=instances, max_batch_size=most),
     )
     write_atomically(folder / CONFIG, text.encode())
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnexport.bundle import INT8_TARGETS, STORED_PRECISIONS
+from bnexport.bundle import INPUT_TYPES, INT8_TARGETS, STORED_PRECISIONS
 from bnexport.data.classes import check_dataset
 from bnexport.data.dataset_table import folder_of
 from bnexport.data.datasets import dataset_labels
@@ -19,7 +19,7 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, ExportError, UsageError
 from bnexport.optional import one_line
 from bnexport.request_fields import option
-from bnexport.tensors import DTYPES
+from bnexport.tensors import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,8 @@ class ExportRequest:
         max_growth: Upper bound on parameter growth by a fold, as for ``folding.fold``.
         clamps: Fold across ReLU, at the price of a bound per channel, as for ``folding.fold``.
         precision: A row of ``bundle.STORED_PRECISIONS``. "int8" writes model.onnx and its float32 original alone.
+        input_type: One of ``bundle.INPUT_TYPES``. "uint8": the files take pixels from 0 to 255, channels first, and contain the
+            preprocessing, except decoding and resizing.
         calibrate: Source of the int8 ranges: "none" for BatchNorm's gamma and beta, a data set, a folder of images, or an .npy
             or .npz file; None: BatchNorm, or the data set where that is not enough.
         target: One of ``bundle.INT8_TARGETS``.
@@ -123,6 +125,11 @@ class ExportRequest:
         "Precision of weights and arithmetic in the files. Inputs and outputs keep their types.",
         "float32",
         choices=tuple(STORED_PRECISIONS),
+    )
+    input_type: str = option(
+        "'uint8': the files take pixels from 0 to 255, and scale and subtract the mean themselves.",
+        "float32",
+        choices=INPUT_TYPES,
     )
     calibrate: str | None = option(
         "int8: 'none' for ranges from BatchNorm; or a data set, folder, .npy or .npz file.",
@@ -203,6 +210,34 @@ class ExportRequest:
         own = self.preprocessing
         return (own.to_json() if isinstance(own, Preprocessing) else own) or fitted_preprocessing(stated, specs)
 
+    def check_pixels(self, inputs: Sequence[InputSpec | TensorSpec], image: Mapping[str, Any] | None) -> None:
+        """Refuse uint8 input (``input_type``) for a network that does not take one float32 image with a known preprocessing.
+
+        Args:
+            inputs: The network's inputs.
+            image: JSON of the preprocessing, if it is known.
+
+        Raises:
+            UsageError: Another number of inputs, another type or shape, or no preprocessing.
+        """
+        if self.input_type != "uint8":
+            return
+        if len(inputs) != 1:
+            raise _no_pixels(f"the network has {len(inputs)} inputs")
+        shape = inputs[0].shape if isinstance(inputs[0], InputSpec) else inputs[0].sample_shape
+        if inputs[0].dtype != "float32":
+            raise _no_pixels(f"{inputs[0].name!r} takes {inputs[0].dtype}, not float32")
+        if len(shape) != 3 or (image is not None and shape[0] != image["channels"]):
+            wanted = (
+                "channels, height and width" if image is None else f"{image['channels']} channels, height and width"
+            )
+            raise _no_pixels(f"{inputs[0].name!r} has the shape {'x'.join(map(str, shape))}, expected {wanted}")
+        if image is None:
+            raise UsageError(
+                "--input-type uint8 puts the preprocessing into the files, and the preprocessing is unknown",
+                remedy="Pass --mean and --std; pixels from 0 to 1 as they are have --mean 0,0,0 --std 1,1,1",
+            )
+
     def with_options(self, **options: Any) -> ExportRequest:
         """Return the request with the options that are not None; ``input`` and ``data_dir`` as users write them."""
         options["inputs"] = input_texts(options.pop("input"))
@@ -220,10 +255,12 @@ class ExportRequest:
             raise UsageError("--rename-classes is given without --labels", remedy="Pass --labels, or leave it out")
         if self.preprocessing is not None and (self.mean is not None or self.std is not None):
             raise UsageError("both preprocessing and mean with std are given", remedy="Give one of them")
-        if self.precision not in STORED_PRECISIONS:
-            raise UsageError(
-                f"the precision {self.precision!r} is not known", remedy=f"Known: {', '.join(STORED_PRECISIONS)}"
-            )
+        for what, stated, known in (
+            ("precision", self.precision, STORED_PRECISIONS),
+            ("input type", self.input_type, INPUT_TYPES),
+        ):
+            if stated not in known:
+                raise UsageError(f"the {what} {stated!r} is not known", remedy=f"Known: {', '.join(known)}")
         object.__setattr__(self, "allow_flips", read_share(self.allow_flips, "--allow-flips"))
         for flag, given in (
             ("--calibrate", self.calibrate is not None),
@@ -238,6 +275,10 @@ class ExportRequest:
                 f"operator set {self.onnx.opset} has no convolution in bfloat16",
                 remedy=f"Pass --opset {BFLOAT16_OPSET}",
             )
+
+
+def _no_pixels(found: str) -> UsageError:
+    return UsageError(f"--input-type uint8 is for one float32 image: {found}", remedy="Leave --input-type out")
 
 
 def read_share(given: float | str | None, flag: str) -> float | None:

@@ -54,6 +54,11 @@ def export_flat(folded: GraphModule, inputs: tuple[Tensor, ...], axes: tuple[tup
     return torch.export.export(flat(folded), inputs, dynamic_shapes=shapes)
 
 
+def of_dtype(signature: Signature, dtype: str) -> Signature:
+    """Return a signature whose inputs have another element type."""
+    return replace(signature, inputs=tuple(replace(spec, dtype=dtype) for spec in signature.inputs))
+
+
 def varying_axes(signature: Signature) -> tuple[tuple[int, ...], ...]:
     """Return for each input the varying axes other than the batch."""
     return tuple(

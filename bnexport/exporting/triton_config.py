@@ -22,6 +22,8 @@ def triton_config(
     signature: Signature,
     *,
     max_batch_size: int = 64,
+    preferred_batch: int | None = None,
+    threads: int = 1,
     label_filename: str | None = None,
     more: Sequence[str] = (),
 ) -> str:
@@ -34,11 +36,14 @@ def triton_config(
         name: The model's name, which must be its folder's name.
         signature: Inputs and outputs, batch first. Triton writes the dimensions without the batch, or with a fixed batch.
         max_batch_size: Largest batch that Triton forms; ignored if the batch is fixed.
+        preferred_batch: Batch that Triton's batcher prefers; None: it has no preference.
+        threads: Threads of one instance, on a CPU.
         label_filename: File of class names next to the configuration, for the first output: Triton's classification
             extension returns them.
         more: Further blocks, such as instance groups.
     """
     batched = signature.batched
+    preferred = "" if preferred_batch is None else f"preferred_batch_size: [ {preferred_batch} ] "
     labels = [label_filename, *[None] * len(signature.outputs)]
     blocks = [
         f"name: {quoted(name)}",
@@ -50,8 +55,8 @@ def triton_config(
             f"output [\n{_tensor(spec, batched, label)}\n]"
             for spec, label in zip(signature.outputs, labels, strict=False)
         ),
-        *(["dynamic_batching { }"] if batched else []),
-        'parameters { key: "intra_op_thread_count" value: { string_value: "1" } }',
+        *([f"dynamic_batching {{ {preferred}}}"] if batched else []),
+        f'parameters {{ key: "intra_op_thread_count" value: {{ string_value: "{threads}" }} }}',
         *more,
     ]
     return "\n".join(blocks) + "\n"

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
 from bnexport.folding.graph import ConstantAffine, Graph, Identity, Kind, Layer, NormCall, Op, WeightedSum
@@ -79,6 +81,27 @@ class Engine:
         by_op = {site.op: site for site in self.sites}
         rows = tuple(self._row(site, by_op) for site in self.sites)
         return EngineResult(rows, tuple(self.warnings), tuple(self.dropped))
+
+    def push_scale(self, op: Op, stored: torch.dtype) -> bool:
+        """Move a scale into all of its readers; False, and nothing changed, where that is not exact.
+
+        ``stored`` is the element type in which the weights are written, if it is narrower than that of the graph.
+        """
+        assert isinstance(op.kind, ConstantAffine)
+        plan = self._plan()
+        plan.path[op] = None
+        plan.edit(op, Identity())
+        try:
+            plan.push(op, op.kind.affine.scale_alone())
+            for kind in plan.edits.values() if stored is torch.float16 else ():
+                if isinstance(kind, Layer):
+                    plan.storable(kind.weight.load(), stored, "weight")
+            if not plan_error(self.graph, plan) <= MAX_SITE_ERROR:
+                return False
+        except (Refused, NotComparedError):
+            return False
+        self._carry_out(plan)
+        return True
 
     def _left(self) -> list[_Site]:
         left = [

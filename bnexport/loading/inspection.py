@@ -38,12 +38,14 @@ def inspect_path(path: Path) -> Inspection:
         ModelError: The file is missing, damaged, or holds no BatchNorm.
         BundleError: A bundle whose weights were changed.
     """
+    notes = []
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path)
         bundle.check()
         file = bundle.file(WEIGHTS)
         rows = bundle.manifest.fold.get("rows")
         order = [str(row.get("module")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        notes += ["the bundle's files take pixels as uint8"] if bundle.manifest.takes_pixels else []
     else:
         file, order = checkpoint_file(path), []
     state, metadata = read_arrays(file)
@@ -55,7 +57,7 @@ def inspect_path(path: Path) -> Inspection:
         raise ModelError(
             f"{file} holds no BatchNorm", remedy="Inspect a network that was trained with batch normalization"
         )
-    notes = ([] if module is not None else [_ASSUMED]) + ([] if order else [_BY_NAME])
+    notes += ([] if module is not None else [_ASSUMED]) + ([] if order else [_BY_NAME])
     return Inspection(file, layers, "; ".join(notes))
 
 

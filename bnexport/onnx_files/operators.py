@@ -125,7 +125,7 @@ class Sigmoid(OpRun):
     """1 / (1 + exp(-x)); if the exponential overflows, 1 / infinity is the correct 0."""
 
     def _run(self, x: Array) -> tuple[Array]:
-        y = np.negative(x)
+        y = np.asarray(np.negative(x))
         with np.errstate(over="ignore"):
             np.exp(y, out=y)
         y += 1
@@ -148,7 +148,7 @@ class QuantizeLinear(OpRun):
     def _run(self, x: Array, step: Array, zero: Array | None = None, axis: int = 1, **_rest: Any) -> tuple[Array]:
         zeros = np.zeros(step.shape, np.uint8) if zero is None else zero
         ends = np.iinfo(zeros.dtype)
-        codes = np.rint(x / _along(step, x.ndim, axis))
+        codes = np.asarray(np.rint(x / _along(step, x.ndim, axis)))  # also of a single number
         codes += _along(zeros, x.ndim, axis)
         return (np.clip(codes, ends.min, ends.max, out=codes).astype(zeros.dtype),)
 

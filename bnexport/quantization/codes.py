@@ -132,7 +132,12 @@ class Range:
     low: float  # Smallest value to represent
     high: float  # Largest value to represent
     mean: tuple[float, ...]  # E[x] of each channel, or one number for all
-    source: str  # Origin: "BatchNorm", "derived from BatchNorm", "pixels", "calibration"
+    source: str  # Origin: "BatchNorm", "derived from BatchNorm", "bounded by its operator", "pixels", "calibration"
+
+    @property
+    def is_zero(self) -> bool:
+        """Return whether all values are 0, or too small for a float32 scale."""
+        return not max(self.high, 0.0) - min(self.low, 0.0) > np.finfo(np.float32).tiny * 1e3
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -168,6 +173,11 @@ class Coding:
         return (-128, 127) if self.signed else (0, 255)
 
     @property
+    def is_plain(self) -> bool:
+        """True if the code is the value: pixels as uint8."""
+        return (float(self.scale), self.zero, self.signed) == (1.0, 0, False)
+
+    @property
     def zero_array(self) -> Array:
         """Return the zero point in the type of the codes."""
         return np.array(self.zero, np.int8 if self.signed else np.uint8)
@@ -177,18 +187,15 @@ def coding_of(name: str, found: Range, target: str) -> Coding:
     """Return the coding of a tensor; 0 always has a code.
 
     Raises:
-        ModelError: The range has no width, or is not finite.
+        ModelError: The range is not finite.
     """
     low, high = min(found.low, 0.0), max(found.high, 0.0)
     if not np.isfinite(high - low) or not np.isfinite(found.mean).all():
         raise ModelError(
             f"the range of {name!r} is not finite ({found.source})", remedy="Check the network's weights and the images"
         )
-    if not high - low > np.finfo(np.float32).tiny * 1e3:
-        raise ModelError(
-            f"the range of {name!r} has no width: all its values are {high:g} ({found.source})",
-            remedy="Give images that differ with --calibrate, or leave its layer in float with --float-layers",
-        )
+    if found.is_zero:
+        high = 1.0  # any scale represents 0 exactly
     if target == "tensorrt":  # reads symmetric S8 alone; CPUs get asymmetric U8, with one bit more for a ReLU's output
         return Coding(np.float32(max(-low, high) / 127), 0, signed=True)
     scale = np.float32((high - low) / 255)

@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from bnexport.errors import BnexportError
 from bnexport.onnx_files.names import mentions
 from bnexport.quantization.codes import LARGEST, Coding, Range, coding_of, correction, saturating_channels
-from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer
+from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer, casts_of_pixels
 from bnexport.tensors import Array
 
 #: A float32 scale carries a relative rounding of 6e-8; products of two and the quotient stay below.
@@ -42,8 +42,14 @@ class Int8File:
         self.stored = {tensor.name: tensor for tensor in int8_model.graph.initializer}
         self.decoders = {node.output[0]: node for node in int8_model.graph.node if node.op_type == "DequantizeLinear"}
         self.encoders = {node.output[0]: node for node in int8_model.graph.node if node.op_type == "QuantizeLinear"}
+        self.casts = {source: name for name, source in casts_of_pixels(float_model).items()}
         self.ranges = {name: Range.from_json(value) for name, value in record["ranges"].items()}
         self.target = str(record["target"])
+
+    def pixel_decoders(self) -> list[tuple[str, NodeProto]]:
+        """Return each DequantizeLinear that reads pixels, with the output of the Cast in the float32 file that it replaces."""
+        found = ((self.casts.get(decoder.input[0]), decoder) for decoder in self.decoders.values())
+        return [(name, decoder) for name, decoder in found if name is not None]
 
     def array(self, name: str) -> Array:
         """Return a stored tensor."""
@@ -97,11 +103,14 @@ def _structure(file: Int8File) -> tuple[int, str]:
         encoder = file.encoders.get(decoder.input[0])
         renamed[name] = encoder.input[0] if encoder is not None else decoder.input[0]
     own = {name for layer in file.plan.layers for name in (layer.node.output[0], layer.output)}
+    replaced = {name for name, _ in file.pixel_decoders()}
+    renamed |= {decoder.output[0]: name for name, decoder in file.pixel_decoders()}
+    nodes = [node for node in before.node if node.output[0] not in replaced]
     after = [node for node in file.int8_model.graph.node if node.output[0] not in {*file.decoders, *file.encoders}]
-    if len(after) != len(before.node):
-        raise _NotProved(f"without Q and DQ the file has {len(after)} nodes, the float32 file {len(before.node)}")
+    if len(after) != len(nodes):
+        raise _NotProved(f"without Q and DQ the file has {len(after)} nodes, the float32 file {len(nodes)}")
     weights = {tensor.name for tensor in before.initializer}
-    for one, other in zip(after, before.node, strict=True):
+    for one, other in zip(after, nodes, strict=True):
         names = [renamed.get(name, name) for name in one.input]
         # A weight was replaced by its codes, which the next checks compare; a layer without a bias got one.
         plain = [name for name in names if name in weights or name not in file.stored]
@@ -196,7 +205,10 @@ def _zeros(file: Int8File) -> tuple[int, str]:
         encoder = file.encoders.get(decoder.input[0])
         if encoder is not None and list(decoder.input[1:]) != list(encoder.input[1:]):
             raise _NotProved(f"{decoder.output[0]} is decoded with another scale or zero than it was encoded with")
-    named = {encoder.input[0]: encoder for encoder in file.encoders.values()}
+    for name, decoder in file.pixel_decoders():
+        if (float(file.array(decoder.input[1])), int(file.array(decoder.input[2]))) != (1.0, 0):
+            raise _NotProved(f"{name!r} is decoded from pixels with another scale than 1 or another zero than 0")
+    named = {encoder.input[0]: encoder for encoder in file.encoders.values()} | dict(file.pixel_decoders())
     if odd := sorted(set(named) ^ set(file.ranges)):
         raise _NotProved(f"{odd[0]!r} has a range in the manifest and no codes in the file, or the reverse")
     for name, encoder in named.items():

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, version_converter
 
 from bnexport.errors import ModelError, UsageError
 from bnexport.onnx_files.models import attributes, opset_of
@@ -71,6 +71,16 @@ class QuantizedLayer:
         return outputs_first if self.axis == 0 else outputs_first.swapaxes(0, self.axis)
 
 
+def with_scales_per_channel(model: ModelProto) -> ModelProto:
+    """Return a model in an operator set that int8 needs; the model itself if it has one, or if onnx can't convert it."""
+    if opset_of(model) >= OLDEST_OPSET:
+        return model
+    try:
+        return version_converter.convert_version(model, OLDEST_OPSET)
+    except Exception:  # the converter's errors share no base class; the plan refuses the old model
+        return model
+
+
 class QuantizationPlan:
     """The int8 layers and the tensors with codes.
 
@@ -82,6 +92,7 @@ class QuantizationPlan:
         layers: In the order of the graph.
         tensors: Tensor with codes -> the tensor whose range it has; itself where it has its own. In the order of the graph.
         required: Tensors without which a layer can't be int8.
+        pixels: Output of a Cast -> the uint8 input that it reads.
         kept: Name of a layer that stays in float -> why.
 
     Raises:
@@ -94,6 +105,7 @@ class QuantizationPlan:
         self.model = model
         self.kept: dict[str, str] = {}
         self.outputs = {value.name for value in model.graph.output}
+        self.pixels = casts_of_pixels(model)
         self._weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self.readers: dict[str, list[NodeProto]] = {}
         for node in model.graph.node:
@@ -231,6 +243,13 @@ class QuantizationPlan:
             elif any(name in found for name in node.output):
                 found.update(name for name in node.input if name)
         return found
+
+
+def casts_of_pixels(model: ModelProto) -> dict[str, str]:
+    """Return output of a Cast -> the uint8 input of the model that it reads."""
+    bytes_in = {value.name for value in model.graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8}
+    casts = (node for node in model.graph.node if node.op_type == "Cast" and node.input[0] in bytes_in)
+    return {str(node.output[0]): str(node.input[0]) for node in casts}
 
 
 def _root(name: str, shares: Mapping[str, str]) -> str:

@@ -47,6 +47,9 @@ _ELEMENTWISE = (
     "Cast", "Dropout", "BatchNormalization",
 )  # fmt: skip
 _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean")
+#: Operators with outputs from 0 to 1 for every input, as the gates of squeeze-and-excitation.
+_GATES = ("Sigmoid", "HardSigmoid", "Softmax")
+_BOUNDED = "bounded by its operator"
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ class _Propagation:
                 self._constants[name] = constant
             elif name in self._known:
                 self._found[name] = self._normal(self._known[name], len(self._shapes[name]))
+            elif node.op_type == "Split":
+                self._found |= self._parts(node)
             elif name in self._shapes and (spread := self._derived(node, runner)) is not None:
                 self._found[name] = spread
         return self._found
@@ -150,8 +155,10 @@ class _Propagation:
 
     def _derived(self, node: NodeProto, runner: Any) -> Spread | None:
         given = [self._found[name] for name in node.input if name in self._found]
-        if not given or node.domain not in ("", "ai.onnx"):
+        if node.domain not in ("", "ai.onnx"):
             return None
+        if not given:
+            return self._gate(node)
         if node.op_type in _ELEMENTWISE:
             return self._elementwise(node, runner, given)
         if node.op_type in _POOLS and len(given) == 1:
@@ -190,6 +197,14 @@ class _Propagation:
         values = result.reshape(len(_POINTS), -1)
         return Spread(values, first.base, first.axis, first.rank, _derived_from(first.source))
 
+    def _gate(self, node: NodeProto) -> Spread | None:
+        """Return values spread evenly from 0 to 1 for an operator that is bounded by them; its input is not known."""
+        shape = self._shapes[node.output[0]]
+        if node.op_type not in _GATES or len(shape) < 2:
+            return None
+        values = np.repeat(np.linspace(0.0, 1.0, len(_POINTS))[:, None], shape[1], axis=1)
+        return Spread(values, next(self._bases), 1, len(shape), _BOUNDED)
+
     def _combined(self, node: NodeProto, given: list[Spread]) -> Spread | None:
         """Return the sum, difference or product of two independent tensors, as a normal within their limits."""
         one, other = given
@@ -212,6 +227,9 @@ class _Propagation:
         else:
             return None
         values = np.clip(mean + std * _POINTS[:, None], *ends)
+        if node.op_type == "Mul" and _BOUNDED in (one.source, other.source):  # an open gate leaves the whole range
+            values = one.values * other.mean if other.source == _BOUNDED else other.values * one.mean
+            values[0], values[-1] = ends
         return Spread(values, next(self._bases), one.axis, one.rank, "derived from BatchNorm")
 
     def _moved(self, node: NodeProto, given: Spread) -> Spread | None:
@@ -226,17 +244,41 @@ class _Propagation:
         elif axis == 1 and len(after) == 2 and after[1] == int(np.prod(before[1:])):  # flattened: each channel repeats
             values = np.repeat(values, after[1] // before[1], axis=1)
         elif axis != -1:
-            values, axis = values.mean(axis=1, keepdims=True), -1
-            values[0], values[-1] = given.values.min(), given.values.max()
+            values, axis = _without_channels([values], [1]), -1
         return Spread(values, next(self._bases), axis, len(after), _derived_from(given.source))
 
     def _joined(self, node: NodeProto, given: list[Spread]) -> Spread | None:
         rank = len(self._shapes[node.output[0]])
         axis = attributes(node)["axis"] % rank
-        if any(spread.axis != axis for spread in given):
+        if any(spread.axis not in (axis, -1) for spread in given):
             return None
-        values = np.concatenate([spread.values for spread in given], axis=1)
-        return Spread(values, next(self._bases), axis, rank, "derived from BatchNorm")
+        values = [spread.values for spread in given]
+        if all(spread.axis == axis for spread in given):
+            joined = np.concatenate(values, axis=1)
+        else:
+            joined = _without_channels(values, [self._shapes[name][axis] for name in node.input])
+            axis = -1
+        return Spread(joined, next(self._bases), axis, rank, "derived from BatchNorm")
+
+    def _parts(self, node: NodeProto) -> dict[str, Spread]:
+        """Return the spreads of the outputs of a Split, each with its channels."""
+        given, found, at = self._found.get(node.input[0]), {}, 0
+        if given is None:
+            return {}
+        axis = attributes(node).get("axis", 0) % given.rank
+        for name in node.output:
+            end = at + self._shapes[name][axis]
+            values = given.values[:, at:end] if axis == given.axis else given.values
+            found[name] = Spread(values, next(self._bases), given.axis, given.rank, _derived_from(given.source))
+            at = end
+        return found
+
+
+def _without_channels(values: Sequence[Array], sizes: Sequence[int]) -> Array:
+    """Return the mean of the channels of several tensors (points, channels) as one channel, with the range of all."""
+    whole = np.average([part.mean(axis=1) for part in values], axis=0, weights=sizes)[:, None]
+    whole[0], whole[-1] = min(part.min() for part in values), max(part.max() for part in values)
+    return np.asarray(whole)
 
 
 def _derived_from(source: str) -> str:

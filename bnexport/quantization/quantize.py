@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from bnexport.bundle import INT8_TARGETS
 from bnexport.data.dataset_table import is_dataset
@@ -66,7 +66,7 @@ class Calibration:
 
 
 def calibration_of(
-    named: str | None, signature: Signature, preprocessing: Mapping[str, Any] | None, data_dir: Path | None
+    named: str | None, signature: Signature, image: Preprocessing | None, data_dir: Path | None
 ) -> Calibration | None:
     """Return the samples of a data set, a folder or a file for a calibration; None for "none", and where nothing is named.
 
@@ -76,7 +76,6 @@ def calibration_of(
     """
     if named is None or named == "none":
         return None
-    image = None if preprocessing is None else Preprocessing.from_json(preprocessing)
     if not is_dataset(named):
         samples = load_samples(named, signature, image, limit=_MOST)
         return Calibration(samples.feeds, samples.described)
@@ -130,18 +129,23 @@ def quantise(
     if calibration is None and not known:
         raise ModelError("the network has no BatchNorm from which ranges could be read", remedy=_UNKNOWN)
     pixels = _pixel_range(folded, preprocessing)
-    given = {name: TrainedMoments(*_moments(found), "pixels") for name, found in pixels.items()}
+    given = {name: TrainedMoments(*_moments(found, shapes[name][1]), "pixels") for name, found in pixels.items()}
     trained = spreads(plan, known, given, shapes)
     if calibration is None:
         ranges, warnings = _trained_ranges(plan, trained, known, shapes), []
     else:
         ranges = _calibrated(plan, calibration)
         warnings = [text for name in plan.tensors if (text := _far_off(name, ranges[name], trained.get(name)))]
-    for name, found in pixels.items():
-        if name in ranges:
-            ranges[name] = Range(found.low, found.high, ranges[name].mean, "pixels")
+    pixels = {name: spread.range() for name, spread in trained.items() if spread.source == "pixels"} | pixels
+    for name in ranges.keys() & pixels.keys():
+        ranges[name] = Range(pixels[name].low, pixels[name].high, ranges[name].mean, "pixels")
     plan.drop(set(plan.tensors) - set(ranges))
     ranges = {name: _shared(ranges[name], ranges[plan.tensors[name]]) for name in plan.tensors}
+    warnings += [
+        f"{name} is always 0 ({found.source}): its codes represent 0 to 1"
+        for name, found in ranges.items()
+        if found.is_zero
+    ]
     model = quantised_model(plan, ranges, options.target)
     record = _record(plan, ranges, options, calibration, warnings)
     if calibration is not None:  # otherwise the ranges are the trained ones
@@ -180,19 +184,21 @@ def _shared(own: Range, root: Range) -> Range:
     return own if own is root else Range(root.low, root.high, own.mean, root.source)
 
 
-def _moments(found: Range) -> tuple[Array, Array]:
-    middle = np.array([(found.low + found.high) / 2])
-    return middle, np.array([(found.high - found.low) / 8])  # 4 standard deviations on each side
+def _moments(found: Range, channels: int) -> tuple[Array, Array]:
+    middle = np.full(channels, (found.low + found.high) / 2)
+    return middle, np.full(channels, (found.high - found.low) / 8)  # 4 standard deviations on each side
 
 
 def _pixel_range(model: ModelProto, preprocessing: Mapping[str, Any] | None) -> dict[str, Range]:
     """Return the range of the only input as its preprocessing gives it; nothing without a preprocessing."""
     if preprocessing is None or len(model.graph.input) != 1:
         return {}
-    image = Preprocessing.from_json(preprocessing)
+    image, value = Preprocessing.from_json(preprocessing), model.graph.input[0]
+    if value.type.tensor_type.elem_type == TensorProto.UINT8:  # the file converts pixels itself
+        return {value.name: Range.of(0, 255, [0.0], "pixels")}
     mean, std = np.array(image.mean), np.array(image.std)
     low, high = -mean / std, (255 * image.scale - mean) / std
-    return {model.graph.input[0].name: Range.of(low.min(), high.max(), [0.0], "pixels")}
+    return {value.name: Range.of(low.min(), high.max(), [0.0], "pixels")}
 
 
 def _trained_ranges(

@@ -71,7 +71,7 @@ def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target:
         target: One of ``bundle.INT8_TARGETS``.
 
     Raises:
-        ModelError: A range has no width or is not finite.
+        ModelError: A range is not finite.
         ExportError: The written model is not valid ONNX.
     """
     codings = {name: coding_of(name, ranges[name], target) for name in plan.tensors}
@@ -99,9 +99,10 @@ class _Writer:
         for value in graph.input:
             self._quantise(value.name)
         for node in list(graph.node):
-            self._node(node)
-            for name in node.output:
-                self._quantise(name)
+            if not self._pixels_are_codes(node):
+                self._node(node)
+                for name in node.output:
+                    self._quantise(name)
         refill(graph.node, self._nodes)
         graph.initializer.extend(self._tensors)
         count = mentions(graph)
@@ -123,6 +124,16 @@ class _Writer:
             del copy.input[1:]
             copy.input.extend(names)
         self._nodes.append(copy)
+
+    def _pixels_are_codes(self, node: NodeProto) -> bool:
+        """Return whether the codes of a Cast's output are the pixels that it reads: then readers decode these instead."""
+        name = str(node.output[0]) if node.output else ""
+        coding = self._codings.get(name) if name in self._plan.pixels else None
+        if coding is None or not coding.is_plain or name in self._plan.outputs:
+            return False
+        scale, zero = self._store(name, "scale", np.array(coding.scale)), self._store(name, "zero", coding.zero_array)
+        self._codes[name] = (self._plan.pixels[name], scale, zero)
+        return True
 
     def _quantise(self, name: str) -> None:
         coding = self._codings.get(name)

@@ -1,6 +1,7 @@
 """Charts as inline SVG: a few kB each, sharp at any size, in the page's own colours by day, in the dark and on paper.
 
-A chart holds numbers and fixed words only. Names come from untrusted files, so they are next to the chart, as HTML.
+A chart holds numbers and fixed words only. Names come from untrusted files, so they are next to the chart, as HTML. The chart
+of speeds is also a file without a page: it holds its names, escaped, and its style.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from bnexport.reporting.summary import ReportedRun, int8_sentence
 from bnexport.tensors import Array
@@ -180,6 +181,91 @@ def int8_range(item: Int8Range) -> Markup:
     if item.trained is not None:
         drawn += "".join(f'<path class="bound" d="M{at(end)} 1V23"/>' for end in item.trained)
     return _svg("strip", 1000, 24, "range as stored, trained and seen", drawn, stretch=True)
+
+
+@dataclass(frozen=True)
+class SpeedCurve:
+    """The batch sizes of one file, runtime, number of threads and number of sessions."""
+
+    name: str  # Its line in the legend
+    colour: int  # Curves of one file and runtime have one colour
+    dash: int  # Curves of one number of threads and sessions have one pattern
+    points: tuple[tuple[float, float], ...]  # (latency of a call in ms, images per second)
+
+
+#: Colours by day and in the dark, after Okabe and Ito (2008), and patterns of lines.
+_COLOURS = (
+    ("#0072b2", "#63b3e4"), ("#d55e00", "#ff9a5c"), ("#009e73", "#4fd1a5"),
+    ("#b0528a", "#e6a5c8"), ("#8a6a00", "#f0c36d"), ("#555555", "#bbbbbb"),
+)  # fmt: skip
+_DASHES = ("none", "7 3", "2 3", "9 3 2 3")
+_LONGEST_NAME = 60
+
+
+def speeds(curves: Sequence[SpeedCurve]) -> Markup:
+    """Draw throughput against latency, both on logarithmic axes, one curve per variant, with its legend and its style."""
+    left, width, height = 46, 330, 220
+    across = _decades([point[0] for curve in curves for point in curve.points])
+    up = _decades([point[1] for curve in curves for point in curve.points])
+    parts = [f"<style>{_speed_style()}</style>"]
+    for share, label in _decade_ticks(up):
+        y = _n(height * (1 - share))
+        parts.append(f'<path class="g" d="M{left} {y}h{width}"/><text x="{left - 4}" y="{y}" dy="3.5">{label}</text>')
+    for share, label in _decade_ticks(across):
+        x = _n(left + width * share)
+        parts.append(f'<path class="g" d="M{x} 0v{height}"/><text class="m" x="{x}" y="{height + 13}">{label}</text>')
+    parts.append(f'<text class="m" x="{left + width / 2}" y="{height + 28}">median time of a call, ms</text>')
+    parts.append('<text class="s" x="0" y="-14">images per second</text>')
+    for place, curve in enumerate(curves):
+        xs = left + width * across.at(np.array([x for x, _ in curve.points]))
+        ys = height * (1 - up.at(np.array([y for _, y in curve.points])))
+        look = f"c{curve.colour % len(_COLOURS)} d{curve.dash % len(_DASHES)}"
+        parts.append(f'<path class="{look}" d="{_line(xs, ys)}"/>')
+        parts += [f'<path class="{look} p" d="M{_n(x)} {_n(y)}v.01"/>' for x, y in zip(xs, ys, strict=True)]
+        line = height + 46 + 14 * place
+        name = curve.name if len(curve.name) <= _LONGEST_NAME else f"{curve.name[: _LONGEST_NAME - 3]}..."
+        parts.append(
+            f'<path class="{look}" d="M0 {line}h30"/><text class="s" x="38" y="{line}" dy="3.5">{escape(name)}</text>'
+        )
+    whole = height + 46 + 14 * len(curves)
+    return Markup(
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="speeds" viewBox="-8 -26 {left + width + 34} {whole + 26}" role="img" '
+        f'aria-label="throughput against latency">{"".join(parts)}</svg>'
+    )  # numbers, fixed words and escaped names
+
+
+def _decades(values: Sequence[float]) -> ChartAxis:
+    """Return the axis of whole decades that holds positive numbers; 1 to 10 without any."""
+    logs = [math.log10(value) for value in values if 0 < value < math.inf] or [0.0]
+    low = math.floor(min(logs) + 1e-9)
+    return ChartAxis(low, max(low + 1, math.ceil(max(logs) - 1e-9)))
+
+
+def _decade_ticks(axis: ChartAxis) -> list[tuple[float, str]]:
+    """Return (place from 0 to 1, label) of every decade: "0.01", "100", "10k"."""
+    width = axis.high - axis.low
+    labels = [
+        f"{10.0**at:g}" if at < 3 else f"{10 ** (at % 3)}{'kMGTPE'[at // 3 - 1]}"
+        for at in range(axis.low, axis.high + 1)
+    ]
+    return [(place / width, label) for place, label in enumerate(labels)]
+
+
+def _speed_style() -> str:
+    base = (
+        ".speeds{max-width:40rem;font-family:system-ui,sans-serif}"
+        ".speeds path{fill:none;stroke-width:1.6px;vector-effect:non-scaling-stroke}"
+        ".speeds .g{stroke:#d5dae0;stroke-width:1px}.speeds .p{stroke-width:6px;stroke-linecap:round;stroke-dasharray:none}"
+        ".speeds text{fill:#5a626c;font-size:10px;text-anchor:end}"
+        ".speeds .m{text-anchor:middle}.speeds .s{text-anchor:start}"
+    )
+    dashes = "".join(f".speeds .d{at}:not(.p){{stroke-dasharray:{dash}}}" for at, dash in enumerate(_DASHES))
+    light, dark = (
+        "".join(f".speeds .c{at}{{stroke:{colours[kind]}}}" for at, colours in enumerate(_COLOURS)) for kind in (0, 1)
+    )
+    night = ".speeds{background:#14171a}.speeds text{fill:#a3acb7}.speeds .g{stroke:#3a414a}" + dark
+    night = f"@media screen and (prefers-color-scheme:dark){{{night}}}"
+    return base + dashes + light + night + "@media print{.speeds text{fill:#000}.speeds .g{stroke:#999}}"
 
 
 def _corner(across: ChartAxis, up: ChartAxis, left: int, width: int, height: int) -> str:

@@ -42,7 +42,7 @@ from bnexport.reporting.tables import (
     self_test_sentence,
     tallies,
 )
-from bnexport.tensors import Signature, TensorSpec
+from bnexport.tensors import TensorSpec
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import Group, VerificationReport, groups, number, total_flips, word
 
@@ -105,10 +105,10 @@ def render_report(
     base = run_command or next(iter(commands), "")
     commanded = [(run.name, command_of(run, base, seed=verification.seed)) for run in lines]
     faults, files, changed = ordered_faults(verification), file_groups(verification), flips(verification)
-    page = _environment().get_template(TEMPLATE)
+    page = page_environment().get_template(TEMPLATE)
     return page.render(
         manifest=manifest,
-        **dict(zip(("inputs", "outputs"), _specs(manifest.signature), strict=True)),
+        **dict(zip(("inputs", "outputs"), _specs(manifest), strict=True)),
         fold=account,
         no_fold="The bundle contains no fold report." if fold is None else "The network has no BatchNorm.",
         tallies=tallies(account),
@@ -161,7 +161,7 @@ def verification_page(bundle: Bundle, report: VerificationReport, *, command: st
     )
 
 
-def _environment() -> jinja2.Environment:
+def page_environment() -> jinja2.Environment:
     """Return the templates' environment, with autoescape: labels and module paths come from untrusted files."""
     folder = resources.files("bnexport.reporting").joinpath("templates")
     sources = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".jinja")}
@@ -227,13 +227,14 @@ def _stages(verification: VerificationReport) -> dict[str, str]:
     return found
 
 
-def _specs(signature: Signature) -> tuple[list[str], list[str]]:
+def _specs(manifest: Manifest) -> tuple[list[str], list[str]]:
     """Return inputs and outputs as 'input: float32 (batch, 1, 28, 28)'."""
+    signature, pixels = manifest.signature, ["pixels, converted by the files"] if manifest.takes_pixels else []
     texts = [
         [f"{spec.name}: {spec.dtype} ({', '.join(map(str, spec.shape))}){_from(spec)}" for spec in specs]
         for specs in (signature.inputs, signature.outputs)
     ]
-    return texts[0], texts[1]
+    return [*texts[0], *pixels], texts[1]
 
 
 def _from(spec: TensorSpec) -> str:

@@ -77,6 +77,9 @@ def print_export(
     size = sum(entry["size"] for entry in bundle.manifest.files.values())
     console.print(literal(f"Bundle: {bundle.path} ({size / 1000:.0f} kB)", console), soft_wrap=True)
     console.print(literal(f"Report: {bundle.path / REPORT}", console), soft_wrap=True)
+    if bundle.manifest.takes_pixels:
+        text = "Input: pixels as uint8, channels first. Every model file scales them and subtracts the mean itself."
+        console.print(literal(text, console), soft_wrap=True)
 
 
 def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = False) -> None:

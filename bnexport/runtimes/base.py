@@ -118,6 +118,8 @@ class Runner(ABC):
     effective_device: str
     description: dict[str, Any]
     _closed: bool = False
+    #: Shapes of the inputs of the last call, and the outputs that fit them, with numpy's element types
+    _expected: tuple[object, list[tuple[TensorSpec, np.dtype[Any]]]] = ((), [])
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch.
@@ -148,7 +150,20 @@ class Runner(ABC):
             raise
         except Exception as error:  # engines raise various classes without a common base
             raise self._translated(error) from error
-        return self._checked(outputs, named_sizes(self.signature, feeds))
+        shapes = [array.shape for array in contiguous.values()]
+        if shapes != self._expected[0]:
+            self._expected = shapes, self._outputs_for(named_sizes(self.signature, feeds))
+        return self._checked(outputs)
+
+    def _outputs_for(self, sizes: Mapping[str, int]) -> list[tuple[TensorSpec, np.dtype[Any]]]:
+        """Return the outputs for sizes of named dimensions; a name that the inputs lack stays."""
+        shapes = [
+            [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in s.shape] for s in self.signature.outputs
+        ]
+        return [
+            (TensorSpec(spec.name, spec.dtype, tuple(shape)), np.dtype(spec.dtype))
+            for spec, shape in zip(self.signature.outputs, shapes, strict=True)
+        ]
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -188,16 +203,15 @@ class Runner(ABC):
             )
         return BundleError(f"{self.name} can't run its file: {one_line(error)}", remedy=REBUILD)
 
-    def _checked(self, outputs: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
+    def _checked(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
         checked = {}
-        for spec in self.signature.outputs:
+        for spec, dtype in self._expected[1]:
             if spec.name not in outputs:
                 have = ", ".join(map(repr, outputs)) or "none"
                 raise BundleError(f"{self.name} gave no output {spec.name!r}, only {have}", remedy=REBUILD)
             array = np.array(outputs[spec.name], copy=True, order="C")
-            shape = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)
-            if array.shape != shape or spec.problem(array) is not None:
-                problem = TensorSpec(spec.name, spec.dtype, shape).problem(array)
+            if array.shape != spec.shape or array.dtype != dtype:
+                problem = spec.problem(array)
                 if problem is not None:  # a dimension's name may be missing in the inputs
                     raise BundleError(f"{self.name}: output {problem}", remedy=REBUILD)
             checked[spec.name] = array

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnexport.bundle import WEIGHTS, Bundle
+import numpy as np
+
+from bnexport.bundle import WEIGHTS, Bundle, Manifest
+from bnexport.data.preprocessing import original_feeds
 from bnexport.errors import BundleError, RuntimeUnavailable
 from bnexport.optional import no_warnings, one_line, quiet, require
 from bnexport.runtimes import torch_outputs
 from bnexport.runtimes.base import REBUILD, RunSettings, device_remedy
-from bnexport.tensors import Signature
+from bnexport.tensors import Array, Signature
 from bnexport.validation import validate_archive
 
 if TYPE_CHECKING:
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 class TorchEagerRunner(torch_outputs.TorchRunner):
     """Runs a copy of the original, unfolded module in eval mode; the module given is never changed.
 
+    ``manifest`` is that of the bundle: where its files take pixels, the module gets what the preprocessing makes of them.
+
     Raises:
         RuntimeUnavailable: The device is missing, or full.
         ModelError: The module can't be copied.
@@ -30,11 +36,24 @@ class TorchEagerRunner(torch_outputs.TorchRunner):
     """
 
     def __init__(
-        self, module: nn.Module, signature: Signature, *, device: str = "cpu", settings: RunSettings | None = None
+        self,
+        module: nn.Module,
+        signature: Signature,
+        *,
+        device: str = "cpu",
+        settings: RunSettings | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         self.start("torch", signature, device, settings)
         self._module = torch_outputs.private_copy(module, self._device)
+        self._manifest = manifest
         self.probe()
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self._manifest is not None and self._manifest.takes_pixels:
+            exact = original_feeds(self._manifest, feeds)
+            feeds = {name: array.astype(np.float32) for name, array in exact.items()}
+        return super()._run(feeds)
 
 
 def open_bundle(
@@ -57,7 +76,8 @@ def open_bundle(
                 remedy="Choose onnxruntime-cpu; bnexport verify --source FILE.py:FACTORY runs the network itself",
             )
         module = original_network(bundle)
-    return TorchEagerRunner(module, bundle.manifest.signature, device=device, settings=settings)
+    manifest = bundle.manifest
+    return TorchEagerRunner(module, manifest.signature, device=device, settings=settings, manifest=manifest)
 
 
 def original_network(bundle: Bundle) -> nn.Module:

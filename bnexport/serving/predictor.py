@@ -13,7 +13,7 @@ import numpy as np
 from bnexport.bundle import Bundle
 from bnexport.data.classes import check_classes, known_classes, reordered
 from bnexport.data.images import load_images
-from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.preprocessing import Preprocessing, preprocessing_of
 from bnexport.errors import BundleError, DataError, UsageError
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import runner_spec
@@ -155,15 +155,17 @@ def image_preprocessing(bundle: Bundle) -> Preprocessing:
             f"{bundle.path} has no preprocessing for images, or is not an image classifier",
             remedy="Export it again by bnexport fold-and-export with --mean and --std, or feed model.onnx yourself",
         )
-    preprocessing, spec = Preprocessing.from_json(manifest.preprocessing), manifest.signature.inputs[0]
+    preprocessing, spec = preprocessing_of(manifest), manifest.signature.inputs[0]
+    assert preprocessing is not None
+    dtype = "uint8" if manifest.takes_pixels else "float32"
     made = (preprocessing.channels, preprocessing.height, preprocessing.width)
     if (
-        spec.dtype != "float32"
+        spec.dtype != dtype
         or len(spec.sample_shape) != len(made)
         or any(isinstance(dim, int) and dim != size for dim, size in zip(spec.sample_shape, made, strict=True))
     ):
         raise BundleError(
-            f"{bundle.path} takes {spec.dtype} of {'x'.join(map(str, spec.sample_shape))}, but its preprocessing makes float32 "
+            f"{bundle.path} takes {spec.dtype} of {'x'.join(map(str, spec.sample_shape))}, but its preprocessing makes {dtype} "
             f"of {'x'.join(map(str, made))}",
             remedy="Export it by bnexport fold-and-export with --mean and --std of this input, or feed model.onnx yourself",
         )

@@ -202,6 +202,8 @@ class Repository:
         self._replace(name, version, entry, opened)
         entry.reason = ""
         replay = opened.replay
+        if opened.tuning is not None:
+            self.log("tuning", model=name, version=version, result=opened.tuning)
         self.log(
             "model ready", model=name, version=version, runtime=opened.spec.name, workers=opened.batcher.workers,
             golden={"n": replay.n, "error": replay.error, "bound": replay.bound},

@@ -6,13 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, TUNED, WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import available_cores
 from bnexport.errors import BnexportError
@@ -27,6 +27,7 @@ from bnexport.serving.protocol.encoding import answer
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
 from bnexport.serving.serving_limits import ServingLimits
 from bnexport.tensors import Array, TensorSpec
+from bnexport.tuned import Choice, tuned_choice, tuning_line
 
 #: File that a runtime reads -> Triton's name of the platform.
 PLATFORMS = {
@@ -35,6 +36,8 @@ PLATFORMS = {
     MODEL_EXPORTED: "pytorch_export",
     WEIGHTS: "pytorch_eager",
 }
+#: Samples of a batch of several requests, unless options or tuned.json set another number.
+MAX_BATCH = 64
 #: Seconds of one measurement of ``--workers auto``, and the throughput gain (factor) that justifies another session's memory.
 _MEASURED_SECONDS, _WORTH = 0.2, 1.1
 
@@ -44,8 +47,10 @@ class ServingSettings:
     """Options for opening models."""
 
     runtime: str = DEFAULT_RUNTIME  # A name from ``runtimes.catalogue.RUNNERS``
-    workers: int | None = None  # Sessions per model, each with one thread; None measures the useful number
-    max_batch: int = 64  # Samples of a batch that is made of several requests
+    # Sessions per model, each with one thread; None uses the bundle's tuned.json, or measures the useful number
+    workers: int | None = None
+    # Samples of a batch that is made of several requests; None uses the bundle's tuned.json if ``workers`` is None, or 64
+    max_batch: int | None = None
     limits: ServingLimits = field(default_factory=ServingLimits)  # Limits of one request
     processes: int = 1  # Processes that serve the same models and share the cores
 
@@ -62,6 +67,8 @@ class ServedModel:
     replay: Replay  # Result of the golden vectors on the worst session
     decoder: Decoder  # Decoder of its requests
     preprocessing: Preprocessing | None = None  # Preprocessing of pictures; None if it is not an image classifier
+    threads: int = 1  # Threads of one session
+    tuning: str | None = None  # What was applied of tuned.json, or why nothing was; None without the file
 
     def __post_init__(self) -> None:
         self.signature = self.bundle.manifest.signature
@@ -114,7 +121,7 @@ class ServedModel:
             "instance_group": [
                 {"count": self.batcher.workers, "kind": "KIND_CPU" if self.spec.device == "cpu" else "KIND_GPU"}
             ],
-            "parameters": {"intra_op_thread_count": {"string_value": "1"}},
+            "parameters": {"intra_op_thread_count": {"string_value": str(self.threads)}},
         }
 
     async def close(self) -> None:
@@ -129,6 +136,9 @@ def open_served(name: str, version: str, path: Path, settings: ServingSettings) 
     check_labels(bundle)
     spec = runner_spec(settings.runtime)
     spec.require()
+    found = _tuned(bundle, settings)
+    tuned = found if isinstance(found, Choice) else None
+    threads = tuned.threads if tuned else 1
     with ExitStack() as opened:
         runners: list[Runner] = []
         replays: list[Replay] = []
@@ -136,7 +146,7 @@ def open_served(name: str, version: str, path: Path, settings: ServingSettings) 
         def another() -> Runner:
             # TensorRT takes its precision from the environment that its process starts with.
             isolated = spec.device == "tensorrt"
-            runner = opened.enter_context(spec.open(bundle, settings=RunSettings(threads=1, isolated=isolated)))
+            runner = opened.enter_context(spec.open(bundle, settings=RunSettings(threads=threads, isolated=isolated)))
             replays.append(replay_golden(runner, bundle))
             runners.append(runner)
             return runner
@@ -144,18 +154,35 @@ def open_served(name: str, version: str, path: Path, settings: ServingSettings) 
         another()
         feeds = _sample(bundle)
         cost = measured_cost(runners[0], feeds)
-        if settings.workers is None:
+        inline = runs_inline(runners[0], feeds, cost)
+        if settings.workers is None and tuned is None:
             add_workers(runners, another, feeds, cost, max(1, available_cores() // settings.processes))
-        while len(runners) < (settings.workers or 1):
+        wanted = tuned.sessions if tuned and not inline else settings.workers or 1
+        while len(runners) < wanted:
             another()
         limits = settings.limits
+        rows = settings.max_batch or (tuned.batch if tuned else MAX_BATCH)
+        applied = replace(tuned, sessions=len(runners), batch=rows) if tuned else found
         batched = bundle.manifest.signature.batched
-        batch_limits = BatchLimits(settings.max_batch, limits.queue, limits.deadline)
+        batch_limits = BatchLimits(rows, limits.queue, limits.deadline)
         batcher = Batcher(runners, cost, batch_limits, batches=batched)
         worst = max(replays, key=lambda replay: replay.error)
         decoder = Decoder(bundle.manifest.signature, limits)
         opened.pop_all()
-        return ServedModel(name, version, bundle, spec, batcher, worst, decoder, _preprocessing(bundle))
+        tuning = None if applied is None else tuning_line(applied)
+        return ServedModel(
+            name, version, bundle, spec, batcher, worst, decoder, _preprocessing(bundle), threads, tuning
+        )
+
+
+def _tuned(bundle: Bundle, settings: ServingSettings) -> Choice | str | None:
+    """Return the tuned settings that ``--workers auto`` uses; as in ``tuned_choice``, a reason or None without them."""
+    if settings.workers is not None:
+        return None
+    found = tuned_choice(bundle, "throughput", settings.runtime)
+    if isinstance(found, Choice) and settings.processes > 1:
+        return f"{TUNED} was measured with one process, here are {settings.processes}"
+    return found
 
 
 def _preprocessing(bundle: Bundle) -> Preprocessing | None:
@@ -174,16 +201,18 @@ def measured_cost(runner: Runner, feeds: dict[str, Array]) -> Cost:
     return Cost(max(first - per_byte * size_one, 0.0), per_byte)
 
 
+def runs_inline(runner: Runner, feeds: dict[str, Array], cost: Cost) -> bool:
+    """Return True for a model that runs on the event loop. It needs one session: the loop is the limit."""
+    return cost.seconds(sum(array.nbytes for array in _one(runner, feeds).values())) < INLINE_SECONDS
+
+
 def add_workers(
     runners: list[Runner], another: Callable[[], Runner], feeds: dict[str, Array], cost: Cost, most: int | None = None
 ) -> None:
-    """Open more sessions while each adds enough throughput for its memory.
-
-    A model that runs on the event loop needs one session: the loop is the limit.
-    """
-    one = _one(runners[0], feeds)
-    if cost.seconds(sum(array.nbytes for array in one.values())) < INLINE_SECONDS:
+    """Open more sessions while each adds enough throughput for its memory."""
+    if runs_inline(runners[0], feeds, cost):
         return
+    one = _one(runners[0], feeds)
     rate = throughput(runners, one)
     while len(runners) < (available_cores() if most is None else most):
         another()

@@ -29,6 +29,7 @@ LIMITS: dict[str, Limit] = {
     "bundle-file-bytes": Limit(16 * _GB, "bytes of one file of a bundle", "each one is hashed, a gigabyte a second"),
     # JSON
     "manifest-bytes": Limit(8 * _MB, "bytes of manifest.json", "a LeNet needs 24 kB, and a BatchNorm about 300 bytes"),
+    "tuning-bytes": Limit(64 * _KB, "bytes of tuned.json", "three choices need 1 kB"),
     "json-depth": Limit(64, "levels of lists and objects in JSON", "a manifest has 8; Python's parser recurses"),
     "json-values": Limit(2_000_000, "lists, objects and separators in JSON", "each value takes about 80 bytes"),
     "json-digits": Limit(20, "digits of a whole number in JSON", "64 bits need no more"),

@@ -148,7 +148,7 @@ def prepare(
     sizes = next((case.batch for case in cases if case.batch.name in ("noise", "golden")), None)
     forecast = Forecast(
         model, cases=cases, budget=budget, varies=varies, stored=stored_precision(bundle), recorded=_recorded(bundle),
-        int8=int8,
+        int8=int8, pixels=bundle.manifest.takes_pixels,
     )  # fmt: skip
     return Evidence(
         bundle=bundle,

@@ -83,6 +83,7 @@ class Forecast:
         recorded: Precision -> error of scale, predicted when the bundle was made.
         int8: model.onnx of an int8 bundle; ``model`` is then the float32 file. The ways of computing it
             (``quantization.integer_emulation.WAYS``) are precisions, too.
+        pixels: The only input is pixels as uint8.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class Forecast:
         stored: str = "float32",
         recorded: Mapping[str, float] | None = None,
         int8: ModelProto | None = None,
+        pixels: bool = False,
     ) -> None:
         self._model = model
+        self._pixels = pixels
         self._int8 = int8
         self._cases = tuple(cases)
         self._budget = budget
@@ -191,16 +194,19 @@ class Forecast:
         if engine is None or self._evaluator is None:
             return worst
         for draw in range(0 if whole.batch.n > front.n else 1, _DRAWS + 1):
-            factor = 1 + draw * _NUDGE
-            feeds = {
-                name: x * x.dtype.type(factor) if x.dtype.kind == "f" else x for name, x in whole.batch.feeds.items()
-            }
+            feeds = {name: self._nudged(x, draw) for name, x in whole.batch.feeds.items()}
             try:
                 outputs, exact = engine.evaluate(feeds), self._evaluator.evaluate(feeds)
             except BnexportError:
                 break
             worst = max(worst, _emulated(outputs, exact, whole).error)
         return worst
+
+    def _nudged(self, x: Array, draw: int) -> Array:
+        """Return an input changed by little for a draw: floats by a factor near 1, pixels in their lowest bits."""
+        if x.dtype.kind == "f":
+            return np.asarray(x * x.dtype.type(1 + draw * _NUDGE))
+        return np.asarray(x ^ np.uint8(draw)) if self._pixels else x
 
     def function_noise(self, runtime: str, case: Case) -> FunctionNoise | None:
         """Return the effect of a runtime's approximated functions (``emulation.APPROXIMATED``) on at most 16 samples.

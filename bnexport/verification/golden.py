@@ -15,7 +15,7 @@ from bnexport.bundle import Manifest, write_golden
 from bnexport.data.dataset_table import is_dataset
 from bnexport.data.datasets import load_test_images
 from bnexport.data.prepare import prepared
-from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.preprocessing import preprocessing_of
 from bnexport.errors import BnexportError
 from bnexport.tensors import Array, Signature, TensorSpec
 from bnexport.verification.int8 import within_range
@@ -41,18 +41,25 @@ def write_golden_vectors(
 
     ``shapes`` holds the shape of one sample of each input. Without ``data_dir`` the usual places are searched for the data set.
     """
-    feeds = golden_inputs(manifest.signature, shapes=shapes, images=real_images(manifest, data_dir=data_dir))
+    images = real_images(manifest, data_dir=data_dir)
+    feeds = golden_inputs(manifest.signature, shapes=shapes, images=images, pixels=manifest.takes_pixels)
     feeds = within_range(manifest, feeds)
-    reference = Reference(module, manifest.signature, description="the original module, in float64")
+    reference = Reference(module, manifest.signature, description="the original module, in float64", manifest=manifest)
     write_golden(folder, manifest.signature, feeds, reference.evaluate(feeds))
 
 
 def golden_inputs(
-    signature: Signature, *, shapes: Mapping[str, tuple[int, ...]], images: Array | None = None, seed: int = 0
+    signature: Signature,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    images: Array | None = None,
+    pixels: bool = False,
+    seed: int = 0,
 ) -> dict[str, Array]:
     """Return input name -> (n, ...), the same n for all: some real images (n, ...) if given, seeded noise, zeros and ones.
 
-    ``shapes`` holds the shape of one sample of each input. There are fewer samples where one is large.
+    ``shapes`` holds the shape of one sample of each input. There are fewer samples where one is large. If the input is
+    ``pixels``, the largest value replaces the ones: 255.
     """
     largest = max(
         int(np.prod(shape, dtype=np.int64)) * np.dtype(_spec.dtype).itemsize
@@ -63,7 +70,8 @@ def golden_inputs(
     feeds = {}
     for spec, shape in _each(signature, shapes):
         real = [] if images is None or len(signature.inputs) != 1 else [images[: min(_IMAGES, budget - 1)]]
-        rows = [*real, _noise(spec, (min(_NOISE, budget), *shape), rng), np.zeros((1, *shape)), np.ones((1, *shape))]
+        ends = [np.full((1, *shape), value) for value in (0, 255 if pixels else 1)]
+        rows = [*real, _noise(spec, (min(_NOISE, budget), *shape), rng), *ends]
         feeds[spec.name] = np.concatenate([row.astype(spec.dtype) for row in rows])[:budget]
     return feeds
 
@@ -84,7 +92,8 @@ def real_images(manifest: Manifest, *, data_dir: Path | None = None) -> Array | 
     if manifest.preprocessing is None or manifest.dataset is None or not is_dataset(manifest.dataset):
         return None
     try:
-        preprocessing = Preprocessing.from_json(manifest.preprocessing)
+        preprocessing = preprocessing_of(manifest)
+        assert preprocessing is not None
         pixels, _ = load_test_images(manifest.dataset, data_dir=data_dir, download=False, preprocessing=preprocessing)
         images = preprocessing.apply(prepared(pixels[:_IMAGES], preprocessing))
     except BnexportError:

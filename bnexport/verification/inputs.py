@@ -26,6 +26,7 @@ _OTHER_SIZED = 2
 class Batch:
     """Named inputs of n samples, name -> (n, ...): "images", "noise", "zeros", "ones", "one-hot".
 
+    Where the files take pixels, noise has all values from 0 to 255, and the ones are 255.
     The ``smallest`` inputs have the smallest size that the network takes, which an engine may refuse.
     """
 
@@ -87,11 +88,12 @@ def build_suite(
         ("ones", budget.constant, _ones),
         ("one-hot", budget.one_hot, _one_hot),
     ):
-        if name != "noise" and not any(spec.dtype.startswith("float") for spec in specs):
+        if name != "noise" and not manifest.takes_pixels and not any(spec.dtype.startswith("float") for spec in specs):
             continue
         rng = np.random.default_rng(seed)
         n = fixed or size
-        batches.append(Batch(name, {spec.name: _filled(fill, spec, golden[spec.name], n, rng) for spec in specs}))
+        filled = _pixels if manifest.takes_pixels else _filled
+        batches.append(Batch(name, {spec.name: filled(fill, spec, golden[spec.name], n, rng) for spec in specs}))
     real = bool(batches) and batches[0].name in REAL
     return Suite(tuple(batches), description, labels if real else None, dataset)
 
@@ -133,6 +135,12 @@ def _filled(fill: Any, spec: TensorSpec, golden: Array, n: int, rng: np.random.G
         return rng.choice(golden.reshape(-1), size=shape).astype(spec.dtype)
     array: Array = fill(shape, rng).astype(spec.dtype)
     return array
+
+
+def _pixels(fill: Any, _spec: TensorSpec, golden: Array, n: int, rng: np.random.Generator) -> Array:
+    """Return uint8 pixels: random ones as noise, else 255 where the fill is 1."""
+    shape = (n, *golden.shape[1:])
+    return rng.integers(0, 256, shape, np.uint8) if fill is _noise else (255 * fill(shape, rng)).astype(np.uint8)
 
 
 def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
@@ -194,14 +202,15 @@ def _found_images(
     from bnexport.data.dataset_table import folder_of, is_dataset
     from bnexport.data.datasets import dataset_labels, load_test_images
     from bnexport.data.prepare import prepared
-    from bnexport.data.preprocessing import Preprocessing
+    from bnexport.data.preprocessing import preprocessing_of
 
     if not is_dataset(name):
         return None, None, f"no real images: {name} is not a data set of bnexport"
     if data_dir is None and folder_of(name) is not None:
         return None, None, "no real images: a bundle may name any folder, so its images are read only with --data-dir"
     try:
-        preprocessing = Preprocessing.from_json(manifest.preprocessing)
+        preprocessing = preprocessing_of(manifest)
+        assert preprocessing is not None
         classes = dataset_labels(name, data_dir=data_dir)
         pixels, labels = load_test_images(name, data_dir=data_dir, download=False, preprocessing=preprocessing)
         images = preprocessing.apply(prepared(pixels[:limit], preprocessing))

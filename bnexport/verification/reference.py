@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bnexport.bundle import WEIGHTS, Bundle
+from bnexport.bundle import WEIGHTS, Bundle, Manifest
+from bnexport.data.preprocessing import original_feeds
 from bnexport.errors import BnexportError, ModelError
 from bnexport.optional import installed, one_line
 from bnexport.tensors import Array, Signature
@@ -25,13 +26,21 @@ class Reference:
     """Evaluates an unfolded module in float64, in eval mode; the module given is never changed.
 
     The signature has inputs and outputs in order. The description gives the origin, for the report. ``doubt`` returns how the
-    module differs from the network of the bundle; it is called when the module fails.
+    module differs from the network of the bundle; it is called when the module fails. ``manifest`` is that of the bundle: where
+    its files take pixels, the module gets what the preprocessing makes of them, in float64.
     """
 
     def __init__(
-        self, module: nn.Module, signature: Signature, *, description: str, doubt: Callable[[], str] = str
+        self,
+        module: nn.Module,
+        signature: Signature,
+        *,
+        description: str,
+        doubt: Callable[[], str] = str,
+        manifest: Manifest | None = None,
     ) -> None:
         self.description = description
+        self._manifest = manifest
         self._doubt = doubt
         self._signature = signature
         import torch
@@ -62,7 +71,9 @@ class Reference:
         from bnexport.runtimes.wide_convolution import wide_convolutions
         from bnexport.verification.widening import wide_casts
 
-        arrays = [np.array(feeds[spec.name][start:stop]) for spec in self._signature.inputs]
+        part = {name: array[start:stop] for name, array in feeds.items()}
+        part = part if self._manifest is None else original_feeds(self._manifest, part)
+        arrays = [np.array(part[spec.name]) for spec in self._signature.inputs]
         tensors = [torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in arrays]
         try:
             with torch.inference_mode(), wide_casts(), wide_convolutions():
@@ -90,16 +101,16 @@ def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None
         BundleError: The weights are missing.
         ModelError: The weights are damaged or another network's, or ``module`` can't be copied.
     """
-    signature = bundle.manifest.signature
+    manifest = bundle.manifest
     if module is not None:
-        doubt = functools.partial(_difference, bundle, module)
-        return Reference(module, signature, description="the original module, in float64", doubt=doubt)
+        doubt, description = functools.partial(_difference, bundle, module), "the original module, in float64"
+        return Reference(module, manifest.signature, description=description, doubt=doubt, manifest=manifest)
     if not is_known(bundle):
         return None
     from bnexport.runtimes.torch_runners import original_network
 
-    source = bundle.manifest.network["source"]
-    return Reference(original_network(bundle), signature, description=f"{source} rebuilt from {WEIGHTS}, in float64")
+    description = f"{manifest.network['source']} rebuilt from {WEIGHTS}, in float64"
+    return Reference(original_network(bundle), manifest.signature, description=description, manifest=manifest)
 
 
 def _difference(bundle: Bundle, module: nn.Module) -> str:

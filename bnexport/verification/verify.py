@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnexport.bundle import WEIGHTS, Bundle
-from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.preprocessing import preprocessing_of
 from bnexport.data.samples import Samples, load_samples
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, MissingDependency, RuntimeUnavailable, Unavailable
@@ -151,8 +151,8 @@ def _report(
 
 def _samples(bundle: Bundle, path: Path, scope: Scope) -> Samples:
     manifest = bundle.manifest
-    preprocessing = None if manifest.preprocessing is None else Preprocessing.from_json(manifest.preprocessing)
-    return load_samples(path, manifest.signature, preprocessing, labels=manifest.labels, limit=scope.max_samples)
+    image = preprocessing_of(manifest)
+    return load_samples(path, manifest.signature, image, labels=manifest.labels, limit=scope.max_samples)
 
 
 def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[RunnerSpec, ...]:

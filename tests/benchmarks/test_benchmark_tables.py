@@ -6,14 +6,18 @@ import os
 import re
 import runpy
 import signal
+import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.int8 import PIXELS, folded, images, residual
 from torch import nn
 
+from benchmarks import int8
 from benchmarks.clock import Spread
 from benchmarks.command import finish, known, options
 from benchmarks.folding import cost
@@ -22,6 +26,7 @@ from benchmarks.training.accuracy import cell, row
 from benchmarks.training.stale_statistics import rows
 from benchmarks.zoo.network import ZooNetwork
 from bnexport.errors import BundleError, MissingDependency, ProofError
+from bnexport.quantization.moments import seen_in_module
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +56,45 @@ def test_accuracies_are_means_over_seeds() -> None:
     found = row("torch", [result(0.5, 0.25), result(0.75, None)])  # type: ignore[list-item]
     assert found == ["torch", "0.5000 +/- 0.0000", "0.7500 +/- 0.0000", "0.6250 +/- 0.1768", "0.2500"]
     assert cell([]) == "-"
+
+
+def test_int8_files_side_by_side_and_continued(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(int8.NNCF, raising=False)
+    monkeypatch.setattr(int8, "PEERS", {"quantize_static, per channel": {"per_channel": True}})
+    subject = int8.Subject(
+        "small", folded(residual(), tmp_path), partial(seen_in_module, residual()), PIXELS, images(32, 1), images(64),
+        emulated=16, saturated=16,
+    )  # fmt: skip
+    section = int8.compared(subject)
+    assert section.missed == []
+    rows = {(row[0], row[1]): dict(zip(section.heads, row, strict=True)) for row in section.cells}
+    assert ("NNCF, defaults", "not installed") in rows
+    for name in ("bnexport, without data", "bnexport, calibrated"):
+        row = rows[name, "default"]
+        assert row["channels that can saturate"].startswith("0 of ")
+        assert int(row["labels changed"]) <= int(rows["quantize_static, per channel", "precise"]["labels changed"])
+        assert 1 / 1.5 < float(row["noise, measured / predicted"]) < 1.5
+        assert float(row["agreement"]) == pytest.approx(1 - int(row["labels changed"]) / 64, abs=1e-3)
+    worse = int8.Section("small", section.heads, section.cells[:1], [], ["it is worse"])
+    measured: list[str] = []
+
+    def part(name: str, found: int8.Section) -> int8.Section:
+        measured.append(name)
+        return found
+
+    parts = {"one": partial(part, "one", section), "two": partial(part, "two", worse)}
+    monkeypatch.setattr(int8, "PARTS", parts)
+    for arguments in (["one"], [], []):
+        monkeypatch.setattr(sys, "argv", ["int8", *arguments, "--results", str(tmp_path)])
+        code = int8.main()
+    assert measured == ["one", "two"]
+    assert code == 1
+    text = capsys.readouterr().out.rpartition("# int8 on a CPU")[2]
+    assert text.count("## small") == 1
+    assert text.count("| float32 |") == 2
+    assert "Target missed: it is worse." in text
 
 
 def interrupted() -> None:

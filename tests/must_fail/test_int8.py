@@ -19,7 +19,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from rich.console import Console
 from support.bundles import copy_bundle, reseal
-from support.int8 import PIXELS, folded, residual
+from support.int8 import PIXELS, folded, images, residual
 from support.shared import made_once
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_FLOAT32, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
@@ -282,6 +282,55 @@ def test_unfit_networks_are_refused_in_one_sentence(source: str, words: str, tmp
     assert not out.exists()
 
 
+def test_a_file_of_an_old_operator_set_is_converted(tmp_path: Path) -> None:
+    model = looped()
+    del model.graph.node[2:]
+    model.graph.node.append(helper.make_node("Relu", ["norm"], ["relu"]))
+    rng = np.random.default_rng(1)
+    head = rng.standard_normal((5, 4 * 14 * 14)).astype(np.float32) / 28
+    model.graph.initializer.append(numpy_helper.from_array(head, "head"))
+    model.graph.node.append(helper.make_node("Flatten", ["relu"], ["flat"]))
+    model.graph.node.append(helper.make_node("Gemm", ["flat", "head"], ["logits"], transB=1))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 5]))
+    model.opset_import[0].version = 11
+    onnx.save(model, tmp_path / "old.onnx")
+    request = ExportRequest(precision="int8", mean=PIXELS["mean"], std=PIXELS["std"], inputs=("3x16x16",))
+    result = fold_and_export_onnx(tmp_path / "old.onnx", tmp_path / "net" / "1", request=request)
+    assert result.bundle is not None, result.verification.failures
+    assert result.bundle.manifest.onnx["opset"] == 13
+    assert result.bundle.manifest.onnx["quantization"]["calibration"] == "none: ranges from BatchNorm"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--calibrate", "one.npy"], "the calibration has 1 sample"),
+        (["--calibrate", "constant.npy"], "all samples of the calibration are the same"),
+        (["--calibrate", "nan.npy"], "nan.npy holds NaN or infinity in sample 7"),
+        (["--calibrate", "shape.npy"], "shape.npy"),
+        (["--calibrate", "absent.npy"], "absent.npy"),
+        (["--calibrate", "none"], "the network has no BatchNorm from which ranges could be read"),
+        (["--calibrate", "right.npy", "--float-layers", "stem2"], "the layer 'stem2', to be kept in float, does not exist"),
+    ],
+)  # fmt: skip
+def test_bad_calibrations_are_refused_in_one_sentence(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folded(residual(), tmp_path)
+    arrays = {"right": images(32), "one": images(1), "shape": images(32)[..., :8], "nan": images(32).copy()}
+    arrays["constant"] = np.full_like(arrays["right"], 0.25)
+    arrays["nan"][7, 1, 2, 3] = np.nan
+    for name, array in arrays.items():
+        np.save(f"{name}.npy", array)
+    given = ["folded.onnx", "--out", "models/net/1", "--precision", "int8", "--input", "3x16x16", *options]
+    assert run(["fold-and-export", *given]) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert "Traceback" not in printed
+    assert not Path("models").exists()
+
+
 @pytest.mark.parametrize("fault", INT8_FAULTS)
 def test_each_fault_of_the_file_fails_in_the_file_proof(int8_bundle: Bundle, tmp_path: Path, fault: str) -> None:
     copied = spoiled(int8_bundle, tmp_path, fault)
@@ -362,5 +411,5 @@ def test_options_of_int8_alone_are_refused_without_it() -> None:
     for options in ({"calibrate": "none"}, {"target": "tensorrt"}, {"allow_flips": "1%"}, {"float_layers": ("a",)}):
         with pytest.raises(UsageError, match="is given without precision"):
             ExportRequest(**options)
-    with pytest.raises(UsageError, match="is not a share"):
+    with pytest.raises(UsageError, match="is neither a percentage nor a fraction"):
         ExportRequest(precision="int8", allow_flips="many")

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("onnx_pipeline",),
     ("pipeline",),
     ("reporting",),
-    ("auditing", "evaluating"),
+    ("auditing", "evaluating", "benchmarking"),
     ("verification", "serving", "deploying"),
     ("training", "folding", "exporting", "runtimes", "quantization"),
     ("loading", "onnx_files"),
@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 #: Floor 0 has an order of its own, from top to bottom; each may import those after it.
 GROUND = (
+    "tuned",
     "bundle",
     "tensor_proto",
     "proto_messages",

@@ -94,7 +94,10 @@ def read_product(node: Node, graph: Surroundings) -> TorchReading | str | None:
     if weight is None or shape is None:
         return None
     value, position = (node.args[0], 1) if right is not None else (node.args[1], 0)
-    layer = Layer.matrix_product(weight, shape_of(value), len(shape), right=right is not None)
+    before = shape_of(value)
+    if before is None:
+        return None
+    layer = Layer.matrix_product(weight, before, len(shape), right=right is not None)
     return layer if isinstance(layer, str) else TorchReading(layer, (value,), position, None)
 
 

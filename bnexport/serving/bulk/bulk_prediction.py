@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,11 @@ from bnexport.serving.bulk.job import BulkJob, folder_of, make_job, part_file
 from bnexport.serving.bulk.parquet import encode
 from bnexport.serving.predictor import check_labels, image_preprocessing, run_images
 from bnexport.tensors import Array
+from bnexport.tuned import Choice, tuned_choice, tuning_line
 
 
 class ShardWorker:
-    """Predicts and writes shards of a job with one session of one thread. The caller must check the bundle's hashes."""
+    """Predicts and writes shards of a job with one session. The caller must check the bundle's hashes."""
 
     def __init__(self, job: BulkJob) -> None:
         opened = Bundle.open(job.bundle)
@@ -48,7 +49,9 @@ class ShardWorker:
         self._files = NpzFiles()
         self._preprocessing = image_preprocessing(opened)
         self._labels = opened.manifest.labels or ()
-        self._runner = runner_spec(job.request.runtime).open(opened, settings=RunSettings(threads=1))
+        self._runner = runner_spec(job.request.runtime).open(
+            opened, settings=RunSettings(threads=job.request.resolved_threads())
+        )
 
     def close(self) -> None:
         """Free the session and close open sources."""
@@ -60,7 +63,7 @@ class ShardWorker:
         ids: list[str] = []
         parts: list[Array] = []
         for names, images in read_shard(shard, self._request, self._preprocessing, self._files):
-            logits = run_images(self._runner, self._preprocessing.apply(images))
+            logits = self._logits(images)
             if not np.isfinite(logits).all():
                 row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
                 raise DataError(
@@ -80,6 +83,12 @@ class ShardWorker:
         content = encode(ids, logits, labels=labels, keep_logits=self._request.logits, about=self._job.about(shard))
         write_atomically(part_file(Path(self._job.out), shard), content)
         return shard.rows
+
+    def _logits(self, images: Array) -> Array:
+        """Return the logits of images, tile by tile: the tensors of a small tile stay in the processor's cache."""
+        size = self._request.resolved_batch()
+        tiles = (images[start : start + size] for start in range(0, len(images), size))
+        return np.concatenate([run_images(self._runner, self._preprocessing.apply(tile)) for tile in tiles])
 
 
 #: Submitted shards per worker: one that runs, and one that waits.
@@ -269,6 +278,19 @@ class BulkResult:
         return asdict(self)
 
 
+def _tuned(bundle: Bundle, request: BulkRequest, listener: BulkProgress) -> BulkRequest:
+    """Return the request with the tuning of its bundle, if one applies here."""
+    found = tuned_choice(bundle, "throughput", request.runtime)
+    if not isinstance(found, Choice):
+        if found is not None:
+            listener.on_tuning(tuning_line(found))
+        return request
+    tuned = replace(request, tuning=found)
+    threads, sessions = tuned.resolved_threads(), tuned.resolved_workers()
+    listener.on_tuning(tuning_line(replace(found, sessions=sessions, threads=threads, batch=tuned.resolved_batch())))
+    return tuned
+
+
 def predict_in_bulk(
     bundle: Bundle | str | Path,
     sources: Sequence[str | Path],
@@ -304,8 +326,9 @@ def predict_in_bulk(
     opened.check()
     image_preprocessing(opened)
     check_labels(opened)
-    job = make_job(opened, tuple(map(Path, sources)), Path(out), request)
     listener = progress or BulkProgress()
+    request = _tuned(opened, request, listener) if engine == "local" else request  # machines of a cluster may differ
+    job = make_job(opened, tuple(map(Path, sources)), Path(out), request)
     with folder_of(job):
         missing = job.missing()
         resumed = job.rows - sum(shard.rows for shard in missing)

@@ -298,9 +298,9 @@ def read_shard(shard: Shard, request: BulkRequest, preprocessing: Preprocessing,
 
 
 def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
-    for start in range(0, shard.rows, request.batch_size):
+    for start in range(0, shard.rows, request.rows_read()):
         found = []
-        for part in shard.parts[start : start + request.batch_size]:
+        for part in shard.parts[start : start + request.rows_read()]:
             images = load_images(Path(shard.path, str(part)), preprocessing)
             if len(images) != 1:  # a stack with a picture's file name
                 raise DataError(
@@ -311,7 +311,7 @@ def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessin
 
 
 def _read_npy(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
-    return _stacks(shard, _npy_pieces(shard, request.batch_size), preprocessing)
+    return _stacks(shard, _npy_pieces(shard, request.rows_read()), preprocessing)
 
 
 def _npy_pieces(shard: Shard, batch: int) -> Iterator[Array]:
@@ -327,7 +327,7 @@ def _npy_pieces(shard: Shard, batch: int) -> Iterator[Array]:
 
 def _read_npz(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, files: NpzFiles) -> Iterator[Batch]:
     stream = files.stream(Path(shard.path), request.column, start=shard.start)
-    pieces = stream.batches(shard.start, shard.rows, batch=request.batch_size)
+    pieces = stream.batches(shard.start, shard.rows, batch=request.rows_read())
     return _stacks(shard, pieces, preprocessing)
 
 

@@ -78,7 +78,7 @@ def encoded_images(
     columns = [name for name in (request.column, request.id_column) if name is not None]
     row = start
     with opened(path) as file:
-        for batch in file.iter_batches(request.batch_size, row_groups=list(row_groups), columns=columns):
+        for batch in file.iter_batches(request.rows_read(), row_groups=list(row_groups), columns=columns):
             column = batch.column(request.column)
             if _arrow().types.is_struct(column.type):
                 column = column.field("bytes")

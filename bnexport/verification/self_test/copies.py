@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.bundle import MODEL_ONNX, WEIGHTS, Bundle, seal
+from bnexport.bundle import MODEL_ONNX, WEIGHTS, Bundle, Manifest, seal
+from bnexport.data.preprocessing import Preprocessing, original_feeds
 from bnexport.errors import BnexportError
 from bnexport.files import write_atomically
 from bnexport.onnx_files.emulation import Emulator
@@ -68,20 +69,23 @@ class FaultTarget:
         """Return inputs to trace the network with: two golden samples, or all where the batch size is fixed."""
         import torch
 
-        specs = self.bundle.manifest.signature.inputs
+        manifest = self.bundle.manifest
+        specs, feeds = manifest.signature.inputs, original_feeds(manifest, self.golden[0])
         n = 2 if isinstance(specs[0].shape[0], str) else None
-        return tuple(torch.from_numpy(np.array(self.golden[0][spec.name][:n])) for spec in specs)
+        arrays = [np.array(feeds[spec.name][:n]) for spec in specs]
+        return tuple(torch.from_numpy(array.astype(np.float32) if manifest.takes_pixels else array) for array in arrays)
 
     @cached_property
     def folded(self) -> dict[str, Tensor]:
         """Return the weights of the folded network, as ``fold`` makes them."""
         assert self.network is not None, "the network must be known"
-        return folded_weights(self.network, self.example)
+        return folded_weights(self.network, self.example, self.bundle.manifest)
 
     def effect(self, module: nn.Module) -> float:
         """Return max |module - original| / scale on the golden inputs, in float64; infinite where it is not finite."""
-        signature = self.bundle.manifest.signature
-        outputs = Reference(module, signature, description="with a fault").evaluate(self.golden[0])
+        manifest = self.bundle.manifest
+        reference = Reference(module, manifest.signature, description="with a fault", manifest=manifest)
+        outputs = reference.evaluate(self.golden[0])
         found = measure(outputs, self.golden[1], bound=self.harmless)
         return float("inf") if found.problem else found.error
 
@@ -118,11 +122,18 @@ class Copy:
         seal(self.folder, replace(self.subject.bundle.manifest, **changes))
 
 
-def folded_weights(network: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Return the state dict of a network after ``fold``; not proved, since the network may be wrong on purpose."""
+def folded_weights(network: nn.Module, example: tuple[Tensor, ...], manifest: Manifest) -> dict[str, Tensor]:
+    """Return the weights of a bundle's files, made of a network again; not proved, as the network may be wrong on purpose."""
     from bnexport.folding.fold import fold
 
-    return dict(fold(network, example, prove=False).model.state_dict())
+    folded = fold(network, example, prove=False).model
+    if manifest.takes_pixels and manifest.preprocessing is not None:
+        from bnexport.exporting.half import PRECISIONS
+        from bnexport.folding.pixel_input import pixel_module
+
+        stored = PRECISIONS[str(manifest.onnx.get("precision", "float32"))]
+        folded = pixel_module(folded, Preprocessing.from_json(manifest.preprocessing), stored)
+    return dict(folded.state_dict())
 
 
 def evaluate_onnx(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -139,7 +150,9 @@ def evaluate_weights(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str,
     """Evaluate the unfolded network, rebuilt from the bundle's weights, in float64."""
     from bnexport.runtimes.torch_runners import original_network
 
-    return Reference(original_network(bundle), bundle.manifest.signature, description="rebuilt").evaluate(feeds)
+    manifest = bundle.manifest
+    reference = Reference(original_network(bundle), manifest.signature, description="rebuilt", manifest=manifest)
+    return reference.evaluate(feeds)
 
 
 def evaluate_torch(name: str) -> Evaluate:

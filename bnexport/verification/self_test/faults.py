@@ -23,7 +23,7 @@ from bnexport.bundle import (
     WEIGHTS,
     Bundle,
 )
-from bnexport.onnx_files.models import trained_tensors
+from bnexport.onnx_files.models import attributes, trained_tensors
 from bnexport.quantization.file_proof import Int8File
 from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.reference import EmulatedRunner
@@ -281,7 +281,7 @@ def _scale_channel(file: Int8File) -> str:
 def _move_zero(file: Int8File) -> str:
     _, given, _, _ = next(file.layers())
     zero = file.array(given.input[2])
-    _store(file, given.input[2], (zero + (1 if zero < 100 else -1)).astype(zero.dtype))
+    _store(file, given.input[2], (zero.astype(np.int64) + (1 if zero < 100 else -1)).astype(zero.dtype))
     return str(given.input[0])
 
 
@@ -357,6 +357,109 @@ INT8_FAULTS: dict[str, Callable[[Int8File], str]] = {
 }
 
 
+class PixelFile:
+    """The float32 ONNX file of a bundle that takes pixels: the operators before the network, and its stored numbers."""
+
+    def __init__(self, model: ModelProto, scale: float) -> None:
+        self.scale = scale
+        self.nodes = list(model.graph.node)
+        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._model = model
+        value, self.first = model.graph.input[0].name, {}
+        for operator in ("Cast", "Sub", "Mul"):
+            readers = [node for node in self.nodes if value in node.input]
+            if len(readers) == 1 and readers[0].op_type == operator:
+                self.first[operator] = readers[0]
+                value = readers[0].output[0]
+        self.readers = [node for node in self.nodes if value in node.input]
+
+    def array(self, name: str) -> Array:
+        """Return a stored tensor in float64."""
+        from onnx import numpy_helper
+
+        return numpy_helper.to_array(self._stored[name]).astype(np.float64)
+
+    def mean(self) -> tuple[str, Array]:
+        """Return name and value of the subtracted mean; NotTried where none is."""
+        if "Sub" not in self.first:
+            raise NotTried("the mean of the pixels is 0, so none is subtracted")
+        name = self.first["Sub"].input[1]
+        return name, self.array(name)
+
+    def store(self, name: str, array: Array) -> None:
+        """Replace a stored tensor, or add one."""
+        from onnx import TensorProto, numpy_helper
+
+        kind = self._stored[name].data_type if name in self._stored else TensorProto.FLOAT
+        narrow = array.astype(np.float16 if kind == TensorProto.FLOAT16 else np.float32)
+        if name not in self._stored:
+            self._stored[name] = self._model.graph.initializer.add()
+        self._stored[name].CopyFrom(numpy_helper.from_array(narrow, name))
+
+
+def _drop_scale(file: PixelFile) -> str:
+    layers = [node for node in file.nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
+    name = file.first["Mul"].input[1] if "Mul" in file.first else next((node.input[1] for node in layers), None)
+    if name is None:
+        raise NotTried("the network has no layer that could contain the scale")
+    file.store(name, file.array(name) / file.scale)
+    return str(name)
+
+
+def _reverse_means(file: PixelFile) -> str:
+    name, mean = file.mean()
+    if (mean[::-1] == mean).all():
+        raise NotTried("all channels have one mean")
+    file.store(name, mean[::-1])
+    return name
+
+
+def _fold_mean(file: PixelFile) -> str:
+    """Move the mean into the bias of the first convolution, which is right only where it pads nothing."""
+    from bnexport.quantization.codes import grouped
+
+    name, mean = file.mean()
+    layer = file.readers[0]
+    settings = attributes(layer)
+    if layer.op_type != "Conv" or not (
+        any(settings.get("pads", ())) or settings.get("auto_pad", b"").startswith(b"SAME")
+    ):
+        raise NotTried("the first layer is not a convolution with padding")
+    weight = file.array(layer.input[1])
+    taps = weight.reshape(*weight.shape[:2], -1).sum(axis=2)
+    groups = int(settings.get("group", 1))
+    moved = (taps * grouped(mean.reshape(-1), len(taps), taps.shape[1], groups)).sum(axis=1)
+    old = file.array(layer.input[2]) if len(layer.input) > 2 else 0.0
+    if len(layer.input) < 3:
+        layer.input.append(f"{name}_bias")
+    file.store(layer.input[2], old - moved)
+    file.store(name, 0 * mean)
+    return layer.name or str(layer.output[0])
+
+
+def spoil_pixels(change: Callable[[PixelFile], str]) -> Callable[[Copy], str]:
+    """Change the part of an ONNX file that converts pixels, and seal the copy again."""
+
+    def put(copy: Copy) -> str:
+        manifest = copy.subject.bundle.manifest
+        if not manifest.takes_pixels or manifest.preprocessing is None:
+            raise NotTried("the files take no pixels, so they contain no preprocessing")
+        model = copy.model(copy.folded_file)
+        where = change(PixelFile(model, float(manifest.preprocessing["scale"])))
+        copy.write_model(model, copy.folded_file)
+        return f"{where} in {copy.folded_file}"
+
+    return put
+
+
+#: Fault of the preprocessing inside a file -> the change that makes it.
+PIXEL_FAULTS: dict[str, Callable[[PixelFile], str]] = {
+    "scale of the pixels dropped": _drop_scale,
+    "means of the channels in another order": _reverse_means,
+    "mean folded into the bias of a padded convolution": _fold_mean,
+}
+
+
 @dataclass(frozen=True)
 class Fault:
     """One row of FAULTS."""
@@ -423,4 +526,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("another opset claimed", MANIFEST, "declaration", claim_opset),
     Fault("labels permuted", MANIFEST, "declaration", permute_labels),
     *(Fault(name, MODEL_ONNX, "quantization", spoil_int8(change)) for name, change in INT8_FAULTS.items()),
+    *(
+        Fault(name, MODEL_ONNX, "file-proof", spoil_pixels(change), evaluate_onnx)
+        for name, change in PIXEL_FAULTS.items()
+    ),
 )

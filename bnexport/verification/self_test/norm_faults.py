@@ -91,7 +91,7 @@ def _refold(copy: Copy, change: Change) -> str | None:
     subject, model = copy.subject, copy.model(copy.folded_file)
     name, spoiled = _hardest(subject, change)
     try:
-        right, wrong = subject.folded, folded_weights(spoiled, subject.example)
+        right, wrong = subject.folded, folded_weights(spoiled, subject.example, subject.bundle.manifest)
     except BnexportError:  # a network that was exported with options that are not known here
         return None
     if wrong.keys() - right.keys() or not _replace_weights(model, right, wrong):

@@ -3,10 +3,11 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
-from support.bundles import copy_bundle, reseal
+from support.bundles import copy_bundle, reseal, tuned_copy
 from support.triton_config_check import ConfigError, check_config, read_config
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
@@ -21,6 +22,7 @@ from bnexport.tensors import Dim, Signature, TensorSpec
 
 ROOT = Path(__file__).parents[3]
 FILES = frozenset({MODEL_ONNX, LABELS})
+OTHER_RUNTIME = "not tuned: tuned.json has another runtime for the goal throughput: openvino-cpu"
 
 
 def deployed(bundle: Bundle, out: Path, **options: object) -> object:
@@ -310,3 +312,44 @@ def test_the_table_of_messages_is_tritons(bundle: Bundle, tmp_path: Path) -> Non
         deploy_triton(bundle, tmp_path / device, DeployRequest(device=device))
         text = (tmp_path / device / "bn_lenet" / CONFIG).read_text()
         assert text_format.Parse(text, model_config_pb2.ModelConfig()).name == "bn_lenet"
+
+
+def test_a_tuning_sets_instances_threads_and_the_preferred_batch(bundle: Bundle, tmp_path: Path) -> None:
+    mine = tuned_copy(bundle, tmp_path / "tuned")
+    done = deploy_triton(mine, tmp_path / "out", DeployRequest())
+    text = (tmp_path / "out" / "bn_lenet" / CONFIG).read_text()
+    assert done.tuning == "tuned: 3 sessions x 2 threads, batch 32"
+    config = read_config(text)
+    assert (config.instance_group[0].count, config.max_batch_size) == (3, 64)
+    assert config.parameters["intra_op_thread_count"].string_value == "2"
+    assert list(config.dynamic_batching.preferred_batch_size) == [32]
+    check_config(text, "bn_lenet", mine.manifest.signature, files=FILES)
+    deploy_triton(bundle, tmp_path / "plain", DeployRequest())
+    assert "dynamic_batching { }\n" in (tmp_path / "plain" / "bn_lenet" / CONFIG).read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "expected"),
+    [
+        ({}, {"instances": 1}, ("tuned: 1 session x 1 thread, batch 32", 1, "1", 64, [32])),
+        ({}, {"max_batch_size": 16}, ("tuned: 3 sessions x 2 threads, batch 1", 3, "2", 16, [])),
+        ({"batch": 256}, {}, ("tuned: 3 sessions x 2 threads, batch 256", 3, "2", 256, [256])),
+        ({"batch": 1}, {}, ("tuned: 3 sessions x 2 threads, batch 1", 3, "2", 64, [])),
+        ({"runtime": "openvino-cpu"}, {}, (OTHER_RUNTIME, 1, "1", 64, [])),
+        ({}, {"device": "cuda"}, (OTHER_RUNTIME.replace("openvino", "onnxruntime"), 1, "1", 64, [])),
+    ],
+)
+def test_options_win_over_a_tuning(
+    bundle: Bundle, tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    done = deploy_triton(tuned_copy(bundle, tmp_path / "tuned", **changes), tmp_path / "out", DeployRequest(**options))
+    config = read_config((tmp_path / "out" / "bn_lenet" / CONFIG).read_text())
+    found = config.instance_group[0].count, config.parameters["intra_op_thread_count"].string_value
+    batches = config.max_batch_size, list(config.dynamic_batching.preferred_batch_size)
+    assert (done.tuning, *found, *batches) == expected
+
+
+def test_a_tuning_is_copied_into_an_image(bundle: Bundle, tmp_path: Path) -> None:
+    done = deploy_docker(tuned_copy(bundle, tmp_path / "tuned"), tmp_path / "out", DeployRequest(name="lenet"))
+    assert "models/bn_lenet/1/tuned.json" in done.files
+    Bundle.open(tmp_path / "out" / "models" / "bn_lenet" / "1").check()

@@ -145,3 +145,41 @@ def test_the_distribution_for_serving_machines_is_recognised(monkeypatch):
 def test_describe_is_one_line(gpu, shown):
     record = {"python": "3.11.7", "cpu": "Fast", "cores": 2, "gpu": gpu, "packages": {"bnexport": "1", "torch": "2.15"}}
     assert describe(record) == f"Fast (2 cores{shown}), Python 3.11.7, torch 2.15"
+
+
+def test_the_memory_that_is_free_is_that_of_the_system_and_of_the_container(monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    (tmp_path / "own").write_text("0::/\n")
+    monkeypatch.setattr(module, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(module, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(module, "_GROUPS", tmp_path)
+    assert module.available_memory() == 4000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert module.available_memory() == 4000 * 1024
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 400000\n")
+    assert module.available_memory() == 2_400_000
+    monkeypatch.setattr(module, "_MEMORY", tmp_path / "none")
+    monkeypatch.setattr(module, "_OWN_GROUPS", tmp_path / "none")
+    assert module.available_memory() is None
+
+
+def test_steal_is_busy_and_waiting_for_a_disk_is_not(monkeypatch, tmp_path):
+    ticks = os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(module, "_STAT", tmp_path / "stat")
+    assert module.cpu_seconds() == (0.0, 0.0)
+    (tmp_path / "stat").write_text(f"cpu  {ticks} 0 {ticks} {5 * ticks} {3 * ticks} 0 0 {2 * ticks} 7 7\ncpu0 1 1\n")
+    assert module.cpu_seconds() == (4.0, 12.0)
+
+
+def test_the_state_of_the_processor_lists_the_known_instruction_sets(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_GOVERNOR", tmp_path / "governor")
+    monkeypatch.setattr(
+        module, "_lines", lambda file: ["flags : fpu avx512f avx2 sse"] if "cpuinfo" in str(file) else []
+    )
+    assert module.cpu_state()["instructions"] == ["avx2", "avx512f"]
+    assert module.cpu_state()["governor"] is None
+    assert module.peak_memory() == 0
+    monkeypatch.undo()
+    assert module.peak_memory() > 10**7 or not Path("/proc/self/status").exists()

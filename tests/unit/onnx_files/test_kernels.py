@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from bnexport.onnx_files import kernels
@@ -71,6 +71,7 @@ TRANSPOSED: list[dict[str, Any]] = [
     {"strides": 2, "pads": (1, 0)},
     {"strides": 3, "dilations": 2, "output_padding": 1},
 ]
+STEP = {"step": np.array(0.125, np.float32), "zero": np.array(3, np.uint8)}
 ELEMENT_WISE: dict[str, Callable[[float], float]] = {
     "Relu": lambda x: max(x, 0.0),
     "Erf": math.erf,
@@ -159,6 +160,22 @@ def test_element_wise_operators_do_not_round(operator: str) -> None:
     np.testing.assert_allclose(found, [function(value) for value in feeds_of(made)["x"]], rtol=1e-15)
     (extreme,) = wide_evaluator(made).run(None, {"x": np.array([-800.0, 800.0])})
     assert extreme.tolist() == {"Relu": [0.0, 800.0], "Erf": [-1.0, 1.0], "Sigmoid": [0.0, 1.0]}[operator]
+
+
+def test_codes_of_a_single_number() -> None:
+    """onnxruntime's quantizer gives codes to constants without axes, as the 6 of a hard swish."""
+    nodes = [
+        helper.make_node("Sigmoid", ["x"], ["s"]),
+        helper.make_node("QuantizeLinear", ["s", "step", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "step", "zero"], ["y"]),
+    ]
+    stored = [numpy_helper.from_array(array, name) for name, array in STEP.items()]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], stored)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    (found,) = wide_evaluator(made).run(None, {"x": np.array(0.0)})
+    assert found.shape == ()
+    assert found == pytest.approx(0.5, abs=1e-7)
 
 
 def chain(count: int) -> onnx.ModelProto:

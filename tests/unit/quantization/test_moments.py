@@ -83,3 +83,42 @@ def test_independent_tensors_add_means_and_variances() -> None:
     found = spreads(plan, {"x": TrainedMoments(MEAN, STD), "p": TrainedMoments(2 * MEAN, STD)}, {}, shapes)["y"]
     np.testing.assert_allclose(found.mean, 3 * MEAN, atol=1e-3)
     np.testing.assert_allclose(found.std, np.sqrt(2) * STD, rtol=2e-3)
+
+
+@pytest.mark.parametrize("gate", ["Sigmoid", "HardSigmoid"])
+def test_a_gate_of_an_unknown_tensor_leaves_the_whole_range_of_its_product(gate: str) -> None:
+    plan = graph([(gate, ["u"], "g"), ("Relu", ["x"], "r"), ("Mul", ["r", "g"], "y")])
+    plan.model.graph.node.insert(1, helper.make_node("Conv", ["x", "square"], ["u"]))
+    plan.model.graph.initializer.append(numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "square"))
+    shapes = {"x": (2, 3, 4, 4), "u": (2, 3, 4, 4), "g": (2, 3, 1, 1), "r": (2, 3, 4, 4), "y": (2, 3, 4, 4)}
+    found = spreads(plan, {"x": TrainedMoments(MEAN, STD)}, {}, shapes)
+    assert "u" not in found
+    assert found["y"].values.max() == pytest.approx(found["r"].values.max())
+    assert found["y"].values.min() == 0
+    np.testing.assert_allclose(found["y"].mean, found["r"].mean / 2, rtol=0.05, atol=0.01)
+    assert found["y"].range().source == "derived from BatchNorm"
+
+
+def test_parts_and_joined_tensors_keep_the_moments_of_their_channels() -> None:
+    plan = graph([("Relu", ["a"], "r"), ("Concat", ["r", "b"], "y")])
+    plan.model.graph.node[2].attribute.append(helper.make_attribute("axis", 1))
+    plan.model.graph.node.insert(1, helper.make_node("Split", ["x", "sizes"], ["a", "b"], axis=1))
+    plan.model.graph.initializer.append(numpy_helper.from_array(np.array([1, 2]), "sizes"))
+    shapes = {"x": (2, 3, 4, 4), "a": (2, 1, 4, 4), "b": (2, 2, 4, 4), "r": (2, 1, 4, 4), "y": (2, 3, 4, 4)}
+    found = spreads(plan, {"x": TrainedMoments(MEAN, STD)}, {}, shapes)
+    np.testing.assert_allclose(found["b"].mean, MEAN[1:], atol=1e-6)
+    np.testing.assert_allclose(found["y"].mean[1:], MEAN[1:], atol=1e-6)
+    assert found["y"].mean[0] > MEAN[0], "ReLU raises the mean of the first channel alone"
+
+
+def test_a_tensor_without_channels_joined_with_others_has_the_range_of_all() -> None:
+    plan = graph([("Reshape", ["x", "flat"], "f"), ("Reshape", ["f", "back"], "s"), ("Concat", ["x", "s"], "y")])
+    plan.model.graph.node[3].attribute.append(helper.make_attribute("axis", 1))
+    for name, sizes in (("flat", [2, 2, 24]), ("back", [2, 3, 4, 4])):
+        plan.model.graph.initializer.append(numpy_helper.from_array(np.array(sizes), name))
+    shapes = {"x": (2, 3, 4, 4), "f": (2, 2, 24), "s": (2, 3, 4, 4), "y": (2, 6, 4, 4)}
+    found = spreads(plan, {"x": TrainedMoments(MEAN, STD)}, {}, shapes)
+    assert (found["s"].axis, found["y"].axis) == (-1, -1)
+    assert found["y"].values.max() == found["x"].values.max()
+    assert found["y"].values.min() == found["x"].values.min()
+    np.testing.assert_allclose(found["y"].mean, MEAN.mean(), atol=1e-2)

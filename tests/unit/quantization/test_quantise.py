@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -324,12 +325,30 @@ def test_what_can_not_be_quantised_is_refused_in_one_sentence(model: ModelProto)
             assert raised.value.remedy == "Choose one of: cpu, tensorrt"
 
 
-def test_a_network_whose_gammas_are_zero_has_ranges_without_width(tmp_path: Path) -> None:
-    dead = type(residual())()
+def with_zero_gammas(share: float) -> nn.Module:
+    """Return a network of which a share of each BatchNorm's gammas is 0, and all of their betas if the share is 1."""
+    network = copy.deepcopy(residual())
     with torch.no_grad():
-        for layer in dead.modules():
+        for layer in network.modules():
             if isinstance(layer, nn.BatchNorm2d):
-                layer.weight.zero_()
-    dead.eval()
-    with pytest.raises(ModelError, match="has no width"):
-        made(folded(dead, tmp_path), network=dead)
+                layer.weight[: int(share * len(layer.weight))] = 0
+                layer.bias *= share < 1
+    return network
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("samples", [0, 32])
+def test_gammas_of_zero_and_ranges_without_width_are_exact(
+    share: float, samples: int, target: str, tmp_path: Path
+) -> None:
+    network = with_zero_gammas(share)
+    model = folded(network, tmp_path)
+    calibration = Calibration({"input": images(samples, seed=1)}, "images") if samples else None
+    result = made(model, network=network, calibration=calibration, options=Int8Options(target))
+    feeds = images(16, seed=2)
+    exact = Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+    assert snr(outputs(result.model, feeds), exact) > (20 if share < 1 else 80)
+    assert [item.reason for item in findings(Int8File(model, result.model, result.record)) if not item.passed] == []
+    always_zero = [text for text in result.record["warnings"] if "is always 0" in text]
+    assert bool(always_zero) == (share == 1)

@@ -1,22 +1,26 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.bundles import SIGNATURE, copy_bundle, network, reseal
+from support.bundles import SIGNATURE, copy_bundle, network, reseal, tuned_copy
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
+from bnexport.serving import served_model
 from bnexport.serving.predictor import Predictor, labelled, predict_images
+from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings, open_served
 from bnexport.tensors import Signature, TensorSpec
 
@@ -193,3 +197,57 @@ def test_leaving_the_block_closes_the_runner(bundle: Bundle) -> None:
         pass
     with pytest.raises(UsageError, match="closed"):
         predictor.logits(IMAGES[:1])
+
+
+#: Options of serve with ``--workers auto`` -> sessions, threads, largest batch, and the line of the log.
+TUNED: list[tuple[dict[str, object], dict[str, object], tuple[int, int, int], str | None]] = [
+    ({}, {}, (3, 2, 32), "tuned: 3 sessions x 2 threads, batch 32"),
+    ({}, {"max_batch": 8}, (3, 2, 8), "tuned: 3 sessions x 2 threads, batch 8"),
+    ({}, {"workers": 2}, (2, 1, 64), None),
+    ({"runtime": "torch-cpu"}, {}, (1, 1, 64), "not tuned: tuned.json has another runtime for the goal throughput: torch-cpu"),
+    ({}, {"processes": 4096}, (1, 1, 64), "not tuned: tuned.json was measured with one process, here are 4096"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "options", "expected", "line"), TUNED)
+def test_a_tuning_sets_sessions_threads_and_batch_of_a_server(
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    options: dict[str, object],
+    expected: tuple[int, int, int],
+    line: str | None,
+) -> None:
+    monkeypatch.setattr(served_model, "INLINE_SECONDS", 0.0)  # as a model that is too slow for the event loop
+    monkeypatch.setattr(served_model, "available_cores", lambda: 1)
+    mine = tuned_copy(bundle, tmp_path / "tuned", **changes)
+    events: list[tuple[str, Any]] = []
+    repository = Repository(
+        mine.path,
+        ServingSettings(**options),
+        lambda what, **fields: events.append((what, fields)),  # type: ignore[arg-type]
+    )
+    repository.load()
+    served = repository.resolve("bn_lenet")
+    try:
+        assert (served.batcher.workers, served.threads, served.batcher.limits.rows) == expected
+        assert served.config()["parameters"] == {"intra_op_thread_count": {"string_value": str(expected[1])}}
+        assert [fields["result"] for what, fields in events if what == "tuning"] == ([] if line is None else [line])
+    finally:
+        asyncio.run(served.close())
+
+
+def test_a_tuned_model_on_the_event_loop_keeps_one_session(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_model, "INLINE_SECONDS", 1e9)
+    served = open_served("lenet", "1", tuned_copy(bundle, tmp_path / "tuned").path, ServingSettings())
+    assert (served.batcher.workers, served.tuning) == (1, "tuned: 1 session x 2 threads, batch 32")
+    asyncio.run(served.close())
+
+
+def test_without_a_tuning_a_server_is_as_before(bundle: Bundle) -> None:
+    served = open_served("lenet", "1", bundle.path, ServingSettings(workers=1))
+    assert (served.threads, served.tuning, served.batcher.limits.rows) == (1, None, 64)
+    asyncio.run(served.close())

@@ -2,25 +2,30 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.bundles import copy_bundle, reseal
+from support.bundles import copy_bundle, reseal, tuned_copy
 from unit.deploying.conftest import foreign_bundle
 from unit.serving.bulk.conftest import IMAGES, png, predict, rows
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
+from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.serving.bulk.bulk_prediction import ShardActor, predict_in_bulk, threads_ended
 from bnexport.serving.bulk.bulk_request import BulkProgress, BulkRequest
 from bnexport.serving.bulk.job import JOB, make_job
 from bnexport.serving.predictor import predict_images
+from bnexport.tuned import Choice, tuning_line
 
 
 @pytest.mark.parametrize(
@@ -298,3 +303,77 @@ def test_threads_of_ray_are_waited_for() -> None:
         threading.Thread(target=sleep).start()
         raise KeyError
     assert slept
+
+
+class _Lines(BulkProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def on_tuning(self, line: str) -> None:
+        self.lines.append(line)
+
+    def on_start(self, rows: int, done: int, workers: int) -> None:
+        self.lines.append(f"{workers} workers")
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "lines"),
+    [
+        ({"sessions": 1}, {}, ["tuned: 1 session x 2 threads, batch 32", "1 workers"]),
+        ({}, {"workers": 1}, ["tuned: 1 session x 1 thread, batch 32", "1 workers"]),
+        ({"sessions": 1}, {"batch_size": 7}, ["tuned: 1 session x 2 threads, batch 7", "1 workers"]),
+        (
+            {"runtime": "openvino-cpu"},
+            {"workers": 1},
+            ["not tuned: tuned.json has another runtime for the goal throughput: openvino-cpu", "1 workers"],
+        ),
+    ],
+)
+def test_a_tuning_sets_what_no_option_sets(
+    bundle: Bundle,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: np.ndarray,
+    changes: dict[str, object],
+    options: dict[str, int],
+    lines: list[str],
+) -> None:
+    mine = tuned_copy(bundle, tmp_path / "tuned", **changes)
+    calls: list[int] = []
+    threads: list[int | None] = []
+    run, opened = OnnxRuntimeRunner.run, OnnxRuntimeRunner.__init__
+
+    def counted(self: Any, feeds: Any) -> Any:
+        calls.append(len(feeds["input"]))
+        return run(self, feeds)
+
+    def noted(self: Any, *words: Any, **settings: Any) -> None:
+        threads.append(settings["settings"].threads)
+        opened(self, *words, **settings)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "run", counted)
+    monkeypatch.setattr(OnnxRuntimeRunner, "__init__", noted)
+    listener = _Lines()
+    request = BulkRequest(logits=True, **options)
+    predict_in_bulk(mine, [sources["a.npy"]], tmp_path / "out", request=request, progress=listener)
+    assert listener.lines == lines
+    found = re.fullmatch(r"tuned: .* x (\d) .*batch (\d+)", lines[0])
+    assert threads == [int(found[1]) if found else 1]
+    assert max(calls[1:]) == (int(found[2]) if found else 90), "after the probe of two samples"
+    assert np.allclose(rows(tmp_path / "out")["logits"], wanted, rtol=0, atol=2e-5)
+
+
+def test_without_a_tuning_nothing_is_printed(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
+    listener = _Lines()
+    predict_in_bulk(bundle, [sources["a.npy"]], tmp_path / "out", request=BulkRequest(workers=1), progress=listener)
+    assert listener.lines == ["1 workers"]
+
+
+def test_small_tuned_batches_are_read_together() -> None:
+    choice = Choice("onnxruntime-cpu", 24, 1, 1, 1.0, 1.0, 1.0)
+    tuned = BulkRequest(tuning=choice)
+    assert (tuned.rows_read(), tuned.resolved_batch()) == (240, 24)
+    assert replace(tuned, batch_size=7).rows_read() == 7
+    assert BulkRequest(tuning=replace(choice, batch=1000)).rows_read() == 1000
+    assert tuning_line(choice) == "tuned: 1 session x 1 thread, batch 24"

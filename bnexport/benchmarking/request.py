@@ -1,0 +1,229 @@
+"""A benchmark's request, and its variants: file x runtime x batch x threads x sessions, or why they can't be measured."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bnexport.benchmarking.spread import LEAST_ROUNDS
+from bnexport.bundle import Bundle, Manifest
+from bnexport.environment import available_cores
+from bnexport.errors import BundleError, UsageError
+from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
+
+#: The word for every core that this process may use.
+ALL = "all"
+#: Runtime of ``--against``: onnxruntime's own session, without bnexport.
+BARE = "bare session"
+BATCHES, QUICK_BATCHES = (1, 8, 32, 256), (1, 32)
+SECONDS, QUICK_SECONDS = 2.0, 0.5
+#: Engines of --quick. Each process of torch's imports torch, which takes seconds.
+_QUICK_ENGINES = ("onnxruntime", "openvino")
+
+
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """The files, runtimes and sizes to measure. An empty or None field has its default, which depends on ``quick``.
+
+    Raises:
+        UsageError: A value that can't be measured, or two names for one file.
+    """
+
+    bundles: tuple[Path, ...]
+    against: Path | None = None  # An ONNX file to run in onnxruntime's own session, as the first rows
+    runtimes: tuple[str, ...] = ()  # Names from RUNNERS; default: every CPU runtime that works here
+    batches: tuple[int, ...] = ()  # Images per call
+    threads: tuple[int | str, ...] = (1, ALL)  # Threads inside one call
+    sessions: tuple[int | str, ...] = (1, ALL)  # Sessions that call at the same time
+    seconds: float | None = None  # Seconds of measurement per variant, over all rounds
+    rounds: int = LEAST_ROUNDS
+    quick: bool = False  # Two batch sizes, fewer runtimes, shorter rounds, a verification of fewer samples
+    seed: int = 0  # Random seed of the inputs and of the order in each round
+
+    def __post_init__(self) -> None:
+        if not self.bundles:
+            raise UsageError("no bundle was given", remedy="Give at least one bundle")
+        for first, second in itertools.combinations(self.bundles, 2):
+            if first.resolve() == second.resolve():
+                raise UsageError(f"{first} and {second} are the same bundle", remedy="Give each bundle once")
+        if self.against is not None and not self.against.is_file():
+            raise UsageError(f"--against {self.against} is not a file", remedy="Give an ONNX file")
+        if self.rounds < LEAST_ROUNDS:
+            raise UsageError(
+                f"{self.rounds} rounds show no difference, because their range misses the true ratio too often",
+                remedy=f"Give --rounds {LEAST_ROUNDS} or more",
+            )
+        if not 0 < self.round_seconds < 1e6:
+            raise UsageError(f"--seconds {self.seconds} is not a time to measure", remedy="Give seconds, as 2")
+        for flag, counts in (("batch", self.batches), ("threads", self.threads), ("sessions", self.sessions)):
+            for count in counts:
+                if isinstance(count, int) and count < 1:
+                    raise UsageError(f"--{flag} {count} measures nothing", remedy="Give at least 1")
+        for name in self.runtimes:
+            runner_spec(name)
+
+    @property
+    def round_seconds(self) -> float:
+        """Return the seconds of one variant in one round."""
+        seconds = (QUICK_SECONDS if self.quick else SECONDS) if self.seconds is None else self.seconds
+        return seconds / self.rounds
+
+    def specs(self) -> tuple[RunnerSpec, ...]:
+        """Return the runtimes to measure; RuntimeUnavailable if a named one can't run here."""
+        if self.runtimes:
+            named = tuple(runner_spec(name) for name in dict.fromkeys(self.runtimes))
+            for spec in named:
+                spec.require()
+            return named
+        kept = [spec for spec in RUNNERS if spec.default and spec.device == "cpu"]
+        return tuple(
+            spec for spec in kept if (not self.quick or spec.engine in _QUICK_ENGINES) and spec.available() is None
+        )
+
+    def batches_of(self, subject: Subject) -> tuple[int, ...]:
+        """Return the batch sizes of a bundle, in rising order.
+
+        Raises:
+            UsageError: The file has a fixed batch size, and another one was requested.
+        """
+        wanted = self.batches or (QUICK_BATCHES if self.quick else BATCHES)
+        if (fixed := subject.fixed_batch) is None:
+            return tuple(sorted(set(wanted)))
+        if other := [batch for batch in self.batches if batch != fixed]:
+            raise UsageError(
+                f"--batch {other[0]} does not fit {subject.bundle.path}, whose batch size is {fixed}",
+                remedy=f"Give --batch {fixed}, or export with a batch axis that varies",
+            )
+        return (fixed,)
+
+    def ways(self) -> tuple[tuple[int, int], ...]:
+        """Return the pairs of threads and sessions whose product the cores allow.
+
+        Raises:
+            UsageError: A value, or every pair, is more than the cores.
+        """
+        cores = available_cores()
+        threads, sessions = (
+            sorted({cores if count == ALL else int(count) for count in counts})
+            for counts in (self.threads, self.sessions)
+        )
+        for flag, counts in (("threads", threads), ("sessions", sessions)):
+            if counts[-1] > cores:
+                raise UsageError(
+                    f"--{flag} {counts[-1]} is more than the {_cores(cores)} of this process, "
+                    "so they would wait for each other",
+                    remedy=f"Give at most {cores}",
+                )
+        pairs = tuple((count, number) for number in sessions for count in threads if count * number <= cores)
+        if not pairs:
+            raise UsageError(
+                f"{sessions[0]} sessions of {threads[0]} threads need {sessions[0] * threads[0]} cores, "
+                f"this process has {cores}",
+                remedy="Give fewer threads or sessions",
+            )
+        return pairs
+
+
+def _cores(count: int) -> str:
+    return f"{count} core{'' if count == 1 else 's'}"
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One bundle, or the file of ``--against``."""
+
+    label: str  # "A", "B", ... in the order of the command line; "-" for the file
+    name: str  # As the user gave it
+    bundle: Bundle  # For the file: the first bundle, whose inputs it gets
+    file: Path | None = None  # The file of ``--against``
+
+    @property
+    def precision(self) -> str:
+        """Return the precision of the stored weights: "float32", "int8"."""
+        return "as in the file" if self.file else str(self.manifest.onnx.get("precision", "float32"))
+
+    @property
+    def manifest(self) -> Manifest:
+        """Return the bundle's manifest."""
+        return self.bundle.manifest
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """Return the only possible batch size; None if the batch axis varies."""
+        first = self.manifest.signature.inputs[0].shape[:1]
+        if self.manifest.signature.batched:
+            return None
+        return first[0] if first and isinstance(first[0], int) else len(next(iter(self.bundle.golden()[0].values())))
+
+    def size(self, runtime: str) -> int:
+        """Return the bytes of the file that a runtime reads."""
+        if self.file is not None:
+            return self.file.stat().st_size
+        return int(self.manifest.files[runner_spec(runtime).file]["size"])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table."""
+
+    subject: Subject = field(repr=False)
+    runtime: str  # A name from RUNNERS, or BARE
+    batch: int
+    threads: int
+    sessions: int
+
+    @property
+    def process(self) -> tuple[str, str, int, int]:
+        """Return the key of the process that measures it; batch sizes share one."""
+        return self.subject.label, self.runtime, self.threads, self.sessions
+
+    @property
+    def name(self) -> str:
+        """Return "A onnxruntime-cpu, batch 32, 1 thread, 2 sessions"."""
+        threads, sessions = (
+            f"{count} {word}{'' if count == 1 else 's'}"
+            for count, word in ((self.threads, "thread"), (self.sessions, "session"))
+        )
+        return f"{self.subject.label} {self.runtime}, batch {self.batch}, {threads}, {sessions}"
+
+
+def subjects_of(request: BenchmarkRequest) -> tuple[Subject, ...]:
+    """Open the bundles, and put the file of ``--against`` before them.
+
+    Raises:
+        BundleError: A folder is not a bundle.
+    """
+    labels = (chr(ord("A") + number) if number < 26 else f"A{number}" for number in itertools.count())
+    found = [Subject(label, str(path), Bundle.open(path)) for label, path in zip(labels, request.bundles, strict=False)]
+    bare = [] if request.against is None else [Subject("-", str(request.against), found[0].bundle, request.against)]
+    return (*bare, *found)
+
+
+def variants_of(
+    request: BenchmarkRequest, subjects: Sequence[Subject], specs: Sequence[RunnerSpec]
+) -> tuple[list[Variant], dict[str, str]]:
+    """Return the variants in the order of the table, and runtime -> why it is left out.
+
+    Raises:
+        BundleError: No runtime can read a file of the bundles.
+        UsageError: See ``batches_of`` and ``ways``.
+    """
+    found, left = [], {}
+    for subject in subjects:
+        for spec in specs if subject.file is None else (None,):
+            if spec is not None and spec.file not in subject.manifest.files:
+                left[f"{subject.label} {spec.name}"] = f"the bundle was written without {spec.file}"
+                continue
+            runtime = BARE if spec is None else spec.name
+            found += [
+                Variant(subject, runtime, batch, threads, sessions)
+                for threads, sessions in request.ways()
+                for batch in request.batches_of(subject)
+            ]
+    if not any(variant.subject.file is None for variant in found):
+        why = next(iter(left.values()), "no runtime works here")
+        raise BundleError(f"nothing can be measured: {why}", remedy="bnexport doctor lists the runtimes")
+    # One batch size after the other: their rows are compared.
+    return sorted(found, key=lambda variant: variant.batch), left

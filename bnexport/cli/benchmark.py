@@ -1,0 +1,160 @@
+"""``bnexport benchmark``: the fastest runtime among those whose answers are right."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bnexport.benchmarking.request import ALL, BATCHES, QUICK_BATCHES, QUICK_SECONDS, SECONDS, BenchmarkRequest
+from bnexport.benchmarking.spread import LEAST_ROUNDS
+from bnexport.cli.output import STDOUT, stages, write_json, write_result
+from bnexport.errors import OutputError, UsageError
+from bnexport.optional import need_packages
+from bnexport.runtimes.catalogue import RUNNERS
+
+if TYPE_CHECKING:
+    from bnexport.benchmarking.report import BenchmarkReport
+
+_RUNTIMES = [spec.name for spec in RUNNERS]
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    return ",".join(map(str, counts))
+
+
+@click.command("benchmark", epilog="Example: bnexport benchmark models/bn_lenet/1 --quick")
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="FILE.onnx",
+    help="ONNX file to run in ONNX Runtime's own session as the first rows. It is not verified.",
+)
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    type=click.Choice(_RUNTIMES),
+    metavar="NAME",
+    help=f"Measure this runtime only. Repeatable. Runtimes: {', '.join(_RUNTIMES)}.  "
+    "[default: CPU runtimes that work here]",
+)
+@click.option(
+    "--batch", "batches", metavar="N,...",
+    help=f"Images per call.  [default: {_listed(BATCHES)}; with --quick {_listed(QUICK_BATCHES)}]",
+)  # fmt: skip
+@click.option(
+    "--threads", default=f"1,{ALL}", show_default=True, metavar="N,...",
+    help=f"Threads inside one call; {ALL} is one per core.",
+)  # fmt: skip
+@click.option(
+    "--sessions", default=f"1,{ALL}", show_default=True, metavar="N,...",
+    help=f"Sessions that call at the same time; {ALL} is one per core.",
+)  # fmt: skip
+@click.option(
+    "--seconds", type=click.FloatRange(0, 3600, min_open=True),
+    help=f"Seconds of measurement per row, over all rounds.  [default: {SECONDS:g}; with --quick {QUICK_SECONDS:g}]",
+)  # fmt: skip
+@click.option(
+    "--rounds", type=click.IntRange(min=LEAST_ROUNDS), default=LEAST_ROUNDS, show_default=True,
+    help="Rounds, in each of which every row is measured once.",
+)  # fmt: skip
+@click.option(
+    "--quick", is_flag=True,
+    help="Measure ONNX Runtime and OpenVINO only, two batch sizes, for a shorter time.",
+)  # fmt: skip
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of inputs and order."
+)
+@click.option("--save", is_flag=True, help="Write the recommended settings into each bundle, as tuned.json.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON. - prints it instead of the table.")
+@click.option("--html", "html_file", metavar="FILE", help="Write the report as one self-contained HTML page.")
+@click.option("--plot", "plot_file", metavar="FILE.svg", help="Draw throughput against latency as an SVG file.")
+@click.pass_context
+def command(ctx: click.Context, /, bundles: tuple[Path, ...], **options: Any) -> None:
+    """Measure BUNDLEs on every runtime, and name the fastest one whose answers are right.
+
+    Each row is a bundle in one runtime with one batch size, number of threads and number of sessions. All rows are measured
+    in turn, round by round. A row is recommended only if verify's verdict on its file and runtime is PASS and its answers
+    to the golden vectors (inputs and outputs stored at export) were right during the measurement. On a busy machine no
+    row is recommended.
+
+    Exit codes: 0 done, 1 no row is right, 2 bad input, 3 a requested runtime can't run here.
+    """
+    outputs = _outputs(options)
+    request = BenchmarkRequest(
+        bundles,
+        options["against"],
+        options["runtimes"],
+        batches=tuple(count for count in _counts(options["batches"], "--batch") if isinstance(count, int)),
+        threads=_counts(options["threads"], "--threads", every=True),
+        sessions=_counts(options["sessions"], "--sessions", every=True),
+        **{name: options[name] for name in ("seconds", "rounds", "quick", "seed")},
+    )
+    need_packages("bnexport benchmark", "onnxruntime")
+    if outputs["html_file"] or outputs["plot_file"]:
+        need_packages("bnexport benchmark --html and --plot", "jinja2", "markupsafe")
+    from bnexport.benchmarking.benchmark import benchmark
+    from bnexport.cli.output import prints_aside
+
+    with prints_aside(), stages() as progress:
+        report = benchmark(request, progress=progress)
+    if outputs["json_file"] != STDOUT or report.interrupted:
+        from bnexport.reporting.benchmark import print_benchmark
+        from bnexport.reporting.tables import make_console
+
+        print_benchmark(report, make_console())
+    if report.interrupted:
+        raise KeyboardInterrupt
+    _write_files(report, outputs)
+    if options["save"]:
+        from bnexport.benchmarking.benchmark import save_tunings
+
+        for path in save_tunings(report):
+            click.echo(f"Saved {path}", err=outputs["json_file"] == STDOUT)
+    ctx.exit(0 if report.right else 1)
+
+
+def _outputs(options: dict[str, Any]) -> dict[str, str | None]:
+    """Return the files to write; refuse two results in one file, and a picture that is not an SVG."""
+    files = {name: options[name] for name in ("json_file", "html_file", "plot_file")}
+    given = [file for file in files.values() if file is not None]
+    if twice := next(
+        (file for file in given if [Path(x).resolve() for x in given].count(Path(file).resolve()) > 1), ""
+    ):
+        raise UsageError(f"two results would be written to {twice}", remedy="Give each its own file")
+    if files["plot_file"] is not None and not files["plot_file"].lower().endswith(".svg"):
+        raise OutputError(f"--plot {files['plot_file']} is not a .svg file", remedy="Choose this suffix")
+    return files
+
+
+def _counts(text: str | None, flag: str, *, every: bool = False) -> tuple[int | str, ...]:
+    """Return a text like "1,8,all" as numbers; UsageError for other texts. ``every`` allows "all"."""
+    found: list[int | str] = []
+    for part in text.split(",") if text is not None else ():
+        word = part.strip()
+        if every and word == ALL:
+            found.append(word)
+        elif word.isascii() and word.isdigit() and len(word) < 10:
+            found.append(int(word))
+        else:
+            example = f"1,{ALL}" if every else _listed(BATCHES)
+            raise UsageError(f"{flag} {text!r} is not a list of whole numbers", remedy=f"Write it as {flag} {example}")
+    return tuple(found)
+
+
+def _write_files(report: BenchmarkReport, outputs: dict[str, str | None]) -> None:
+    if (target := outputs["json_file"]) is not None:
+        write_json(target, report.to_json())
+    if (target := outputs["html_file"]) is not None:
+        from bnexport.reporting.benchmark import benchmark_page
+
+        write_result(target, benchmark_page(report, command=shlex.join(["bnexport", *sys.argv[1:]])))
+    if (target := outputs["plot_file"]) is not None:
+        from bnexport.reporting.benchmark import plot
+
+        write_result(target, plot(report))
