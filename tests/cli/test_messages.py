@@ -23,6 +23,7 @@ _EXPORT = ("fold-and-export",)
 #: command may raise name no option, or a command with it.
 RAISED_BY: dict[str, tuple[str, ...]] = {
     "auditing": ("audit",),
+    "benchmarking": ("benchmark",),
     "data": _DATA,
     "data/classes": ("fold-and-export", "verify"),
     "data/samples": ("verify",),
