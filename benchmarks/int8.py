@@ -26,12 +26,12 @@ from benchmarks.clock import Spread
 from benchmarks.command import finish, known, options, progress
 from benchmarks.pages import ranged, render, write_page
 from benchmarks.real_networks import NETWORKS, Network, _module, unpacked
+from bnexport.auditing.int8_audit import instructions
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.environment import describe, environment
 from bnexport.files import write_atomically
 from bnexport.onnx_files.models import read_model
 from bnexport.optional import installed, one_line, require
-from bnexport.quantization.int8_audit import instructions
 from bnexport.quantization.int8_plan import with_scales_per_channel
 from bnexport.quantization.integer_emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
 from bnexport.quantization.moments import Seen, seen_in_file, seen_in_module
@@ -486,8 +486,9 @@ def page(parts: Sequence[Mapping[str, Any]]) -> str:
     loads = [part["load"] for part in parts]
     machines = sorted({part["machine"] for part in parts})
     return render(
-        "int8.md.jinja", sections=sections, machines=machines, low=min(loads), high=max(loads), rounds=_ROUNDS
-    )
+        "int8.md.jinja", sections=sections, machines=machines, nncf=_nncf_version(), low=min(loads), high=max(loads),
+        rounds=_ROUNDS,
+    )  # fmt: skip
 
 
 def main() -> int:

@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import ModelProto, TensorProto, ValueInfoProto
+from onnx import ModelProto
 
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, write_golden
 from bnexport.data.preprocessing import Preprocessing, original_feeds
 from bnexport.environment import environment
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.request import ExportRequest, InputSpec, parse_inputs
-from bnexport.exporting.signature import check_labels, of_dtype
+from bnexport.exporting.signature import FILE_ALONE, check_labels, of_dtype, signature_of_file
 from bnexport.files import refuse_existing_file, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
@@ -23,23 +22,21 @@ from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, fi
 from bnexport.folding.pixel_input import pixel_model
 from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_files.models import multiplications
-from bnexport.pipeline import Source, onnx_facts, publish
+from bnexport.pipeline import Source, onnx_facts, publish, with_int8
 from bnexport.progress import Progress, silent
 from bnexport.quantization.int8_plan import with_scales_per_channel
 from bnexport.quantization.moments import Seen, seen_in_file
 from bnexport.reporting.results import ExportResult
-from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
+from bnexport.tensors import Array, Signature, TensorSpec
 from bnexport.verification.budget import budget_of
 from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.golden import golden_inputs, real_images
 from bnexport.verification.inputs import Case, build_suite, score_count
-from bnexport.verification.int8 import with_int8, within_range
+from bnexport.verification.int8 import within_range
 from bnexport.verification.verdict import VerificationReport
 
-_FILE_ALONE = "Pass --out FILE.onnx to write the folded file alone"
 #: Largest number of images on which the original's accuracy is judged, and of those evaluated in one call.
 _MOST_JUDGED, _CHUNK = 1000, 64
-_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def fold_onnx_file(
@@ -142,7 +139,7 @@ def _int8(stage: Path, manifest: Manifest, result: OnnxFoldResult, request: Expo
     try:
         example, _ = first_that_works(evaluator(result.original), result.original, 0, sizes)
     except NotEvaluated as reason:
-        raise ExportError(f"the file can't be evaluated in float64: {reason}", remedy=_FILE_ALONE) from reason
+        raise ExportError(f"the file can't be evaluated in float64: {reason}", remedy=FILE_ALONE) from reason
     if manifest.takes_pixels:
         rng = np.random.default_rng(0)
         example = {name: rng.integers(0, 256, array.shape, np.uint8) for name, array in example.items()}
@@ -155,41 +152,6 @@ def _int8(stage: Path, manifest: Manifest, result: OnnxFoldResult, request: Expo
 
 def _requested(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     return {spec.name: spec.shape for spec in parse_inputs(texts)} if texts else {}
-
-
-def signature_of_file(model: ModelProto) -> Signature:
-    """Return the declared names, element types and shapes of a file; open sizes without a name get one.
-
-    Raises:
-        ExportError: A shape that is not declared, no batch, or a precision that the strict float32 bounds do not fit.
-    """
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, tensor in stored.items():
-        if tensor.data_type in _HALVES:
-            raise ExportError(f"{name!r} is in half precision; bundles are verified in float32", remedy=_FILE_ALONE)
-    inputs = [_spec(value) for value in model.graph.input if value.name not in stored]
-    if not inputs:
-        raise ExportError("the file has no input", remedy=_FILE_ALONE)
-    return Signature(tuple(inputs), tuple(_spec(value) for value in model.graph.output))
-
-
-def _spec(value: ValueInfoProto) -> TensorSpec:
-    kind = value.type.tensor_type
-    if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape") or not kind.shape.dim:
-        raise ExportError(
-            f"the file does not declare a shape with a batch for {value.name!r}, which a bundle needs",
-            remedy=f"Run onnx.shape_inference over it first. {_FILE_ALONE}",
-        )
-    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
-    if dtype not in DTYPES or kind.elem_type in _HALVES:
-        raise ExportError(f"{value.name!r} is {dtype}; bundles are verified in float32", remedy=_FILE_ALONE)
-    shape = tuple(
-        int(dim.dim_value)
-        if dim.HasField("dim_value")
-        else dim.dim_param or (f"{value.name}_{axis}" if axis else "batch")
-        for axis, dim in enumerate(kind.shape.dim)
-    )
-    return TensorSpec(value.name, dtype, shape)
 
 
 def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest) -> None:
@@ -208,7 +170,7 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
     except NotEvaluated as reason:
         raise ExportError(
             f"the file can't be evaluated in float64, so a bundle of it could not be verified: {reason}",
-            remedy=_FILE_ALONE,
+            remedy=FILE_ALONE,
         ) from reason
     named = {spec.name: np.asarray(output) for spec, output in zip(signature.outputs, outputs, strict=True)}
     write_golden(stage, signature, feeds, named)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +19,10 @@ from onnx import ModelProto
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
-from bnexport.data.preprocessing import Preprocessing, original_feeds
-from bnexport.environment import environment
-from bnexport.errors import RefusedModel, UsageError
+from bnexport.bundle import MODEL_FLOAT32, MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
+from bnexport.data.preprocessing import Preprocessing, original_feeds, preprocessing_of
+from bnexport.environment import cpu_name, environment
+from bnexport.errors import BnexportError, DataError, ModelError, RefusedModel, UsageError
 from bnexport.evaluating.network import TrainedNetwork, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.export_onnx import stamp_metadata
@@ -32,6 +34,7 @@ from bnexport.exporting.request import (
     example_inputs,
     model_and_version,
     parse_inputs,
+    read_share,
 )
 from bnexport.exporting.signature import check_labels, of_dtype, signature_of
 from bnexport.exporting.triton_config import check_triton_config, write_triton_config
@@ -47,19 +50,25 @@ from bnexport.loading.zoo import zoo_of
 from bnexport.nn.batch_axis import check_batch
 from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
-from bnexport.onnx_files.models import opset_of
-from bnexport.optional import collection_paused
+from bnexport.onnx_files.models import opset_of, read_model
+from bnexport.optional import collection_paused, installed
 from bnexport.progress import Progress, part_of, silent
 from bnexport.quantization.moments import Seen, seen_in_module
+from bnexport.quantization.quantize import Int8Options, Int8Result, calibration_of, quantise
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
+from bnexport.runtimes.base import RunSettings
+from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.tensors import Array
 from bnexport.verification.full_check import verify_command
 from bnexport.verification.golden import write_golden_vectors
-from bnexport.verification.int8 import with_int8
+from bnexport.verification.int8 import within_range_of
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
+
+#: Number of timed runs of an int8 file and its float32 original; the shortest times are compared.
+_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -330,6 +339,70 @@ def _int8(
         return seen_in_module(module, original_feeds(manifest, feeds))
 
     return with_int8(stage, manifest, example, norms, request)
+
+
+def with_int8(
+    stage: Path,
+    manifest: Manifest,
+    example: Mapping[str, Array],
+    norms: Callable[[Mapping[str, Array]], Sequence[Seen]],
+    request: ExportRequest,
+) -> Manifest:
+    """Make the model.onnx of a folder int8, keep its float32 original next to it, and return the manifest with the record.
+
+    Ranges come from BatchNorm where the request names no calibration, and from the training images of the manifest's data set
+    where BatchNorm does not give all ranges. For the arguments see ``quantize.quantise``.
+
+    Raises:
+        BadInput: The model can't be quantised, or the calibration can't be used; the folder is unchanged.
+    """
+    model = read_model(stage / MODEL_ONNX)
+    options = Int8Options(request.target, request.float_layers, read_share(request.allow_flips, "--allow-flips"))
+    image = preprocessing_of(manifest)
+
+    def made(named: str | None) -> Int8Result:
+        folder = request.images_at(named) if named == manifest.dataset else request.data_dir
+        calibration = calibration_of(named, manifest.signature, image, folder)
+        return quantise(
+            model, example, norms, options=options, preprocessing=manifest.preprocessing, calibration=calibration
+        )
+
+    try:
+        result = made(request.calibrate)
+    except ModelError as unknown:
+        if request.calibrate is not None or manifest.dataset is None:
+            raise
+        try:
+            result = made(manifest.dataset)
+        except DataError:  # its images are not here
+            raise unknown from None
+    write_atomically(stage / MODEL_FLOAT32, (stage / MODEL_ONNX).read_bytes())
+    write_atomically(stage / MODEL_ONNX, result.model.SerializeToString(deterministic=True))
+    record = {**result.record, "speed": _int8_speed(stage, manifest, within_range_of(result.record, example))}
+    return replace(manifest, onnx={**manifest.onnx, "precision": "int8", "quantization": record})
+
+
+def _int8_speed(folder: Path, manifest: Manifest, feeds: Mapping[str, Array]) -> dict[str, Any]:
+    """Return the speed of int8 as a multiple of float32's in ONNX Runtime, with the conditions; {} if it can't be measured."""
+    if not installed("onnxruntime"):
+        return {}
+    settings, fixed = RunSettings(threads=1), isinstance(manifest.signature.inputs[0].shape[0], int)
+    given = {name: array if fixed else array[:1] for name, array in feeds.items()}
+    with contextlib.suppress(BnexportError), contextlib.ExitStack() as stack:  # the verdict reports what fails
+        runners = [
+            stack.enter_context(OnnxRuntimeRunner(folder / name, manifest.signature, settings=settings))
+            for name in (MODEL_FLOAT32, MODEL_ONNX)
+        ]
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_ROUNDS):  # in turn, so that other load on the machine affects both
+            for runner, taken in zip(runners, times, strict=True):
+                start = time.perf_counter()
+                runner.run(given)
+                taken.append(time.perf_counter() - start)
+        version = runners[0].description["version"]
+        conditions = f"ONNX Runtime {version}, one thread, one sample, {cpu_name()}"
+        return {"of_float32": float(f"{min(times[0]) / min(times[1]):.2g}"), "conditions": conditions}
+    return {}
 
 
 def onnx_facts(request: ExportRequest, model: ModelProto | None = None) -> dict[str, str | int]:

@@ -9,14 +9,12 @@ import click
 from click.core import ParameterSource
 
 from bnexport.auditing.tool_table import TOOLS
-from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
+from bnexport.errors import UsageError
 from bnexport.optional import need_packages
 
 _NAMES = [tool.name for tool in TOOLS]
 _OF_NETWORKS = ("weights", "weights_key", "model_options", "inputs", "tools", "seed")
 _OF_INT8 = ("reference", "samples", "mean", "std", "repair", "force")
-#: Kernels of ONNX Runtime in the table -> whether all of them add in 32 bits (session.x64quantprecision).
-_KERNELS = {"default kernels here": False, "precise kernels here": True}
 
 
 @click.command("audit", epilog="Example: bnexport audit net.int8.onnx --reference net.onnx --samples photos.npy")
@@ -87,7 +85,8 @@ def command(
 
     if is_onnx(source):
         _refuse_options(source, _OF_NETWORKS, "takes a network, not an int8 file")
-        return _audit_int8(Path(source), **options)
+        given = {name: options[name] for name in (*_OF_INT8, "as_json")}
+        return _audit_int8(Path(source), **given)
     _refuse_options(source, _OF_INT8, "takes an int8 ONNX file")
     need_packages("bnexport audit", "torch", "onnx", "onnxscript", "onnx_ir")
     from bnexport.auditing.audit import audit
@@ -122,93 +121,15 @@ def _refuse_options(source: str, names: tuple[str, ...], why: str) -> None:
             raise UsageError(f"{option.opts[0]} does not go with {source}: it {why}", remedy="Leave it out")
 
 
-def _audit_int8(
-    source: Path, *, reference: Path | None, samples: Path | None, repair: Path | None, force: bool, as_json: bool,
-    **options: Any,
-) -> int:  # fmt: skip
+def _audit_int8(source: Path, *, as_json: bool, mean: str | None, std: str | None, **options: Any) -> int:
     need_packages("bnexport audit", "onnx", "onnxruntime")
-    from bnexport.files import refuse_existing_file, write_atomically
-    from bnexport.onnx_files.models import read_model
-    from bnexport.quantization.int8_audit import audit_int8, is_int8_model
-    from bnexport.quantization.writer import repaired
+    from bnexport.auditing.int8_audit import audit_int8_file
+    from bnexport.cli.options import numbers
     from bnexport.reporting.results import print_int8_audit
 
-    if repair is not None:
-        refuse_existing_file(repair, force=force, read=[source], role="audited file")
-    model = read_model(source)
-    if not is_int8_model(model):
-        raise ModelError(
-            f"{source} is not an int8 file: it has no QuantizeLinear, QLinearConv or ConvInteger",
-            remedy="Give an int8 file, or the network itself to compare tools that fold",
-        )
-    feeds, described = (None, "") if samples is None else _samples(model, samples, options["mean"], options["std"])
-    exact = None if reference is None else read_model(reference)
-    runs, unavailable = {}, ""
-    try:
-        runs = {name: _kernels(source, precise=precise) for name, precise in _KERNELS.items()}
-    except RuntimeUnavailable as error:
-        unavailable = error.message
-    found = audit_int8(model, runs, feeds, described=described, reference=exact, unavailable=unavailable)
-    if repair is not None:
-        written = repaired(model, found.means)
-        write_atomically(repair, written.SerializeToString(deterministic=True))
-        click.echo(f"written: {repair}, in which no channel can saturate", err=True)
+    means, stds = (None if text is None else numbers(text, flag) for text, flag in ((mean, "--mean"), (std, "--std")))
+    found = audit_int8_file(source, mean=means, std=stds, **options)
+    if options["repair"] is not None:
+        click.echo(f"written: {options['repair']}, in which no channel can saturate", err=True)
     print_int8_audit(found, as_json=as_json)
     return 1 if found.wrong else 0
-
-
-def _samples(model: Any, path: Path, mean: str | None, std: str | None) -> tuple[Any, str]:
-    """Return the inputs of --samples, and what they are; a fixed batch size is left to the audit."""
-    from dataclasses import replace
-
-    from bnexport.cli.options import numbers
-    from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing
-    from bnexport.errors import ExportError
-    from bnexport.exporting.request import InputSpec, image_preprocessing
-    from bnexport.onnx_pipeline import signature_of_file
-    from bnexport.verification.samples import load_samples
-
-    try:
-        declared = signature_of_file(model)
-    except ExportError as error:
-        raise ModelError(str(error.message), remedy="Give a file in float32 that declares its shapes") from error
-    inputs = tuple(replace(spec, shape=("batch", *spec.shape[1:])) for spec in declared.inputs)
-    means, stds = (None if text is None else numbers(text, flag) for text, flag in ((mean, "--mean"), (std, "--std")))
-    sized = all(isinstance(size, int) for size in inputs[0].shape[1:])
-    specs = [InputSpec(spec.name, tuple(map(int, spec.shape[1:]))) for spec in inputs] if sized else []
-    image = image_preprocessing(specs, means, stds)
-    if image is None and path.is_dir():
-        raise UsageError(f"--samples {path} is a folder of images", remedy="Pass --mean and --std as well")
-    kind = PixelPreprocessing if inputs[0].dtype == "uint8" else Preprocessing
-    given = None if image is None else kind.from_json(image)
-    found = load_samples(path, replace(declared, inputs=inputs), given, limit=256)
-    return found.feeds, path.name
-
-
-def _kernels(source: Path, *, precise: bool) -> Any:
-    """Return a function that runs the file in ONNX Runtime: inputs -> outputs by name."""
-    from bnexport.onnx_files.models import read_screened
-    from bnexport.optional import one_line
-    from bnexport.runtimes.base import RunSettings
-    from bnexport.runtimes.onnxruntime_session import load_engine, open_session
-
-    try:
-        session = open_session(load_engine(), read_screened(source), "cpu", RunSettings(precise=precise))
-    except BnexportError:
-        raise
-    except Exception as error:  # onnxruntime's classes derive from Exception alone
-        raise RuntimeUnavailable(
-            f"ONNX Runtime can't load the file: {one_line(error, 120)}", remedy="Check the file with onnx.checker"
-        ) from error
-    names = [item.name for item in session.get_outputs()]
-
-    def run(feeds: Any) -> dict[str, Any]:
-        try:
-            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
-        except Exception as error:  # as above
-            raise DataError(
-                f"onnxruntime can't run {source} on these samples: {one_line(error, 160)}",
-                remedy="Give samples of the shape that the file declares",
-            ) from error
-
-    return run

@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from bnexport.bundle import MANIFEST, Bundle
 from bnexport.data.classes import SUSPECTS, at_chance, check_classes
+from bnexport.data.dataset_table import folder_of
 from bnexport.data.datasets import dataset_labels, load_test_images
+from bnexport.data.folder import HOLDOUT, holds_out
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
@@ -238,14 +240,20 @@ def _evaluation(
         classes=found.classes(subject.classes),
         confusion=found.counts,
         environment=environment(),
-        note="; ".join(_notes(subject, found)),
+        note="; ".join(_notes(subject, found, request.data_dir)),
     )
 
 
-def _notes(subject: _Evaluated, found: ConfusionCounts) -> Iterator[str]:
+def _notes(subject: _Evaluated, found: ConfusionCounts, data_dir: Path | None) -> Iterator[str]:
     """Yield warnings for the reader of the accuracy."""
     if subject.trained_on not in (None, subject.dataset):
         yield f"the network was trained on {subject.trained_on}"
+    folder = folder_of(subject.dataset)
+    if subject.trained_on is None and folder is not None and holds_out(data_dir or folder):
+        yield (
+            f"{subject.dataset} has no test part: bnexport held out {HOLDOUT:.0%} of each class, and your own training may"
+            " have used these images"
+        )
     truth, given = (np.repeat(np.indices(found.counts.shape)[axis].ravel(), found.counts.ravel()) for axis in (0, 1))
     if at_chance(truth, given, len(subject.classes)) is not None:
         yield f"the accuracy is at or below chance: check {SUSPECTS}"

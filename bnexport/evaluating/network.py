@@ -152,7 +152,7 @@ def fails_on(X: Tensor, error: Exception, module: nn.Module) -> ModelError:
     shape = "x".join(map(str, X.shape))
     return ModelError(
         f"the network fails on images of shape {shape}{place_of(error, module)}: {one_line(error, 200)}",
-        remedy="Choose a data set whose images fit the network. For plain weights, --input is the shape of one image",
+        remedy="Pass the shape of one image with --input, such as 3x64x64, or choose a data set whose images fit the network",
     )
 
 

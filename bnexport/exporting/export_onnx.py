@@ -19,7 +19,7 @@ from bnexport.errors import ExportError
 from bnexport.exporting.request import DEFAULT_OPSET, OnnxTarget
 from bnexport.exporting.signature import export_flat, varying_axes
 from bnexport.files import write_atomically
-from bnexport.onnx_files.models import nodes
+from bnexport.onnx_files.models import check_valid, nodes
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
@@ -87,12 +87,7 @@ def check_model(
             raise ExportError(
                 f"the exporter wrote {what} {have} instead of {want}", remedy="Try another --opset, or report the model"
             )
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as error:  # the checker's and the shape inference's errors share no base class
-        raise ExportError(
-            f"the exported file is not valid ONNX: {one_line(error)}", remedy="Try another --opset"
-        ) from error
+    check_valid(model, "the exported file", remedy="Try another --opset")
 
 
 def _refuse_dropped(folded: GraphModule) -> None:

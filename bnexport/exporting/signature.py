@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
@@ -20,6 +21,9 @@ from bnexport.optional import one_line, quiet
 from bnexport.tensors import DTYPES, Signature, TensorSpec, size_axes
 
 BATCH = "batch"
+#: Remedy for an ONNX file that can be folded, but not verified as a bundle.
+FILE_ALONE = "Pass --out FILE.onnx to write the folded file alone"
+_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def flat(folded: GraphModule) -> GraphModule:
@@ -208,3 +212,38 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
             f"{name!r} is {dtype}, which an exported file does not support", remedy=f"Use one of {', '.join(DTYPES)}"
         )
     return TensorSpec(name, dtype, (BATCH, *map(int, tensor.shape[1:])))
+
+
+def signature_of_file(model: ModelProto) -> Signature:
+    """Return the declared names, element types and shapes of a file; open sizes without a name get one.
+
+    Raises:
+        ExportError: A shape that is not declared, no batch, or a precision that the strict float32 bounds do not fit.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, tensor in stored.items():
+        if tensor.data_type in _HALVES:
+            raise ExportError(f"{name!r} is in half precision; bundles are verified in float32", remedy=FILE_ALONE)
+    inputs = [_declared(value) for value in model.graph.input if value.name not in stored]
+    if not inputs:
+        raise ExportError("the file has no input", remedy=FILE_ALONE)
+    return Signature(tuple(inputs), tuple(_declared(value) for value in model.graph.output))
+
+
+def _declared(value: ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape") or not kind.shape.dim:
+        raise ExportError(
+            f"the file does not declare a shape with a batch for {value.name!r}, which a bundle needs",
+            remedy=f"Run onnx.shape_inference over it first. {FILE_ALONE}",
+        )
+    dtype = str(helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
+    if dtype not in DTYPES or kind.elem_type in _HALVES:
+        raise ExportError(f"{value.name!r} is {dtype}; bundles are verified in float32", remedy=FILE_ALONE)
+    shape = tuple(
+        int(dim.dim_value)
+        if dim.HasField("dim_value")
+        else dim.dim_param or (f"{value.name}_{axis}" if axis else "batch")
+        for axis, dim in enumerate(kind.shape.dim)
+    )
+    return TensorSpec(value.name, dtype, shape)

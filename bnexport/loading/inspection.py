@@ -13,6 +13,7 @@ from bnexport.errors import MissingDependency, ModelError
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_arrays
 from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, layer_statistics
 from bnexport.optional import installed
+from bnexport.validation.file_kinds import kind_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,6 +49,12 @@ def inspect_path(path: Path) -> Inspection:
         notes += ["the bundle's files take pixels as uint8"] if bundle.manifest.takes_pixels else []
     else:
         file, order = checkpoint_file(path), []
+    kind = kind_of(file)
+    if kind is not None and kind.name == "torch":
+        raise ModelError(
+            f"{file} is a file of torch.save; only safetensors files are inspected",
+            remedy="Inspect the bundle that fold-and-export made of it, or save the weights with safetensors.torch.save_file",
+        )
     state, metadata = read_arrays(file)
     module = _network(file) if METADATA_KEY in metadata else None
     if module is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import Manifest
-from bnexport.errors import BundleError
+from bnexport.errors import BundleError, ExportError
 from bnexport.files import Refusal
 from bnexport.onnx_files.names import graphs_within
 from bnexport.optional import one_line, require
@@ -78,6 +78,16 @@ def _screened(content: bytes, name: str) -> bytes:
     with refusing(f"{name} {_NOT}", BundleError, remedy=_REBUILD):
         validate_onnx(content)
     return content
+
+
+def check_valid(model: ModelProto, name: str, *, remedy: str) -> None:
+    """Refuse (ExportError) a written model, called ``name`` in the message, that onnx.checker does not accept."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker's and the shape inference's errors share no base class
+        raise ExportError(f"{name} is not valid ONNX: {one_line(error)}", remedy=remedy) from error
 
 
 def without_weights(model: ModelProto) -> ModelProto:

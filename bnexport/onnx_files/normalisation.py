@@ -222,17 +222,17 @@ def _batch_norms(model: ModelProto) -> Iterator[NodeProto]:
 # --- rewriting of operators -------------------------------------------------------------------------------------------
 
 
-def upgraded(model: ModelProto, name: str) -> ModelProto:
-    """Return a model of operator set 7 or newer: the same, or converted by onnx.
+def upgraded(model: ModelProto, name: str, to: int = OLDEST_OPSET) -> ModelProto:
+    """Return a model of operator set ``to`` or newer: the same, or converted by onnx.
 
     Raises:
         ModelError: onnx.version_converter fails, or an operator is in training mode, which the converter would drop.
     """
     opset = opset_of(model)
-    if opset >= OLDEST_OPSET:
+    if opset >= to:
         return model
-    remedy = f"Export the network again with operator set {OLDEST_OPSET} or newer"
-    for node in nodes(model):
+    remedy = f"Export the network again with operator set {to} or newer"
+    for node in nodes(model) if opset < OLDEST_OPSET else ():
         if node.op_type in _IS_TEST and not any(item.name == "is_test" and item.i for item in node.attribute):
             raise ModelError(
                 f"{name} uses operator set {opset}, and its {node.op_type} ({node.name or node.output[0]}) is in training"
@@ -241,7 +241,7 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
             )
     try:
         converted = _with_numbers(model)
-        for version in range(opset + 1, OLDEST_OPSET + 1):  # one by one: shapes are inferred before each
+        for version in range(opset + 1, to + 1):  # one by one: shapes are inferred before each
             if version == OLDEST_OPSET:
                 converted = _aligned(converted)
             converted = convert_version(converted, version)
@@ -249,7 +249,7 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
         onnx.checker.check_model(converted)
     except Exception as error:  # the converter's and the checker's errors share no base class
         raise ModelError(
-            f"{name} uses operator set {opset}, and onnx.version_converter can't convert it to {OLDEST_OPSET}:"
+            f"{name} uses operator set {opset}, and onnx.version_converter can't convert it to {to}:"
             f" {one_line(error, 160)}",
             remedy=remedy,
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,17 +57,28 @@ class Int8File:
             raise _NotProved(f"{name!r} is not stored in the file")
         return numpy_helper.to_array(self.stored[name])
 
-    def layers(self) -> Iterator[tuple[QuantizedLayer, NodeProto, NodeProto, NodeProto]]:
-        """Yield each int8 layer with the DequantizeLinear of its input, its weight and its bias."""
-        plan = QuantizationPlan(self.float_model, tuple(self.record["float_layers"]))
+    @functools.cached_property
+    def plan(self) -> QuantizationPlan:
+        """Return the layers and tensors that the record makes int8."""
+        return QuantizationPlan(self.float_model, tuple(self.record["float_layers"]))
+
+    def layers(self) -> Iterator[tuple[QuantizedLayer, NodeProto, NodeProto, NodeProto | None]]:
+        """Yield each int8 layer with the DequantizeLinear of its input, its weight and its bias, which a MatMul lacks."""
         nodes = {node.output[0]: node for node in self.int8_model.graph.node}
-        for layer in plan.layers:
+        for layer in self.plan.layers:
             node = nodes.get(layer.node.output[0])
             decoders = [] if node is None else [self.decoders.get(name) for name in node.input]
             found = [decoder for decoder in decoders if decoder is not None]
-            if len(found) != 3:
+            if len(found) != (2 if layer.node.op_type == "MatMul" else 3):
                 raise _NotProved(f"{layer.name} does not read codes of its input, weight and bias")
-            yield layer, found[0], found[1], found[2]
+            yield layer, found[0], found[1], found[2] if len(found) > 2 else None
+
+    def shift(self, layer: QuantizedLayer) -> Array:
+        """Return the constant that the Add after a MatMul has in place of the float32 file's."""
+        assert layer.shift is not None
+        node = next(node for node in self.int8_model.graph.node if node.output[0] == layer.output)
+        (name,) = (name for name in node.input if name in self.stored)
+        return self.array(name).reshape(-1).astype(np.float64)
 
 
 def findings(file: Int8File) -> list[Finding]:
@@ -90,6 +102,7 @@ def _structure(file: Int8File) -> tuple[int, str]:
     for name, decoder in file.decoders.items():
         encoder = file.encoders.get(decoder.input[0])
         renamed[name] = encoder.input[0] if encoder is not None else decoder.input[0]
+    own = {name for layer in file.plan.layers for name in (layer.node.output[0], layer.output)}
     replaced = {name for name, _ in file.pixel_decoders()}
     renamed |= {decoder.output[0]: name for name, decoder in file.pixel_decoders()}
     nodes = [node for node in before.node if node.output[0] not in replaced]
@@ -105,6 +118,8 @@ def _structure(file: Int8File) -> tuple[int, str]:
         same = (one.op_type, one.domain, one.name, list(one.output)) == (
             other.op_type, other.domain, other.name, list(other.output)
         )  # fmt: skip
+        if other.output[0] not in own:
+            plain, wanted = names, list(other.input)
         if not same or list(one.attribute) != list(other.attribute) or plain != wanted:
             raise _NotProved(
                 f"{other.name or other.output[0]} ({other.op_type}) is another node than in the float32 file"
@@ -150,8 +165,11 @@ def _biases(file: Int8File) -> tuple[int, str]:
     for layer, given, weight, bias in file.layers():
         codes, scales = _weight(file, layer, weight)
         rounded = codes * scales.astype(np.float64).reshape(-1, *(1,) * (codes.ndim - 1))
-        mean = np.asarray(file.ranges[layer.input].mean, np.float64)
+        mean = layer.means(file.ranges[layer.input].mean)
         wanted = layer.bias - correction(layer.outputs_first.astype(np.float64), rounded, mean, layer.groups)
+        if bias is None:
+            count += _check_shift(file, layer, wanted)
+            continue
         steps = file.array(bias.input[1]).astype(np.float64)
         product = float(file.array(given.input[1]).reshape(-1)[0]) * scales.astype(np.float64)
         if steps.shape != product.shape or (np.abs(steps - product) > _ROUNDING * product).any():
@@ -169,6 +187,16 @@ def _biases(file: Int8File) -> tuple[int, str]:
             )
         count += stored.size
     return count, f"{count} biases are within half a step of those corrected for the rounding of the weights"
+
+
+def _check_shift(file: Int8File, layer: QuantizedLayer, wanted: Array) -> int:
+    """Compare the constant after a MatMul with the corrected bias, up to float32's rounding; return how many numbers it has."""
+    if layer.shift is None:
+        return 0
+    stored = file.shift(layer)
+    if stored.shape != wanted.shape or (np.abs(stored - wanted) > _ROUNDING * np.abs(wanted)).any():
+        raise _NotProved(f"the bias of {layer.name} is not the corrected one")
+    return len(stored)
 
 
 def _zeros(file: Int8File) -> tuple[int, str]:

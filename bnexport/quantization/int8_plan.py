@@ -24,7 +24,7 @@ OLDEST_OPSET = 13
 #: Operators whose output has the numbers of their first input.
 MOVERS = ("MaxPool", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 #: Operators that a kernel computes together with the layer before them.
-_ABSORBED = ("Relu", "Clip")
+ABSORBED = ("Relu", "Clip")
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _SHOWN = 8
 
@@ -33,12 +33,13 @@ _SHOWN = 8
 class QuantizedLayer:
     """A layer that becomes int8."""
 
-    node: NodeProto  # Conv or Gemm
+    node: NodeProto  # Conv, Gemm or MatMul
     weight: Array  # Its weight as the file stores it
     bias: Array  # Its bias (out,), zeros where it has none
     axis: int  # Axis of the output channels in the weight
     groups: int  # Groups of a convolution, else 1
     depthwise: bool  # Each output channel reads one input channel
+    shift: NodeProto | None = None  # The Add with the bias of a MatMul
 
     @property
     def name(self) -> str:
@@ -49,6 +50,16 @@ class QuantizedLayer:
     def input(self) -> str:
         """Return the name of the tensor that it reads."""
         return str(self.node.input[0])
+
+    @property
+    def output(self) -> str:
+        """Return the name of its output with the bias."""
+        return str((self.shift or self.node).output[0])
+
+    def means(self, mean: Sequence[float] | Array) -> Array:
+        """Return E[x] of each input channel; the mean of all where the given ones belong to another axis."""
+        found = np.asarray(mean, np.float64)
+        return found if found.size in (1, self.outputs_first.shape[1] * self.groups) else found.mean(keepdims=True)
 
     @property
     def outputs_first(self) -> Array:
@@ -125,7 +136,7 @@ class QuantizationPlan:
                 for name in {node.name, *node.output, weight, weight.rpartition(".")[0]} - {""}:
                     called.setdefault(name, []).append(node)
         if odd := [name for name in names if name not in called]:
-            layers = list(dict.fromkeys(_usual_name(node) for nodes in called.values() for node in nodes))
+            layers = list(dict.fromkeys(layer_name(node) for nodes in called.values() for node in nodes))
             shown = ", ".join(layers[:_SHOWN]) + (", ..." if len(layers) > _SHOWN else "")
             raise UsageError(
                 f"the layer {odd[0]!r}, to be kept in float, does not exist", remedy=f"Name one of: {shown}"
@@ -142,32 +153,44 @@ class QuantizationPlan:
         if why:
             self.kept[node.name or node.output[0]] = why
             return None
-        settings = attributes(node)
+        settings, shift = attributes(node), None
         weight = numpy_helper.to_array(self._weights[node.input[1]])
-        axis = 1 if node.op_type == "Gemm" and not settings.get("transB", 0) else 0
+        axis = _output_axis(node)
         groups = int(settings.get("group", 1)) if node.op_type == "Conv" else 1
-        bias = self._bias(node, weight.shape[axis])
+        bias = self._bias(node.input[2] if len(node.input) > 2 else "", weight.shape[axis])
+        if node.op_type == "MatMul":
+            shift, bias = self._shift(node, weight.shape[axis])
         assert bias is not None
-        return QuantizedLayer(node, weight, bias, axis, groups, groups > 1 and weight.shape[1] == 1)
+        return QuantizedLayer(node, weight, bias, axis, groups, groups > 1 and weight.shape[1] == 1, shift)
+
+    def _shift(self, node: NodeProto, size: int) -> tuple[NodeProto | None, Array]:
+        """Return the Add of a constant per channel after a MatMul, with the constant; None and zeros without one."""
+        readers = self.readers.get(node.output[0], [])
+        if len(readers) == 1 and readers[0].op_type == "Add" and node.output[0] not in self.outputs:
+            for name in readers[0].input:
+                if name in self._weights and (bias := self._bias(name, size)) is not None:
+                    return readers[0], bias
+        return None, np.zeros(size)
 
     def _why_float(self, node: NodeProto) -> str:
         """Return why a linear operator stays in float; "" when it becomes int8."""
-        if node.op_type not in ("Conv", "Gemm"):
-            return f"{node.op_type} stays in float"
+        if node.op_type == "ConvTranspose":
+            return "ConvTranspose stays in float"
         stored = self._weights.get(node.input[1])
         if stored is None or stored.data_type != TensorProto.FLOAT:
             return "its weight is not stored in float32"
+        if node.op_type == "MatMul":
+            return "" if len(stored.dims) == 2 else "its weight is not one matrix"
         settings = attributes(node)
         if node.op_type == "Gemm" and (
             settings.get("transA", 0) or settings.get("alpha", 1.0) != 1 or settings.get("beta", 1.0) != 1
         ):
             return "it has alpha, beta or transA"
-        axis = 1 if node.op_type == "Gemm" and not settings.get("transB", 0) else 0
-        return "" if self._bias(node, stored.dims[axis]) is not None else "its bias is not one constant per channel"
+        bias = self._bias(node.input[2] if len(node.input) > 2 else "", stored.dims[_output_axis(node)])
+        return "" if bias is not None else "its bias is not one constant per channel"
 
-    def _bias(self, node: NodeProto, size: int) -> Array | None:
-        """Return the bias in float64 (out,); None where it is not constant or has another shape."""
-        name = node.input[2] if len(node.input) > 2 else ""
+    def _bias(self, name: str, size: int) -> Array | None:
+        """Return a bias in float64 (out,), zeros for ""; None where it is not constant or has another shape."""
         if not name:
             return np.zeros(size)
         stored = self._weights.get(name)
@@ -175,16 +198,20 @@ class QuantizationPlan:
             return None
         return numpy_helper.to_array(stored).astype(np.float64).reshape(-1)
 
+    def channel_axis(self, name: str) -> int:
+        """Return the axis of a tensor along which the layers that read it have one mean for each channel."""
+        return -1 if any(layer.input == name and layer.node.op_type == "MatMul" for layer in self.layers) else 1
+
     def end(self, name: str) -> str:
         """Return the output of the ReLU or clamp that belongs to a layer, or else the layer's output."""
         readers = self.readers.get(name, [])
-        if name in self.outputs or len(readers) != 1 or readers[0].op_type not in _ABSORBED:
+        if name in self.outputs or len(readers) != 1 or readers[0].op_type not in ABSORBED:
             return name
         return self.end(str(readers[0].output[0]))
 
     def _tensors(self) -> dict[str, str]:
         reaching = self._reaching()
-        ends = {self.end(str(layer.node.output[0])) for layer in self.layers}
+        ends = {self.end(layer.output) for layer in self.layers}
         marked = self.required | {name for name in ends if name in reaching}
         shares: dict[str, str] = {}
         for node in reversed(self.model.graph.node):  # the input of a mover needs codes, too
@@ -231,7 +258,13 @@ def _root(name: str, shares: Mapping[str, str]) -> str:
     return name
 
 
-def _usual_name(node: NodeProto) -> str:
+def _output_axis(node: NodeProto) -> int:
+    """Return the axis of the output channels in the weight of a linear operator."""
+    return int(node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB", 0)))
+
+
+def layer_name(node: NodeProto) -> str:
+    """Return the name of a layer for --float-layers: its module's, else its node's."""
     module = node.input[1].rpartition(".")[0] if len(node.input) > 1 else ""
     return module or node.name or str(node.output[0])
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.onnx_files import kernels
-from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.float64 import Float64Evaluator, wide_evaluator, widen_array
 from bnexport.onnx_files.models import attributes, read_model
 from bnexport.quantization.codes import saturating_channels
+from bnexport.quantization.int8_plan import ABSORBED, MOVERS
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
@@ -177,3 +178,129 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB", 0))
         found.append(Int8Layer(node, codes.T if transposed else codes, scales, step, unsigned))
     return found
+
+
+class OneLayerEmulator:
+    """Evaluates a float32 model in float64 with one layer at a time in int8, on fixed inputs.
+
+    A layer in int8 has the weights and the bias of the int8 file, and reads the codes of its input. The rounding of a tensor
+    counts for the first int8 layer that reads it, else for the layer that computes it.
+
+    Args:
+        model: The float32 model.
+        int8: The QDQ model that was made from it.
+        feeds: Input name -> (n, ...).
+
+    Attributes:
+        layers: Output of each int8 layer -> its node in the float32 model, in the order of the graph.
+        values: Tensor -> its value in float64.
+        coded: Tensors with codes.
+    """
+
+    def __init__(self, model: ModelProto, int8: ModelProto, feeds: Mapping[str, Array]) -> None:
+        engine: Any = wide_evaluator(model)
+        self._nodes = list(zip(model.graph.node, engine.rt_nodes_, strict=True))
+        self._outputs = [value.name for value in model.graph.output]
+        given = {name: widen_array(array) for name, array in feeds.items()}
+        with np.errstate(all="ignore"):
+            self.values: dict[str, Any] = {**engine.rt_inits_, **given, **engine.run(None, given, intermediate=True)}
+        self._coders: dict[str, Callable[[Array], Array]] = {}
+        self._weights: dict[str, dict[int, Array]] = {}  # Output -> place of an input -> what the int8 file has there
+        found = {layer.output for layer in int8_layers(int8)}
+        self.layers = {node.output[0]: node for node, _ in self._nodes if node.output[0] in found}
+        self._read(int8)
+        self.coded = tuple(self._coders)
+        makers = {str(name): node for node, _ in self._nodes for name in node.output}
+        self._owners = {name: self._reader(name) or self._maker(name, makers) for name in self.coded}
+        self._parts = {name: self._maker(name, makers) for name in self._weights}  # the Add after a MatMul, too
+
+    def _read(self, int8: ModelProto) -> None:
+        """Read the coders of tensors and the decoded weights from the int8 file."""
+        engine: Any = wide_evaluator(int8)
+        stored, decoders = dict(engine.rt_inits_), dict[str, Callable[[Array], Array]]()
+        nodes = list(zip(int8.graph.node, engine.rt_nodes_, strict=True))
+        for node, runner in nodes:
+            if node.op_type == "DequantizeLinear":
+                rest = [stored[name] for name in node.input[1:] if name]
+                if node.input[0] in stored:
+                    stored[node.output[0]] = runner.run(stored[node.input[0]], *rest)[0]
+                else:
+                    decoders[node.input[0]] = _bound(runner, rest)
+        for node, runner in nodes:
+            if node.op_type == "QuantizeLinear" and node.output[0] in decoders:
+                encode = _bound(runner, [stored[name] for name in node.input[1:] if name])
+                self._coders[node.input[0]] = _chained(encode, decoders[node.output[0]])
+        before = {node.output[0]: list(node.input) for node, _ in self._nodes}
+        for node, _ in nodes:
+            old = before.get(node.output[0], list(node.input))
+            new = {place: stored[name] for place, name in enumerate(node.input) if name in stored and name not in old}
+            if new:
+                self._weights[node.output[0]] = new
+
+    def _reader(self, name: str) -> str:
+        """Return the first layer that reads the codes of a tensor, also through operators that move numbers; "" for none."""
+        for node, _ in self._nodes:
+            if name in node.input[:1]:
+                found = node.output[0]
+                if found not in self.layers:
+                    found = self._reader(found) if node.op_type in MOVERS else ""
+                if found:
+                    return str(found)
+        return ""
+
+    def _maker(self, name: str, makers: Mapping[str, NodeProto]) -> str:
+        """Return the layer that computes a tensor, also before its bias and ReLU; "" for none."""
+        while name in makers and name not in self.layers and makers[name].op_type in (*ABSORBED, "Add"):
+            name = next((given for given in makers[name].input if given in makers), "")
+        return name if name in self.layers else ""
+
+    def own(self, layer: str) -> float:
+        """Return the rms error of a layer's output over its rms, with this layer alone in int8."""
+        node, runner = next(item for item in self._nodes if item[0].output[0] == layer)
+        exact = self.values[layer]
+        found = runner.run(*self._inputs(node, {}, layer))[0]
+        return float(np.sqrt(((found - exact) ** 2).mean() / max((exact**2).mean(), np.finfo(np.float64).tiny)))
+
+    def noise(self, layer: str) -> float:
+        """Return the noise power of the model's outputs, of scale, with one layer in int8."""
+        changed: dict[str, Any] = {}
+        for name in self.coded:
+            if self._owners[name] == layer and all(name not in node.output for node, _ in self._nodes):
+                changed[name] = self._coders[name](self.values[name])  # an input of the model
+        for node, runner in self._nodes:
+            out = node.output[0]
+            if self._parts.get(out) == layer or any(name in changed for name in node.input):
+                with np.errstate(all="ignore"):
+                    changed.update(zip(node.output, runner.run(*self._inputs(node, changed, layer)), strict=False))
+            if out in self._coders and self._owners[out] == layer:
+                changed[out] = self._coders[out](changed[out] if out in changed else self.values[out])
+        return self.power({name: changed.get(name, self.values[name]) for name in self._outputs})
+
+    def power(self, outputs: Mapping[str, Array]) -> float:
+        """Return the noise power of outputs, of scale, summed over the outputs."""
+        total = 0.0
+        for name in self._outputs:
+            exact = self.values[name]
+            scale = max(float(np.abs(exact).max(initial=0.0)), np.finfo(np.float64).tiny)
+            total += float((((outputs[name] - exact) / scale) ** 2).mean())
+        return total
+
+    def _inputs(self, node: NodeProto, changed: Mapping[str, Any], layer: str) -> list[Any]:
+        """Return the inputs of a node: changed ones, and what the int8 file has if the node belongs to the layer."""
+        found: list[Any] = [changed.get(name, self.values.get(name)) if name else None for name in node.input]
+        out = node.output[0]
+        if out == layer and node.input[0] in self._coders:
+            found[0] = self._coders[node.input[0]](found[0])
+        if self._parts.get(out) == layer:
+            for place, array in self._weights[out].items():
+                found += [None] * (place + 1 - len(found))  # a layer without a bias got one
+                found[place] = array
+        return found
+
+
+def _bound(runner: Any, rest: list[Array]) -> Callable[[Array], Array]:
+    return lambda x: np.asarray(runner.run(x, *rest)[0])
+
+
+def _chained(first: Callable[[Array], Array], second: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    return lambda x: second(first(x))

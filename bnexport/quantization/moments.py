@@ -86,6 +86,13 @@ class Spread:
         """Return the smallest and the largest value of each channel."""
         return self.values.min(axis=0), self.values.max(axis=0)
 
+    def reach(self, sigmas: float) -> tuple[float, float]:
+        """Return the range of the whole tensor at more standard deviations, with the slope at the outer points."""
+        steps = (sigmas - SIGMA) / (_POINTS[1] - _POINTS[0])
+        ends = [self.values[at] + steps * (self.values[at] - self.values[inner]) for at, inner in ((0, 1), (-1, -2))]
+        every = np.concatenate([*ends, self.values.ravel()])
+        return float(every.min()), float(every.max())
+
     def range(self, mean: Array | None = None) -> Range:
         """Return the range of the whole tensor, with its own or other means."""
         return Range.of(self.values.min(), self.values.max(), self.mean if mean is None else mean, self.source)
@@ -296,7 +303,7 @@ def refined_means(
         mean: First estimate (channels,).
         shapes: Shape of every tensor for a small batch.
     """
-    stated = [layer for layer in layers if layer.node.output[0] in known]
+    stated = [layer for layer in layers if layer.output in known]
     if not stated:
         return mean
     width = stated[0].outputs_first.shape[1] * stated[0].groups
@@ -311,7 +318,7 @@ def refined_means(
         matrix = np.zeros((len(taps), width))
         np.put_along_axis(matrix, columns, taps, axis=1)
         rows.append(matrix)
-        sides.append(known[layer.node.output[0]].mean - layer.bias - matrix @ start)
+        sides.append(known[layer.output].mean - layer.bias - matrix @ start)
     matrix, side = np.concatenate(rows), np.concatenate(sides)
     normal = matrix.T @ matrix
     ridge = _RIDGE * max(float(np.trace(normal)) / width, np.finfo(np.float64).tiny)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto
 
 from bnexport.bundle import INT8_TARGETS
+from bnexport.data.dataset_table import is_dataset
+from bnexport.data.datasets import load_train_images
+from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.samples import load_samples
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.quantization.codes import Range
 from bnexport.quantization.int8_plan import QuantizationPlan
 from bnexport.quantization.moments import Seen, Spread, TrainedMoments, known_moments, refined_means, spreads
 from bnexport.quantization.writer import quantised_model
-from bnexport.tensors import Array
+from bnexport.tensors import Array, Signature
 
+#: Largest number of calibration samples: the ranges of a BN-LeNet do not change beyond.
+_MOST = 1000
 #: Smallest number of calibration samples: a few images do not show the smallest and largest values of others.
 _FEWEST = 16
 #: Samples that are evaluated at once, with every tensor in float64.
 _CHUNK = 8
 #: A calibrated range beyond this many standard deviations of the trained one means other images than those of the training.
 _FAR = 8.0
+#: Share of the trained range by which a calibrated one may exceed it: ranges are kept with six digits.
+_SLACK = 1e-3
 _UNKNOWN = (
     "Pass --calibrate with a data set, a folder of images or an .npy file, or keep its layer in float: --float-layers"
 )
@@ -54,6 +63,30 @@ class Calibration:
 
     feeds: Mapping[str, Array]
     described: str
+
+
+def calibration_of(
+    named: str | None, signature: Signature, image: Preprocessing | None, data_dir: Path | None
+) -> Calibration | None:
+    """Return the samples of a data set, a folder or a file for a calibration; None for "none", and where nothing is named.
+
+    Raises:
+        DataError: They can't be read, are not finite, or have another shape.
+        UsageError: A data set without a preprocessing.
+    """
+    if named is None or named == "none":
+        return None
+    if not is_dataset(named):
+        samples = load_samples(named, signature, image, limit=_MOST)
+        return Calibration(samples.feeds, samples.described)
+    if image is None or len(signature.inputs) != 1:
+        raise UsageError(
+            f"--calibrate {named} needs a network that takes one image", remedy="Pass --mean and --std, or an .npz file"
+        )
+    pixels, _ = load_train_images(named, data_dir=data_dir, preprocessing=image)
+    chosen = np.linspace(0, len(pixels) - 1, min(_MOST, len(pixels))).round().astype(int)
+    images = image.apply(prepared(pixels[chosen], image))
+    return Calibration({signature.inputs[0].name: images}, f"{len(chosen)} training images of {named}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +135,7 @@ def quantise(
         ranges, warnings = _trained_ranges(plan, trained, known, shapes), []
     else:
         ranges = _calibrated(plan, calibration)
-        warnings = [text for name in plan.tensors if (text := _far_off(name, ranges[name], known.get(name)))]
+        warnings = [text for name in plan.tensors if (text := _far_off(name, ranges[name], trained.get(name)))]
     pixels = {name: spread.range() for name, spread in trained.items() if spread.source == "pixels"} | pixels
     for name in ranges.keys() & pixels.keys():
         ranges[name] = Range(pixels[name].low, pixels[name].high, ranges[name].mean, "pixels")
@@ -114,7 +147,14 @@ def quantise(
         if found.is_zero
     ]
     model = quantised_model(plan, ranges, options.target)
-    return Int8Result(model, _record(plan, ranges, options, calibration, warnings))
+    record = _record(plan, ranges, options, calibration, warnings)
+    if calibration is not None:  # otherwise the ranges are the trained ones
+        record["trained"] = {
+            name: [found.low, found.high]
+            for name in plan.tensors
+            if name in trained and "BatchNorm" in (found := trained[name].range()).source
+        }
+    return Int8Result(model, record)
 
 
 def _record(
@@ -211,17 +251,19 @@ def _calibrated(plan: QuantizationPlan, calibration: Calibration) -> dict[str, R
             array = values[name].astype(np.float64)
             lows[name] = min(lows.get(name, np.inf), float(array.min()))
             highs[name] = max(highs.get(name, -np.inf), float(array.max()))
-            means = array.mean(axis=tuple(place for place in range(array.ndim) if place != 1))
+            channels = plan.channel_axis(name) % array.ndim
+            means = array.mean(axis=tuple(place for place in range(array.ndim) if place != channels))
             sums[name] = sums.get(name, 0.0) + means * len(array)
     return {name: Range.of(lows[name], highs[name], sums[name] / n, "calibration") for name in plan.tensors}
 
 
-def _far_off(name: str, found: Range, known: TrainedMoments | None) -> str:
-    """Return a warning if the samples exceed the trained ranges; "" otherwise."""
-    if known is None:
+def _far_off(name: str, found: Range, trained: Spread | None) -> str:
+    """Return a warning if the samples exceed the trained range; "" otherwise."""
+    if trained is None or "BatchNorm" not in trained.source:
         return ""
-    low, high = (known.mean - _FAR * known.std).min(), (known.mean + _FAR * known.std).max()
-    if low <= found.low and found.high <= high:
+    low, high = trained.reach(_FAR)
+    step = _SLACK * (high - low)
+    if low - step <= found.low and found.high <= high + step:
         return ""
     return (
         f"{name} reaches {found.low:.3g} to {found.high:.3g} in the calibration, beyond {_FAR:g} standard deviations of its"

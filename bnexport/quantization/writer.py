@@ -7,7 +7,7 @@ the weights of an existing int8 file again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,20 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from bnexport.errors import ExportError, ModelError
-from bnexport.onnx_files.models import attributes, opset_of, refill
+from bnexport.errors import ModelError
+from bnexport.onnx_files.models import attributes, check_valid, nodes, refill
 from bnexport.onnx_files.names import Names, mentions
-from bnexport.optional import one_line
-from bnexport.quantization.codes import Coding, Range, coding_of, correction, encode, encode_bias, least_scales
-from bnexport.quantization.int8_audit import as_qdq, dynamic_risks
+from bnexport.onnx_files.normalisation import normalise, upgraded
+from bnexport.quantization.codes import (
+    Coding,
+    Range,
+    coding_of,
+    correction,
+    encode,
+    encode_bias,
+    least_scales,
+    saturating_channels,
+)
 from bnexport.quantization.int8_plan import OLDEST_OPSET, QuantizationPlan, QuantizedLayer
 from bnexport.quantization.integer_emulation import Int8Layer, int8_layers
 from bnexport.tensors import Array
@@ -28,10 +36,11 @@ from bnexport.tensors import Array
 
 @dataclass(frozen=True)
 class LayerCodes:
-    """The stored numbers of one int8 layer: weight codes with output channels first, scales (out,), bias codes (out,)."""
+    """The stored numbers of one int8 layer, output channels first: weight codes, scales (out,), bias and its codes (out,)."""
 
     codes: Array
     scales: Array
+    corrected: Array
     bias: Array
     bias_scales: Array
 
@@ -46,12 +55,11 @@ def layer_codes(layer: QuantizedLayer, coding: Coding, mean: Sequence[float]) ->
     """
     exact = layer.outputs_first.astype(np.float64)
     step = float(coding.scale)
-    means = np.asarray(mean, np.float64)
     least = least_scales(layer.bias, step)
     found = encode(exact, pair_safe=not layer.depthwise, least=least)
-    bias = layer.bias - correction(exact, found.values, means, layer.groups)
+    bias = layer.bias - correction(exact, found.values, layer.means(mean), layer.groups)
     scales = found.scales * coding.scale  # float32, as the file keeps them
-    return LayerCodes(found.codes, found.scales, encode_bias(bias, scales), scales)
+    return LayerCodes(found.codes, found.scales, bias, encode_bias(bias, scales), scales)
 
 
 def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target: str) -> ModelProto:
@@ -69,12 +77,7 @@ def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target:
     codings = {name: coding_of(name, ranges[name], target) for name in plan.tensors}
     writer = _Writer(plan, codings, ranges)
     model = writer.write()
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as error:  # the checker's and the shape inference's errors share no base class
-        raise ExportError(
-            f"the int8 file is not valid ONNX: {one_line(error)}", remedy="Report it with the model"
-        ) from error
+    check_valid(model, "the int8 file", remedy="Report it with the model")
     return model
 
 
@@ -84,8 +87,10 @@ class _Writer:
         self._model = ModelProto()
         self._model.CopyFrom(plan.model)
         self._names = Names(plan.model)
+        self._stored = {tensor.name: tuple(tensor.dims) for tensor in plan.model.graph.initializer}
         self._layers = {layer.node.output[0]: layer for layer in plan.layers}
         self._codes: dict[str, tuple[str, str, str]] = {}
+        self._shifts: dict[str, str] = {}  # Output of the Add after a MatMul -> its corrected constant
         self._nodes: list[NodeProto] = []
         self._tensors: list[onnx.TensorProto] = []
 
@@ -112,6 +117,8 @@ class _Writer:
         for place, name in enumerate(node.input):
             if name in self._codes:
                 copy.input[place] = self._dequantised(name)
+            elif node.output[0] in self._shifts and name in self._stored:
+                copy.input[place] = self._shifts[node.output[0]]
         if layer is not None:
             names = self._weights(layer)
             del copy.input[1:]
@@ -143,8 +150,11 @@ class _Writer:
         self._add("DequantizeLinear", [codes, scale, zero], value)
         return value
 
-    def _weights(self, layer: QuantizedLayer) -> tuple[str, str]:
-        """Store the codes of a layer's weight and bias, and return the names of their decoded values."""
+    def _weights(self, layer: QuantizedLayer) -> list[str]:
+        """Store the codes of a layer's weight and bias, and return the names of their decoded values.
+
+        The bias of a MatMul, which an Add has, stays in float.
+        """
         coding = self._codings[layer.input]
         found = layer_codes(layer, coding, self._ranges[layer.input].mean)
         name = str(layer.node.input[1])
@@ -154,10 +164,17 @@ class _Writer:
         scales = self._store(name, "scale", found.scales)
         weight = self._names.free(name, "decoded")
         self._add("DequantizeLinear", [codes, scales, zeros], weight, axis=layer.axis)
+        if layer.node.op_type == "MatMul":
+            if layer.shift is not None:
+                (shape,) = (self._stored[name] for name in layer.shift.input if name in self._stored)
+                self._shifts[layer.output] = self._store(
+                    layer.output, "bias", found.corrected.astype(np.float32).reshape(shape)
+                )
+            return [weight]
         shift = self._names.free(bias, "decoded")
         inputs = [self._store(bias, "codes", found.bias), self._store(bias, "scale", found.bias_scales)]
         self._add("DequantizeLinear", inputs, shift, axis=0)
-        return weight, shift
+        return [weight, shift]
 
     def _store(self, name: str, what: str, array: Array) -> str:
         free = self._names.free(name, what)
@@ -166,6 +183,141 @@ class _Writer:
 
     def _add(self, operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
         self._nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))
+
+
+# --- files of other tools -----------------------------------------------------------------------------------------------------
+
+#: QOperator -> the float operator, and the number of inputs with codes. The bias of QLinearConv comes last.
+_QOPERATORS = {
+    "QLinearConv": ("Conv", 2), "QLinearMatMul": ("MatMul", 2), "QGemm": ("Gemm", 2), "QLinearAdd": ("Add", 2),
+    "QLinearMul": ("Mul", 2), "QLinearGlobalAveragePool": ("GlobalAveragePool", 1),
+    "QLinearAveragePool": ("AveragePool", 1), "QLinearSigmoid": ("Sigmoid", 1), "QLinearLeakyRelu": ("LeakyRelu", 1),
+}  # fmt: skip
+#: Operators whose activations get their scale while they run.
+DYNAMIC = ("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+_MARKS = {"QuantizeLinear", "DequantizeLinear", *_QOPERATORS, *DYNAMIC}
+
+
+def is_int8_model(model: ModelProto) -> bool:
+    """Return whether a model contains operators with int8 codes."""
+    return any(node.op_type in _MARKS for node in nodes(model))
+
+
+def as_qdq(model: ModelProto) -> ModelProto:
+    """Return a sorted copy in the QDQ form, with constants and quantised weights stored as initializers."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    normalise(result)
+    graph, names, written = result.graph, Names(result), list[NodeProto]()
+    for node in graph.node:
+        values = attributes(node)
+        if node.op_type == "Constant" and "value" in values:
+            graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(values["value"]), node.output[0]))
+        elif node.op_type in _QOPERATORS:
+            written += _split(node, names, graph)
+        else:
+            written.append(node)
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    kept = [node for node in written if not _encoded(node, stored, graph)]
+    refill(graph.node, kept)
+    return result
+
+
+def _split(node: NodeProto, names: Names, graph: Any) -> Iterator[NodeProto]:
+    """Yield DequantizeLinear nodes, the float operator and QuantizeLinear in place of one QOperator."""
+    operator, count = _QOPERATORS[node.op_type]
+    given, rest = list(node.input), list(node.input)[3 * count :]
+    inputs, settings, last = [], attributes(node), node.output[0]
+    known = {key: value for key, value in settings.items() if key != "channels_last"}
+    before, after = _channels_last(node, graph) if settings.get("channels_last", 0) else ([], [])
+    if before:  # ONNX Runtime's layout for its convolutions and pools
+        source, given[0], last = given[0], names.free(given[0], "channels_first"), names.free(last, "channels_first")
+        yield helper.make_node("Transpose", [source], [given[0]], perm=before)
+    for place in range(count):
+        parts = [name for name in given[3 * place : 3 * place + 3] if name]
+        inputs.append(names.free(parts[0], "decoded"))
+        decoder = helper.make_node("DequantizeLinear", parts, inputs[-1:])
+        if place and _stored(graph, parts[1]).size > 1:  # one scale for each output channel
+            axis = 1 if operator == "MatMul" or (operator == "Gemm" and not settings.get("transB", 0)) else 0
+            decoder.attribute.append(helper.make_attribute("axis", axis))
+        yield decoder
+    bias = rest[0] if operator == "Gemm" else rest[2] if operator == "Conv" and len(rest) > 2 else ""
+    output = rest[1:3] if operator == "Gemm" else rest[:2]
+    if bias:
+        scale = np.asarray(_stored(graph, given[1]) * _stored(graph, given[4]), np.float32)
+        name = names.free(bias, "scale")
+        graph.initializer.append(numpy_helper.from_array(scale if scale.size > 1 else scale.reshape(()), name))
+        inputs.append(names.free(bias, "decoded"))
+        yield helper.make_node("DequantizeLinear", [bias, name], inputs[-1:], axis=0)
+    scaled = len(output) > 0 and bool(output[0])
+    result = names.free(node.output[0], "float") if scaled else last
+    yield helper.make_node(operator, inputs, [result], name=node.name, **known)
+    if scaled:
+        yield helper.make_node("QuantizeLinear", [result, *filter(None, output[:2])], [last])
+    if after:
+        yield helper.make_node("Transpose", [last], [node.output[0]], perm=after)
+
+
+def _channels_last(node: NodeProto, graph: Any) -> tuple[list[int], list[int]]:
+    """Return the orders of axes that move the channels of an operator to the front and back; images without a kernel."""
+    size = attributes(node).get("kernel_shape", (1, 1))
+    if node.op_type == "QLinearConv":
+        size = _stored(graph, node.input[3]).shape[2:]
+    rank = len(size) + 2
+    return [0, rank - 1, *range(1, rank - 1)], [0, *range(2, rank), 1]
+
+
+def _stored(graph: Any, name: str) -> Array:
+    for tensor in graph.initializer:
+        if tensor.name == name:
+            return numpy_helper.to_array(tensor)
+    raise ModelError(f"{name!r}, a scale, is not stored in the file", remedy="Give a file with static quantization")
+
+
+def _encoded(node: NodeProto, stored: dict[str, Any], graph: Any) -> bool:
+    """Store the codes of a QuantizeLinear of a stored weight; return whether the node was replaced by them."""
+    if node.op_type != "QuantizeLinear" or not all(name in stored for name in node.input):
+        return False
+    weight, scale, *zero = (numpy_helper.to_array(stored[name]) for name in node.input)
+    shift = zero[0] if zero else np.zeros(scale.shape, np.uint8)
+    if shift.dtype not in (np.int8, np.uint8):
+        return False
+    axis = int(attributes(node).get("axis", 1)) % weight.ndim
+    shape = [-1 if place == axis else 1 for place in range(weight.ndim)] if scale.size > 1 else [1] * weight.ndim
+    limits = np.iinfo(shift.dtype)
+    codes = np.clip(np.rint(weight / scale.reshape(shape)) + shift.reshape(shape), limits.min, limits.max)
+    graph.initializer.append(numpy_helper.from_array(codes.astype(shift.dtype), node.output[0]))
+    stored[node.output[0]] = graph.initializer[-1]
+    return True
+
+
+@dataclass(frozen=True)
+class LayerRisk:
+    """The channels of one int8 layer, and how many of them can saturate in some order of pairs."""
+
+    name: str
+    channels: int
+    saturating: int
+
+
+def dynamic_risks(model: ModelProto) -> list[LayerRisk]:
+    """Return the layers whose activations get their scale while they run, with int8 weights stored in the file."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        weight = stored.get(node.input[1]) if node.op_type in DYNAMIC else None
+        codes = None if weight is None else numpy_helper.to_array(weight)
+        if codes is not None and codes.dtype == np.int8 and codes.ndim > 1:
+            first = codes if node.op_type == "ConvInteger" else codes.reshape(-1, codes.shape[-1]).T
+            depthwise = node.op_type == "ConvInteger" and attributes(node).get("group", 1) > 1 and codes.shape[1] == 1
+            unsafe = 0 if depthwise else int(saturating_channels(first).sum())
+            found.append(LayerRisk(node_name(node), len(first), unsafe))
+    return found
+
+
+def node_name(node: NodeProto) -> str:
+    """Return the name of a node in messages."""
+    return node.name or str(node.output[0])
 
 
 # --- repair of an existing file -----------------------------------------------------------------------------------------------
@@ -181,14 +333,9 @@ def repaired(model: ModelProto, means: Mapping[str, Array] | None = None) -> Mod
         means: Layer's output -> E[x] of each input channel, by which the bias is corrected; None: the bias keeps its value.
 
     Raises:
-        ModelError: The model can't be repaired: dynamic scales, an operator set before 13, nothing to repair.
+        ModelError: The model can't be repaired: dynamic scales, an operator set that onnx can't convert, nothing to repair.
     """
-    if (opset := opset_of(model)) < OLDEST_OPSET:
-        raise ModelError(
-            f"the file has operator set {opset}; scales per channel need {OLDEST_OPSET}",
-            remedy=f"Convert the float32 file to operator set {OLDEST_OPSET} and quantise it again",
-        )
-    result = as_qdq(model)
+    result = upgraded(as_qdq(model), "the file", OLDEST_OPSET)  # scales per channel need a newer DequantizeLinear
     if any(risk.saturating for risk in dynamic_risks(result)):
         raise ModelError("layers with scales of run time can't be repaired", remedy="Quantise the network statically")
     layers = {layer.output: layer for layer in int8_layers(result) if layer.can_saturate}
@@ -205,10 +352,7 @@ def repaired(model: ModelProto, means: Mapping[str, Array] | None = None) -> Mod
     result.graph.initializer.extend(repair.tensors)
     _drop_unread(result)
     del result.graph.value_info[:]
-    try:
-        onnx.checker.check_model(result, full_check=True)
-    except Exception as error:  # the checker's and the shape inference's errors share no base class
-        raise ModelError(f"the repaired file is not valid ONNX: {one_line(error)}", remedy="Report it") from error
+    check_valid(result, "the repaired file", remedy="Report it with the file")
     return result
 
 

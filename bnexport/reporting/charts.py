@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from bnexport.reporting.summary import ReportedRun
+from bnexport.reporting.summary import ReportedRun, int8_sentence
 from bnexport.tensors import Array
-from bnexport.verification.verdict import LayerDrift, VerificationReport, number
+from bnexport.verification.verdict import Int8Findings, Int8Range, LayerDrift, LayerNoise, VerificationReport, number
 
 #: Ends of logarithmic axes. Smaller values (an exact 0) and larger ones (infinity) are drawn at the end.
 LEAST, MOST = 1e-10, 1e3
@@ -156,6 +156,33 @@ def drift(layers: Sequence[LayerDrift]) -> Markup:
     return _svg("drift", left + width + 12, height + 18, "error of each layer and its prediction", "".join(parts))
 
 
+def bar(share: float, most: float) -> Markup:
+    """Draw a share as a bar; the strip ends at ``most``."""
+    grid = "".join(f'<path class="grid" d="M{at} 0V24"/>' for at in (0, 250, 500, 750, 1000))
+    width = _n(1000 * min(share / most, 1.0)) if most > 0 else "0"
+    return _svg(
+        "strip", 1000, 24, "share of the noise", f'{grid}<path class="area" d="M0 3H{width}V21H0Z"/>', stretch=True
+    )
+
+
+def int8_range(item: Int8Range) -> Markup:
+    """Draw a range on its own linear axis: an area as stored, lines at the ends as trained, a bar of dots as seen."""
+    parts = [pair for pair in ((item.low, item.high), item.trained, item.seen) if pair is not None]
+    low, high = min(0.0, *(pair[0] for pair in parts)), max(0.0, *(pair[1] for pair in parts))
+    width = (high - low) or 1.0
+
+    def at(value: float) -> str:
+        return _n(10 + 980 * (value - low) / width)
+
+    drawn = f'<path class="grid" d="M{at(0.0)} 0V24"/>'
+    drawn += f'<path class="area" d="M{at(item.low)} 5H{at(item.high)}V19H{at(item.low)}Z"/>'
+    if item.seen is not None:
+        drawn += f'<path class="line" d="M{at(item.seen[0])} 12H{at(item.seen[1])}"/>'
+    if item.trained is not None:
+        drawn += "".join(f'<path class="bound" d="M{at(end)} 1V23"/>' for end in item.trained)
+    return _svg("strip", 1000, 24, "range as stored, trained and seen", drawn, stretch=True)
+
+
 @dataclass(frozen=True)
 class SpeedCurve:
     """The batch sizes of one file, runtime, number of threads and number of sessions."""
@@ -277,6 +304,8 @@ Samples = Mapping[str, tuple[Array, Array]]
 SHOWN_MAPS = 6
 #: Number of runs whose layers are shown, those above their prediction first.
 SHOWN_DRIFTS = 6
+#: Number of layers and ranges of an int8 file that are shown at once.
+SHOWN_INT8 = 16
 #: Number of layers in a table, in addition to those above their prediction.
 SHOWN_LAYERS = 40
 
@@ -307,6 +336,30 @@ class Drift:
     shown: tuple[LayerDrift, ...]  # Layers of the table: the first SHOWN_LAYERS, and all above their prediction
     first: str  # Name of the first layer above its prediction, or ""
     chart: Markup  # Measured and predicted errors
+
+
+@dataclass(frozen=True)
+class Int8Charts:
+    """The layers and ranges of an int8 file with their charts, those that matter most first."""
+
+    sentence: str  # The result in words
+    layers: tuple[tuple[LayerNoise, Markup], ...]  # Layers with a share, the largest first
+    rest: tuple[LayerNoise, ...]  # Layers whose share was not computed
+    ranges: tuple[tuple[Int8Range, Markup], ...]  # In the order of the graph
+
+
+def int8_charts(found: Int8Findings | None) -> Int8Charts | None:
+    """Return the charts of an int8 file; None for other files."""
+    if found is None:
+        return None
+    layers = sorted((item for item in found.layers if item.share is not None), key=lambda item: -(item.share or 0.0))
+    most = max((item.share or 0.0 for item in layers), default=0.0)
+    return Int8Charts(
+        int8_sentence(found),
+        tuple((item, bar(item.share or 0.0, most)) for item in layers),
+        tuple(item for item in found.layers if item.share is None),
+        tuple((item, int8_range(item)) for item in found.ranges),
+    )
 
 
 def strips(lines: Sequence[ReportedRun], samples: Samples) -> Strips | None:

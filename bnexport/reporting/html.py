@@ -11,7 +11,7 @@ import jinja2
 
 from bnexport.bundle import Bundle, Manifest
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport
-from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_MAPS, Samples, drifts, maps, strips
+from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_INT8, SHOWN_MAPS, Samples, drifts, int8_charts, maps, strips
 from bnexport.reporting.summary import (
     KERNEL_STAGES,
     SHOWN_CONFUSIONS,
@@ -130,6 +130,7 @@ def render_report(
         strips=strips(lines, samples or {}),
         maps=maps(lines, samples or {}),
         drifts=drifts(verification),
+        int8=int8_charts(verification.findings.int8),
         changed=changed,
         pictures=pictures(verification, changed[:SHOWN_FLIPS]),
         confused=confusions(verification),
@@ -183,6 +184,7 @@ def page_environment() -> jinja2.Environment:
         shown_labels=SHOWN_LABELS,
         shown_maps=SHOWN_MAPS,
         shown_drifts=SHOWN_DRIFTS,
+        shown_int8=SHOWN_INT8,
     )
     environment.filters.update(
         number=number,
@@ -193,6 +195,7 @@ def page_environment() -> jinja2.Environment:
         gain=gain_of,
         growth=growth_of,
         compact=_compact,
+        short="{:.3g}".format,
         class_name=class_name,
         cell_of=cell,
         real_flips=flips_on_real_inputs,

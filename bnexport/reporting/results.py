@@ -29,15 +29,17 @@ from bnexport.reporting.tables import (
 from bnexport.verification.verdict import NOTHING, VerificationReport, number
 
 if TYPE_CHECKING:
+    from bnexport.auditing.int8_audit import Int8Audit
     from bnexport.evaluating.evaluate import Evaluation
     from bnexport.evaluating.recalibration import Accuracy, Recalibration
     from bnexport.loading.inspection import Inspection
     from bnexport.nn.stale_statistics import StalenessReport
     from bnexport.nn.statistics import LayerStatistics
-    from bnexport.quantization.int8_audit import Int8Audit
     from bnexport.serving.predictor import Prediction
 
 
+#: Columns of the table of an int8 file.
+_AUDIT_WIDTH = 80
 #: Largest number of marked channels that are listed.
 _LISTED = 8
 
@@ -115,7 +117,8 @@ def print_statistics(
         print_json(value if stale is None else {**value, "staleness": stale.to_json()})
         return
     console = make_console()
-    console.print(literal(_summary(inspection), console))
+    for line in _summary(inspection):
+        console.print(literal(line, console))
     table = make_table(console)
     table.add_column("BatchNorm", overflow="fold")
     for heading in ("channels", "eps", "|gamma|", "moving var", "|scale|"):
@@ -199,12 +202,12 @@ _MARKS = {
 }
 
 
-def _summary(inspection: Inspection) -> str:
+def _summary(inspection: Inspection) -> tuple[str, str]:
     layers = inspection.layers
     channels = sum(len(layer.channels) for layer in layers)
     marks = [(sum(len(layer.marked(mark)) for layer in layers), text) for mark, text in _MARKS.items()]
     found = ", ".join(f"{count} {text}" for count, text in marks if count) or "none dead, exploding or not finite"
-    return f"{len(layers)} BatchNorm layers with {channels} channels: {found}\nin {inspection.file}"
+    return f"{len(layers)} BatchNorm layers with {channels} channels: {found}", f"in {inspection.file}"
 
 
 def _marks(layer: LayerStatistics) -> str:
@@ -330,9 +333,10 @@ def print_int8_audit(report: Int8Audit, *, as_json: bool = False, console: Conso
         print_json({**report.to_json(), "environment": environment()})
         return
     console = console or make_console()
+    console.width = min(console.width, _AUDIT_WIDTH)
     table = make_table(console)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("check", overflow="fold", max_width=26)
+    table.add_column("check", overflow="fold", max_width=22)
     table.add_column("result", overflow="fold")
     for check in report.checks:
         style = _STYLES.get(check.verdict, "")
@@ -340,7 +344,12 @@ def print_int8_audit(report: Int8Audit, *, as_json: bool = False, console: Conso
             *(literal(text, console, style=style) for text in (check.verdict, check.name)), literal(check.text, console)
         )
     console.print(table)
-    console.print(literal(f"compared on {report.samples}", console, style="dim"))
+    notes = [f"compared on {report.samples}"]
+    if report.bound is not None:
+        most = "" if report.largest is None else f", max {report.largest:.2g}"
+        notes.append(f"bounds of the kernels: rms {report.bound:.2g}{most} of scale")
+    for note in notes:
+        console.print(literal(note, console, style="dim"))
     print_environment(environment(), console)
     style = _STYLES["wrong" if report.wrong else "right"]
     console.print(literal(report.summary(), console, style=style), soft_wrap=True)

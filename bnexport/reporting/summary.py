@@ -24,6 +24,8 @@ from bnexport.verification.verdict import (
     FlippedSample,
     Flips,
     Group,
+    Int8Findings,
+    Int8Range,
     NoisePrediction,
     Row,
     VerificationReport,
@@ -32,6 +34,11 @@ from bnexport.verification.verdict import (
     number,
     run_name,
 )
+
+#: Number of layers in the sentence on an int8 file.
+_NOISY = 5
+#: Share of a range by which samples may exceed it without being listed.
+_EXCESS = 0.1
 
 
 def predicted_sentence(item: NoisePrediction) -> str:
@@ -305,3 +312,29 @@ def picture(array: Array) -> str:
 def _rank(item: FlippedSample) -> tuple[bool, float, int]:
     """Return the sort key: unexplained samples first, then the largest margin."""
     return (item.explained, -item.margin, item.index)
+
+
+def int8_sentence(found: Int8Findings) -> str:
+    """Return which layers make the noise of an int8 file, and what --float-layers would change."""
+    layers = sorted((item for item in found.layers if item.share is not None), key=lambda item: -(item.share or 0.0))
+    if not layers:
+        return "no layer makes noise"
+    shown = ", ".join(f"{item.layer} {item.share:.0%}" for item in layers[:_NOISY])
+    of = "" if len(layers) == len(found.layers) else f" of the {len(layers)} layers that were computed"
+    text = f"largest shares of the noise{of}: {shown} ({found.n} {found.inputs})"
+    if found.suggested:
+        left = 1 - sum(item.share or 0.0 for item in layers if item.layer in found.suggested)
+        gain = f", which leaves {max(left, 0.0):.0%} of the noise power" if left > 0.01 else ""
+        text += f"; worth a try: {' '.join(f'--float-layers {name}' for name in found.suggested)}{gain}"
+    return text
+
+
+def int8_outside(found: Int8Findings) -> list[Int8Range]:
+    """Return the ranges that the samples exceed by more than a tenth, the largest excess first."""
+
+    def excess(item: Int8Range) -> float:
+        if item.seen is None:
+            return 0.0
+        return max(item.low - item.seen[0], item.seen[1] - item.high) / ((item.high - item.low) or 1.0)
+
+    return sorted((item for item in found.ranges if excess(item) > _EXCESS), key=excess, reverse=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from bnexport.reporting.summary import (
     class_name,
     file_groups,
     flips,
+    int8_outside,
+    int8_sentence,
     module_name,
     runs,
 )
@@ -115,6 +118,7 @@ STYLES: dict[str, str] = {
 #: Number of failures that are printed: one fault fails every runtime on every input, so the first ones show the cause.
 _LISTED_FAILURES = 8
 #: Number of samples with a changed label that are printed, unexplained ones first.
+_LISTED_RANGES = 4
 _LISTED_FLIPS = 8
 #: Largest number of BatchNorm calls with one row each; of more, removed ones are counted by outcome and rule.
 _LISTED_CALLS = 30
@@ -256,6 +260,8 @@ def print_checks(
     ):
         if note:
             console.print(literal(note, console, style="dim"))
+    for note in _int8_lines(report) if verbose else ():
+        console.print(literal(note, console))
     _print_flips(report, console, labels)
     _print_self_test(report, console)
     for line in not_run(report.skipped, console.width, verbose=verbose):
@@ -400,6 +406,23 @@ def _found(report: VerificationReport, lines: Sequence[ReportedRun]) -> list[str
                 f" {number(first.error)}, {number(first.predicted)} predicted"
             )
     return found
+
+
+def _int8_lines(report: VerificationReport) -> Iterator[str]:
+    """Yield the noisiest layers of an int8 file, the origins of its ranges, and the ranges that samples exceed."""
+    found = report.findings.int8
+    if found is None:
+        return
+    yield f"int8: {int8_sentence(found)}"
+    counts = Counter(item.source for item in found.ranges)
+    yield f"int8 ranges by origin: {', '.join(f'{source} {n}' for source, n in counts.items())}"
+    for item in int8_outside(found)[:_LISTED_RANGES]:
+        assert item.seen is not None
+        trained = "" if item.trained is None else f", trained {item.trained[0]:.3g} to {item.trained[1]:.3g}"
+        yield (
+            f"{item.tensor}: {item.low:.3g} to {item.high:.3g} ({item.source}){trained};"
+            f" {found.n} {found.inputs} reach {item.seen[0]:.3g} to {item.seen[1]:.3g}"
+        )
 
 
 def _print_flips(report: VerificationReport, console: Console, labels: Sequence[str] | None) -> None:

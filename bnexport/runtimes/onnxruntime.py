@@ -129,7 +129,7 @@ class OnnxRuntimeRunner(Runner):
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         if self._settings.binding:
             return self._run_bound(feeds)
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
 
     def _run_bound(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """Put inputs into the device's memory, and fetch the outputs that the engine left there."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.bundle import GOLDEN, MODEL_ONNX, WEIGHTS, Bundle
+from bnexport.data.samples import Samples
 from bnexport.errors import BnexportError, MissingDependency, Unavailable, UsageError
 from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.optional import require
@@ -34,7 +35,6 @@ from bnexport.verification.inputs import (
 from bnexport.verification.int8 import int8_file_rows, int8_notes, is_int8, record_of, within
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
-from bnexport.verification.samples import Samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import compare, failed, proof_rows, proved_file
 from bnexport.verification.tolerances import TOLERANCES

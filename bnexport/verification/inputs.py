@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from bnexport.bundle import Manifest
+from bnexport.data.samples import Samples
 from bnexport.errors import BnexportError, DataError, UsageError
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
 from bnexport.verification.budget import Budget
-from bnexport.verification.samples import Samples
 from bnexport.verification.verdict import REAL
 
 _OTHER_SIZED = 2

@@ -1,4 +1,4 @@
-"""The parts of a verification for int8 files alone: calibration inputs, the file proof, kernels against emulation, labels.
+"""The parts of a verification for int8 files alone: the file proof, inputs within the ranges, changed labels.
 
 A float32 file has one right answer for each input, up to rounding. An int8 file has two: what the file states, which integer
 kernels compute up to a last bit, and what the network computes, from which the file differs by noise. So the strict stage
@@ -7,45 +7,35 @@ compares a runtime with the emulated file, and the shipping stage with the netwo
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bnexport.bundle import MODEL_FLOAT32, MODEL_ONNX, Bundle, Manifest
-from bnexport.data.dataset_table import is_dataset
-from bnexport.data.datasets import load_train_images
-from bnexport.data.prepare import prepared
-from bnexport.data.preprocessing import preprocessing_of
-from bnexport.errors import BnexportError, DataError, ModelError, UsageError
-from bnexport.exporting.request import ExportRequest, read_share
-from bnexport.files import write_atomically
-from bnexport.onnx_files.models import read_model
-from bnexport.optional import installed
-from bnexport.runtimes.base import RunSettings
-from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
+from bnexport.errors import BundleError
 from bnexport.tensors import Array
 from bnexport.verification.inputs import Batch
 from bnexport.verification.metrics import has_labels
-from bnexport.verification.samples import load_samples
 from bnexport.verification.stages import failed
-from bnexport.verification.verdict import Row
+from bnexport.verification.verdict import Int8Findings, Int8Range, LayerNoise, Row
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from bnexport.quantization.moments import Seen
-    from bnexport.quantization.quantize import Calibration, Int8Result
+    from bnexport.quantization.integer_emulation import OneLayerEmulator
 
-#: Samples of a calibration; the ranges of a BN-LeNet do not change beyond.
-_CALIBRATION = 1000
-#: Number of timed runs of each file; the shortest times are compared.
-_ROUNDS = 15
+
+#: Multiplications of the evaluations with one layer in int8 (about three seconds).
+_LAYER_WORK = 2e10
+#: Most samples of these evaluations, and most elements of their inputs: every tensor is kept in float64.
+_MOST_SAMPLES, _ELEMENTS = 64, 1 << 19
+#: Fewest layers whose share is computed.
+_LEAST_LAYERS = 4
+#: A layer with this share of the noise, and this multiple of the mean share, is suggested for float.
+_LARGE_SHARE, _TIMES_MEAN = 0.25, 3.0
 #: Number of layers that a note names.
 _SHOWN = 4
 #: Draws of the noise by which the expected number of changed labels is estimated.
@@ -77,101 +67,11 @@ def int8_notes(record: Mapping[str, Any]) -> tuple[str, ...]:
     if kept:
         shown = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:_SHOWN])
         notes.append(f"{len(kept)} layers stay in float: {shown}" + (", ..." if len(kept) > _SHOWN else ""))
+    speed = record.get("speed")
+    ratio = speed.get("of_float32") if isinstance(speed, dict) else None
+    if isinstance(speed, dict) and isinstance(ratio, float) and ratio < 1:
+        notes.append(f"int8 is slower than float32: {ratio:g} x its speed ({speed.get('conditions')})")
     return (*notes, *map(str, record.get("warnings", ())))
-
-
-def speed_note(folder: Path, manifest: Manifest, feeds: Mapping[str, Array]) -> str:
-    """Return a warning where int8 is slower than float32 in ONNX Runtime here, on one thread and one sample; "" elsewhere."""
-    if not installed("onnxruntime"):
-        return ""
-    settings, fixed = RunSettings(threads=1), isinstance(manifest.signature.inputs[0].shape[0], int)
-    given = {name: array if fixed else array[:1] for name, array in feeds.items()}
-    with contextlib.suppress(BnexportError), contextlib.ExitStack() as stack:  # the verdict reports what fails
-        runners = [
-            stack.enter_context(OnnxRuntimeRunner(folder / name, manifest.signature, settings=settings))
-            for name in (MODEL_FLOAT32, MODEL_ONNX)
-        ]
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(_ROUNDS):  # in turn, so that other load on the machine affects both
-            for runner, taken in zip(runners, times, strict=True):
-                start = time.perf_counter()
-                runner.run(given)
-                taken.append(time.perf_counter() - start)
-        ratio = min(times[1]) / min(times[0])
-        if ratio > 1.0:
-            return f"int8 takes {ratio:.2g} times as long as float32 here (ONNX Runtime, CPU, one thread, one sample)"
-    return ""
-
-
-def calibration_of(request: ExportRequest, manifest: Manifest) -> Calibration | None:
-    """Return the samples that a request names for calibration; None for "none", and where nothing is named.
-
-    Raises:
-        DataError: They can't be read, are not finite, or have another shape.
-        UsageError: A data set without a preprocessing.
-    """
-    from bnexport.quantization.quantize import Calibration
-
-    named = request.calibrate
-    if named is None or named == "none":
-        return None
-    image, signature, dataset = preprocessing_of(manifest), manifest.signature, manifest.dataset
-    if not is_dataset(named):
-        samples = load_samples(named, signature, image, limit=_CALIBRATION)
-        return Calibration(samples.feeds, samples.described)
-    if image is None or len(signature.inputs) != 1:
-        raise UsageError(
-            f"--calibrate {named} needs a network that takes one image", remedy="Pass --mean and --std, or an .npz file"
-        )
-    pixels, _ = load_train_images(
-        named, data_dir=request.images_at(named) if named == dataset else request.data_dir, preprocessing=image
-    )
-    chosen = np.linspace(0, len(pixels) - 1, min(_CALIBRATION, len(pixels))).round().astype(int)
-    images = image.apply(prepared(pixels[chosen], image))
-    return Calibration({signature.inputs[0].name: images}, f"{len(chosen)} training images of {named}")
-
-
-def with_int8(
-    stage: Path,
-    manifest: Manifest,
-    example: Mapping[str, Array],
-    norms: Callable[[Mapping[str, Array]], Sequence[Seen]],
-    request: ExportRequest,
-) -> Manifest:
-    """Make the model.onnx of a folder int8, keep its float32 original next to it, and return the manifest with the record.
-
-    Ranges come from BatchNorm where the request names no calibration, and from the training images of the manifest's data set
-    where BatchNorm does not give all ranges. For the arguments see ``quantize.quantise``.
-
-    Raises:
-        BadInput: The model can't be quantised, or the calibration can't be used; the folder is unchanged.
-    """
-    from bnexport.quantization.quantize import Int8Options, quantise
-
-    model = read_model(stage / MODEL_ONNX)
-    options = Int8Options(request.target, request.float_layers, read_share(request.allow_flips, "--allow-flips"))
-
-    def made(request: ExportRequest) -> Int8Result:
-        calibration = calibration_of(request, manifest)
-        return quantise(
-            model, example, norms, options=options, preprocessing=manifest.preprocessing, calibration=calibration
-        )
-
-    try:
-        result = made(request)
-    except ModelError as unknown:
-        if request.calibrate is not None or manifest.dataset is None:
-            raise
-        try:
-            result = made(replace(request, calibrate=manifest.dataset))
-        except DataError:  # its images are not here
-            raise unknown from None
-    write_atomically(stage / MODEL_FLOAT32, (stage / MODEL_ONNX).read_bytes())
-    write_atomically(stage / MODEL_ONNX, result.model.SerializeToString(deterministic=True))
-    record = dict(result.record)
-    if slow := speed_note(stage, manifest, within_range_of(record, example)):
-        record["warnings"] = [*record["warnings"], slow]
-    return replace(manifest, onnx={**manifest.onnx, "precision": "int8", "quantization": record})
 
 
 def within(manifest: Manifest, batch: Batch) -> Batch:
@@ -211,6 +111,58 @@ def int8_file_rows(bundle: Bundle, float_model: ModelProto | None, int8_model: M
         return [failed("quantization", MODEL_ONNX, "ranges", "the manifest has no record of the quantisation")]
     found = findings(Int8File(float_model, int8_model, record))
     return [Row("quantization", MODEL_ONNX, item.check, item.passed, item.reason, n=item.n) for item in found]
+
+
+def layer_report(
+    model: ModelProto, int8: ModelProto, record: Mapping[str, Any], batch: Batch, *, cost: int, thorough: bool
+) -> Int8Findings:
+    """Return the share of each layer in the noise of the outputs, and the range of each tensor with codes.
+
+    A few samples are enough, since each has many outputs. Where the work for all layers is too much for one sample, the layers
+    with the largest noise in their own output are computed.
+
+    Args:
+        model: The float32 model.
+        int8: The int8 model.
+        record: Of the quantisation.
+        batch: The samples.
+        cost: Multiplications per sample.
+        thorough: Ten times the work.
+    """
+    from bnexport.quantization.int8_plan import layer_name
+    from bnexport.quantization.integer_emulation import IntegerEmulator, OneLayerEmulator, int8_layers
+
+    work, count = _LAYER_WORK * (10 if thorough else 1), len(int8_layers(int8))
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    fixed = bool(dims) and dims[0].HasField("dim_value")
+    most = min(_MOST_SAMPLES, _ELEMENTS // max(sum(array[0].size for array in batch.feeds.values()), 1))
+    few = batch if fixed else batch.head(int(min(work / max(cost * count / 2, 1), most)) or 1)
+    emulator = OneLayerEmulator(model, int8, few.feeds)
+    own = {name: emulator.own(name) for name in emulator.layers}
+    affordable = max(_LEAST_LAYERS, int(work / max(few.n * cost / 2, 1)))
+    chosen = sorted(own, key=lambda name: -own[name])[:affordable]
+    everything = emulator.power(IntegerEmulator(int8).evaluate(few.feeds))
+    shares = {name: emulator.noise(name) / max(everything, np.finfo(np.float64).tiny) for name in chosen}
+    layers = tuple(
+        LayerNoise(layer_name(node), node.op_type, own[name], shares.get(name))
+        for name, node in emulator.layers.items()
+    )
+    least = max(_LARGE_SHARE, _TIMES_MEAN / max(count, 1))
+    suggested = tuple(layer.layer for layer in layers if layer.share is not None and layer.share >= least)
+    ranges = tuple(_ranges(emulator, record))
+    numbers = [*own.values(), *shares.values(), *(value for item in ranges for value in item.seen or ())]
+    if not np.isfinite(numbers).all():  # JSON has no such numbers
+        raise BundleError("a value in the network is not finite", remedy="The other checks state where")
+    return Int8Findings(layers, ranges, few.n, batch.name, suggested)
+
+
+def _ranges(emulator: OneLayerEmulator, record: Mapping[str, Any]) -> Iterator[Int8Range]:
+    for name, found in record.get("ranges", {}).items():
+        low, high, source = float(found["low"]), float(found["high"]), str(found["source"])
+        trained = record.get("trained", {}).get(name) or ((low, high) if "BatchNorm" in source else None)
+        value = emulator.values.get(name)
+        seen = None if value is None else (float(value.min()), float(value.max()))
+        yield Int8Range(name, low, high, source, None if trained is None else (trained[0], trained[1]), seen)
 
 
 def labels_row(

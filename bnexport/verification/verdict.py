@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,6 +69,53 @@ class FaultResult:
 
 
 @dataclass(frozen=True)
+class LayerNoise:
+    """Predicted noise of one int8 layer, by emulation with this layer alone in int8."""
+
+    layer: str  # Name for --float-layers
+    operator: str  # Operator that computes it: "Conv"
+    own: float  # rms error of its output / rms of its output
+    #: Noise power of the outputs / that with all layers in int8; None where it was not computed
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Int8Range:
+    """The range of a tensor with codes: as stored, as trained, as seen."""
+
+    tensor: str  # Name of the value in the file
+    low: float  # Smallest value that the codes represent
+    high: float  # Largest value that the codes represent
+    source: str  # Origin: "BatchNorm", "derived from BatchNorm", "pixels", "calibration"
+    trained: tuple[float, float] | None  # Range by gamma and beta: four standard deviations; None where it is unknown
+    seen: (
+        tuple[float, float] | None
+    )  # Smallest and largest value on the samples; None where the tensor was not evaluated
+
+
+@dataclass(frozen=True)
+class Int8Findings:
+    """The noise of an int8 file layer by layer, and its ranges."""
+
+    layers: tuple[LayerNoise, ...]  # In the order of the graph
+    ranges: tuple[Int8Range, ...]  # In the order of the graph
+    n: int  # Samples
+    inputs: str  # Kind of inputs: "images", "noise"
+    suggested: tuple[str, ...]  # Layers with so large a share that --float-layers is worth a try
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Int8Findings:
+        """Rebuild from ``dataclasses.asdict`` after JSON."""
+        pairs = [
+            {**item, **{key: None if item[key] is None else tuple(item[key]) for key in ("trained", "seen")}}
+            for item in value["ranges"]
+        ]
+        layers = tuple(LayerNoise(**item) for item in value["layers"])
+        ranges = tuple(Int8Range(**item) for item in pairs)
+        return cls(layers, ranges, value["n"], value["inputs"], tuple(value["suggested"]))
+
+
+@dataclass(frozen=True)
 class Findings:
     """All results of a verification except its rows."""
 
@@ -82,6 +130,7 @@ class Findings:
     waived: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()  # Facts that no row contains: "synthetic inputs can't show flips"
     covers: str = ""  # The part of the proof that this verification covers; "" for all of it
+    int8: Int8Findings | None = None  # Layers and ranges of an int8 file; None for other files
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_json`` reads them back."""
@@ -93,12 +142,13 @@ class Findings:
             "waived": dict(self.waived),
             "warnings": list(self.warnings),
             "covers": self.covers,
+            "int8": None if self.int8 is None else json.loads(json.dumps(asdict(self.int8))),  # lists, no tuples
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Findings:
         """Rebuild from ``to_json``."""
-        tests = value.get("self_test")
+        tests, int8 = value.get("self_test"), value.get("int8")
         return cls(
             tuple(NoisePrediction(**item) for item in value.get("predictions", ())),
             {name: tuple(LayerDrift(**item) for item in items) for name, items in value.get("drift", {}).items()},
@@ -107,6 +157,7 @@ class Findings:
             dict(value.get("waived", {})),
             tuple(value.get("warnings", ())),
             str(value.get("covers", "")),
+            None if int8 is None else Int8Findings.from_json(int8),
         )
 
 

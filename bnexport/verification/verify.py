@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.data.preprocessing import preprocessing_of
+from bnexport.data.samples import Samples, load_samples
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, MissingDependency, RuntimeUnavailable, Unavailable
+from bnexport.optional import one_line
 from bnexport.progress import Progress, part_of, silent
 from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
@@ -19,14 +21,15 @@ from bnexport.verification.drift import diagnose
 from bnexport.verification.evidence import GOLDEN_ALONE, Evidence, coverage, file_checks, prepare
 from bnexport.verification.format_proof import TORCH_PROOFS
 from bnexport.verification.full_check import GOLDEN_ONLY, on_dataset
+from bnexport.verification.int8 import layer_report, record_of
 from bnexport.verification.reference import is_known
 from bnexport.verification.runs import RuntimeRun, run_runtime
-from bnexport.verification.samples import Samples, load_samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import failed, integrity_rows
 from bnexport.verification.verdict import (
     Findings,
     FlippedSample,
+    Int8Findings,
     LayerDrift,
     NoisePrediction,
     Row,
@@ -104,7 +107,7 @@ def verify(
     for number, spec in enumerate(specs):
         part_of(progress, _PROOFS, 1.0)(spec.name, number, len(specs))
         found.append(_runtime_checks(spec, evidence, scope, named=runtimes is not None))
-    return _report(evidence, found, file_rows, skipped, seed)
+    return _report(evidence, found, file_rows, skipped, seed, scope)
 
 
 def _report(
@@ -113,10 +116,13 @@ def _report(
     file_rows: Sequence[Row],
     skipped: Mapping[str, str],
     seed: int,
+    scope: Scope,
 ) -> VerificationReport:
     """Return the sum of all checks; ``skipped`` are the proofs that were not made."""
     rows = [*integrity_rows(evidence.bundle, evidence.problems), *evidence.rows, *file_rows]
     rows += [row for one in found for row in one.rows]
+    int8, more = _int8(evidence, scope)
+    skipped = {**skipped, **more}
     flipped = {name: run.flipped for one in found for name, run in one.runs.items() if run.flipped}
     return VerificationReport(
         tuple(rows),
@@ -135,6 +141,7 @@ def _report(
             evidence.waived,
             evidence.warnings(),
             GOLDEN_ONLY if evidence.reference.startswith(GOLDEN_ALONE) else "",
+            int8,
         ),
         coverage=coverage(evidence, [row for one in found for row in one.rows]),
         samples={name: run.samples for one in found for name, run in one.runs.items() if run.samples is not None},
@@ -240,6 +247,19 @@ def _is_missing(spec: RunnerSpec, error: BnexportError, evidence: Evidence) -> b
     if isinstance(error, MissingDependency) or (rebuilds and not is_known(evidence.bundle)):
         return True
     return spec.available() is not None
+
+
+def _int8(evidence: Evidence, scope: Scope) -> tuple[Int8Findings | None, dict[str, str]]:
+    """Return the layers and ranges of an int8 file, if they are to be compared, and part -> why it could not be done."""
+    if evidence.model is None or evidence.int8 is None or not evidence.cases or scope.drift is False:
+        return None, {}
+    record = record_of(evidence.bundle.manifest)
+    batch = evidence.cases[0].batch
+    try:
+        found = layer_report(evidence.model, evidence.int8, record, batch, cost=evidence.cost, thorough=scope.thorough)
+    except Exception as error:  # numpy raises any class inside an operator
+        return None, {"noise of int8 by layer": f"it can't be evaluated: {one_line(error, 120)}"}
+    return found, {}
 
 
 def _predictions(evidence: Evidence) -> tuple[NoisePrediction, ...]:

@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
+from bnexport.auditing.int8_audit import audit_int8, instructions
 from bnexport.cli.main import run
 from bnexport.errors import ModelError
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.quantization.int8_audit import as_qdq, audit_int8, instructions
 from bnexport.quantization.integer_emulation import IntegerEmulator, int8_layers
 from bnexport.quantization.quantize import Calibration, quantise
-from bnexport.quantization.writer import repaired
+from bnexport.quantization.writer import as_qdq, repaired
 from bnexport.tensors import Array
 
 CLASSES = 10
@@ -184,7 +185,7 @@ def test_a_file_that_the_engine_can_not_load_is_judged_by_the_emulation(
     with pytest.raises(ModelError, match="neither be emulated nor run"):
         model = onnx.load(tmp_path / "s8.onnx")
         model.graph.node[-1].op_type = "Unknown"
-        audit_int8(model, {}, {"x": images(16)}, unavailable="no kernel")
+        audit_int8(model, {}, {"x": images(16)}, unavailable={"default kernels here": "no kernel"})
 
 
 def test_uint8_weights_are_exempt(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,3 +241,65 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert {path.name: path.read_bytes() for path in files.iterdir()} == before
+
+
+def test_openvino_is_a_third_column(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino")
+    _, found = audit(capsys, files / "ours.onnx", "--samples", files / "x.npy", "--reference", files / "net.onnx")
+    named = [check["name"] for check in found["checks"] if check["name"].endswith("here")]
+    kernels = ["default kernels here", "precise kernels here", "OpenVINO here"]
+    assert named == kernels + [f"reference, {name}" for name in kernels]
+    assert found["differences"]["reference: OpenVINO here"]["snr"] > 20
+
+
+def test_the_table_fits_80_columns(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    run(["audit", str(files / "QDQ.onnx"), "--samples", str(files / "x.npy"), "--reference", str(files / "net.onnx")])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80
+    assert any(line.startswith("bounds of the kernels: rms") for line in lines)
+
+
+def test_operators_with_the_channels_last_are_emulated(files: Path, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    onnxruntime.InferenceSession(files / "QDQ.onnx", options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx")
+    last = {
+        node.op_type for node in optimised.graph.node if any(item.name == "channels_last" for item in node.attribute)
+    }
+    assert {"QLinearConv", "QLinearGlobalAveragePool"} <= last
+    plain = as_qdq(optimised)
+    assert len(int8_layers(plain)) == 3
+    feeds = {"x": images(8, seed=3)}
+    exact = IntegerEmulator(as_qdq(onnx.load(files / "QDQ.onnx"))).evaluate(feeds)["y"]
+    assert np.abs(IntegerEmulator(plain).evaluate(feeds)["y"] - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def in_opset_11(files: Path, folder: Path) -> Path:
+    model = network()
+    model.opset_import[0].version = 11
+    onnx.save(model, folder / "net11.onnx")
+    quantize_static(
+        folder / "net11.onnx", folder / "q11.onnx", Reader(), activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    assert onnx.load(folder / "q11.onnx").opset_import[0].version == 11
+    return folder / "q11.onnx"
+
+
+def test_a_file_of_an_older_operator_set_is_converted_for_the_repair(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = audit(
+        capsys, in_opset_11(files, tmp_path), "--samples", files / "x.npy", "--repair", tmp_path / "new.onnx"
+    )
+    assert code == 1
+    new = onnx.load(tmp_path / "new.onnx")
+    onnx.checker.check_model(new, full_check=True)
+    assert new.opset_import[0].version == 13
+    code, found = audit(capsys, tmp_path / "new.onnx", "--samples", files / "x.npy")
+    assert (code, found["saturating_channels"]) == (0, 0)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 import pytest
 
-from bnexport.bundle import INT8_TARGETS, MODEL_ONNX, STORED_PRECISIONS
+from bnexport.bundle import INPUT_TYPES, INT8_TARGETS, MODEL_ONNX, STORED_PRECISIONS
 from bnexport.cli import fold_and_export
 from bnexport.cli.main import run
 from bnexport.cli.options import export_request, preprocessing, read_labels
@@ -74,6 +74,7 @@ def test_the_choices_are_the_tables():
         "formats": [row.name for row in FORMATS],
         "dataset": list(DATASETS),
         "precision": list(STORED_PRECISIONS),
+        "input_type": list(INPUT_TYPES),
         "target": list(INT8_TARGETS),
     }
 

@@ -101,6 +101,8 @@ def test_inspect_begins_with_a_summary_and_lists_channels_on_request(
     assert run(["inspect", str(checkpoint)]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert "4 BatchNorm layers with 226 channels: " in lines[0]
+    assert "?" not in lines[0]
+    assert any(line.startswith("in ") for line in lines[1:3])
     layers = [line.split()[:2] for line in lines if line.strip().startswith("bn") and "1e-05" in line]
     assert layers == [["bn1", "6"], ["bn2", "16"], ["bn3", "120"], ["bn4", "84"]]
     assert len(lines) < 25

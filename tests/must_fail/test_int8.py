@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import io
 import json
 import os
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import onnx
 import pyarrow.parquet as pq
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+from rich.console import Console
 from support.bundles import copy_bundle, reseal
 from support.int8 import PIXELS, folded, images, residual
 from support.shared import made_once
@@ -27,15 +31,17 @@ from bnexport.onnx_files.models import read_model
 from bnexport.onnx_pipeline import fold_and_export_onnx
 from bnexport.pipeline import fold_and_export
 from bnexport.quantization.integer_emulation import EXACT, IntegerEmulator
+from bnexport.reporting.html import verification_page
+from bnexport.reporting.tables import print_checks
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.replay import replay_golden
 from bnexport.serving.served_model import ServingSettings, open_served
-from bnexport.verification.int8 import _at_least, labels_row
+from bnexport.verification.int8 import _at_least, int8_notes, labels_row
 from bnexport.verification.scope import Scope
 from bnexport.verification.self_test.copies import Copy, FaultTarget
 from bnexport.verification.self_test.faults import INT8_FAULTS, spoil_int8
 from bnexport.verification.self_test.tester import self_test
-from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verdict import Findings, VerificationReport
 from bnexport.verification.verify import verify
 
 RUNTIME = "onnxruntime-cpu"
@@ -74,6 +80,56 @@ def test_the_good_bundle_passes_with_both_kinds_of_kernels(int8_bundle: Bundle) 
     record = int8_bundle.manifest.onnx["quantization"]
     assert record["ranges"]["input"]["source"] == "pixels"
     assert "can saturate 16 bits" in record["pair_safe"]
+    assert record["speed"]["of_float32"] > 0
+    assert record["speed"]["conditions"].startswith("ONNX Runtime 1.")
+    assert record["warnings"] == []  # a measured number is not among them
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.5])
+def test_int8_that_is_slower_is_a_note_with_the_conditions(ratio: float) -> None:
+    notes = int8_notes({"speed": {"of_float32": ratio, "conditions": "one thread"}})
+    assert ("int8 is slower than float32: 0.5 x its speed (one thread)" in notes) == (ratio < 1)
+
+
+def test_the_report_has_the_noise_by_layer_and_the_ranges(int8_bundle: Bundle) -> None:
+    report = verify(int8_bundle, module=residual(), runtimes=[RUNTIME], scope=Scope(max_samples=16))
+    found = report.findings.int8
+    assert found is not None
+    assert [layer.layer for layer in found.layers] == ["stem", "deep", "wide", "last", "head"]
+    assert 0.5 < sum(layer.share or 0.0 for layer in found.layers) < 1.5
+    assert {item.source for item in found.ranges} == {"pixels", "BatchNorm", "derived from BatchNorm"}
+    assert all(item.trained == (item.low, item.high) for item in found.ranges if item.source != "pixels")
+    assert all(item.seen is not None for item in found.ranges)
+    assert Findings.from_json(json.loads(json.dumps(report.findings.to_json()))) == report.findings
+    schema = json.loads(
+        resources.files("bnexport.verification").joinpath("report.schema.json").read_text(encoding="utf-8")
+    )
+    jsonschema.Draft202012Validator(schema).validate(report.to_json())
+    page = verification_page(int8_bundle, report, command="bnexport verify")
+    assert page.count('class="strip"') >= len(found.layers) + len(found.ranges)
+    shown = io.StringIO()
+    print_checks(report, Console(file=shown, width=80), verbose=True)
+    largest = max(found.layers, key=lambda layer: layer.share or 0.0)
+    assert f"int8: largest shares of the noise: {largest.layer} {largest.share:.0%}" in " ".join(
+        shown.getvalue().split()
+    )
+    assert "int8 ranges by origin: pixels 1" in shown.getvalue()
+
+
+def test_work_beyond_the_budget_leaves_the_layers_with_the_least_own_noise_out(
+    int8_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bnexport.verification.int8._LAYER_WORK", 1.0)
+    report = verify(int8_bundle, module=residual(), runtimes=[RUNTIME], scope=Scope(max_samples=16))
+    found = report.findings.int8
+    assert found is not None
+    assert found.n == 1
+    left = [layer for layer in found.layers if layer.share is None]
+    assert len(left) == 1
+    assert left[0].own == min(layer.own for layer in found.layers)
+    assert f"Not computed, because their own noise is smaller: {left[0].layer}" in verification_page(
+        int8_bundle, report, command="bnexport verify"
+    )
 
 
 def test_the_bundle_is_replayed_as_a_server_does(int8_bundle: Bundle) -> None:

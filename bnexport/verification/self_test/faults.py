@@ -306,6 +306,8 @@ def _drop_correction(file: Int8File) -> str:
     from bnexport.quantization.codes import encode_bias
 
     for layer, _, _, bias in file.layers():
+        if bias is None:  # of a MatMul, whose bias is in float
+            continue
         plain = encode_bias(layer.bias, file.array(bias.input[1]))
         if (plain != file.array(bias.input[0])).any():
             _store(file, bias.input[0], plain)
@@ -319,7 +321,7 @@ def _use_full_range(file: Int8File) -> str:
     for layer, given, weight, bias in file.layers():
         exact = layer.outputs_first.astype(np.float64)
         found = encode(exact, pair_safe=False)
-        if layer.depthwise or not saturating_channels(found.codes).any():
+        if bias is None or layer.depthwise or not saturating_channels(found.codes).any():
             continue
         mean = np.asarray(file.ranges[layer.input].mean)
         steps = found.scales * file.array(given.input[1]).reshape(())

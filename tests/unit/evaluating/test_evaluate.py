@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.bundles import network
+from support.pictures import write_parts, write_pictures
 from torch import nn
 from unit.evaluating.conftest import TEST, Write, inputs, lenet
 
@@ -66,6 +67,21 @@ def test_a_bundle_on_its_runtimes(bundle: Bundle, runtime: str | None) -> None:
     assert found.runtime == (runtime or "onnxruntime-cpu")
     assert found.correct == int((given(network()) == LABELS).sum())
     assert found.accuracy > 0.3, "the bundle's network reads digits"
+
+
+def test_a_folder_without_a_test_part_is_reported(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = [f"{label}/{index}.png" for label in ("cat", "dog") for index in range(4)]
+    request = EvaluationRequest(dataset=f"folder:{write_pictures(tmp_path / 'flat', *names)}", device="cpu")
+    network = {"source": "bn_lenet", "options": {"norm": "torch", "in_channels": 1, "num_classes": 2}}
+    path = write(module=lenet(num_classes=2), dataset=None, labels=None, network=network)
+    assert "has no test part: bnexport held out 10% of each class" in evaluate_path(path, request).note
+    parts = EvaluationRequest(dataset=f"folder:{write_parts(tmp_path / 'parts')}", device="cpu")
+    assert "no test part" not in evaluate_path(path, parts).note
+    trained = write(module=lenet(num_classes=2), dataset=request.dataset, labels=None, network=network)
+    assert "no test part" not in evaluate_path(trained, request).note
 
 
 def test_options_that_do_not_go_together(bundle: Bundle, write: Write) -> None:

@@ -101,6 +101,12 @@ def test_a_bundle_without_weights_is_refused(bundle):
         inspect_path(bundle)
 
 
+def test_a_file_of_torch_save_is_named(tmp_path):
+    torch.save({"bn.weight": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match=r"a\.pt is a file of torch\.save; only safetensors files are inspected"):
+        inspect_path(tmp_path / "a.pt")
+
+
 def test_what_holds_no_batch_norm(tmp_path):
     safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=r"a\.safetensors holds no BatchNorm"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ import onnxruntime
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from support.int8 import PIXELS, folded, images, residual, snr
+from support.int8 import PIXELS, exact_statistics, folded, images, residual, snr
 from torch import nn
 
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.quantization.file_proof import Int8File, findings
-from bnexport.quantization.int8_plan import QuantizationPlan
-from bnexport.quantization.integer_emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
+from bnexport.quantization.int8_plan import QuantizationPlan, layer_name
+from bnexport.quantization.integer_emulation import (
+    EXACT,
+    SATURATING,
+    IntegerEmulator,
+    OneLayerEmulator,
+    int8_layers,
+)
 from bnexport.quantization.moments import seen_in_file, seen_in_module
 from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise
 
@@ -138,6 +145,135 @@ def test_a_calibration_far_from_the_training_is_warned_of(model: ModelProto) -> 
     result = made(model, preprocessing=None, calibration=Calibration({"input": 40 * images(32)}, "wrong images"))
     assert "may not be what the network was trained on" in result.record["warnings"][0]
     assert made(model, calibration=Calibration({"input": images(32)}, "right images")).record["warnings"] == []
+
+
+class Chain(nn.Module):
+    """Convolutions with BatchNorm and ReLU, whose output alone has codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.two, self.bn2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.one(x)))
+        return self.head(torch.relu(self.bn2(self.two(x))).mean((2, 3)))
+
+
+class Block(nn.Module):
+    """The parts of a ResNet: stem with max pooling, a residual block, a strided convolution, a pooled head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.one, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.two, self.bn3 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.down, self.bn4 = nn.Conv2d(8, 12, 3, stride=2), nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.bn1(self.stem(x))), 2)
+        x = torch.relu(x + self.bn3(self.two(torch.relu(self.bn2(self.one(x))))))
+        return self.head(torch.relu(self.bn4(self.down(x))).mean((2, 3)))
+
+
+def test_onnx_runtime_keeps_a_residual_network_in_int8_to_the_pooled_head(tmp_path: Path) -> None:
+    network = exact_statistics(Block())
+    onnx.save(made(folded(network, tmp_path), network=network).model, tmp_path / "int8.onnx")
+    kinds = optimised(tmp_path / "int8.onnx")
+    assert (kinds["QLinearConv"], kinds["QLinearAdd"], kinds["QGemm"]) == (4, 1, 1)
+    assert kinds["MaxPool"] + kinds["NhwcMaxPool"] == 1
+    assert not {"Conv", "FusedConv", "Relu", "Add", "Gemm"} & set(kinds)
+    assert (kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (2, 1)  # the input, and around the mean
+
+
+def optimised(file: Path) -> Counter[str]:
+    """Count the operators of the graph that ONNX Runtime computes."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(file.with_suffix(".optimised.onnx"))
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def test_a_relu_behind_batchnorm_has_a_trained_range_too(tmp_path: Path) -> None:
+    network = exact_statistics(Chain())
+    model = folded(network, tmp_path)
+    plain = {"network": network, "preprocessing": None}
+    right = made(model, calibration=Calibration({"input": images(32)}, "right images"), **plain)
+    assert right.record["warnings"] == []
+    relu = next(name for name in right.record["trained"] if right.record["ranges"][name]["low"] == 0)
+    trained, calibrated = right.record["trained"][relu], right.record["ranges"][relu]
+    assert 0.5 < trained[1] / calibrated["high"] < 2
+    wrong = made(model, calibration=Calibration({"input": 40 * images(32)}, "wrong images"), **plain)
+    assert wrong.record["warnings"][0].startswith(f"{relu} reaches 0 to ")
+
+
+def test_one_layer_in_int8_has_the_noise_of_a_file_with_this_layer_alone(model: ModelProto) -> None:
+    feeds = {"input": images(8, seed=7)}
+    result = made(model)
+    emulator = OneLayerEmulator(model, result.model, feeds)
+    names = [layer_name(node) for node in emulator.layers.values()]
+    assert names == ["stem", "deep", "wide", "last", "head"]
+    noise = {name: emulator.noise(output) for name, output in zip(names, emulator.layers, strict=True)}
+    for name in ("stem", "deep", "head"):  # the outputs of the others have codes only if another int8 layer follows
+        alone = made(model, options=Int8Options(float_layers=tuple(set(names) - {name}))).model
+        assert noise[name] == pytest.approx(emulator.power(IntegerEmulator(alone).evaluate(feeds)), rel=1e-3), name
+    everything = emulator.power(IntegerEmulator(result.model).evaluate(feeds))
+    assert sum(noise.values()) == pytest.approx(everything, rel=0.5)
+
+
+def test_matrix_products_become_int8_and_their_bias_is_corrected(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(12, 16)), "b": rng.normal(size=(1, 1, 16)), "v": rng.normal(size=(16, 5))}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"], name="first"),
+        helper.make_node("Add", ["b", "p"], ["s"]),
+        helper.make_node("Relu", ["s"], ["r"]),
+        helper.make_node("MatMul", ["r", "v"], ["y"], name="second"),
+    ]
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 7, 12])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 7, 5])
+    stored = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", [value], [out], stored)
+    plain = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    feeds = {"x": rng.normal(1.0, 1.0, (64, 7, 12)).astype(np.float32)}
+    result = quantise(plain, feeds, lambda _feeds: [], calibration=Calibration(feeds, "64 rows"))
+    assert len(result.record["ranges"]["x"]["mean"]) == 12
+    assert [item.reason for item in findings(Int8File(plain, result.model, result.record)) if not item.passed] == []
+    emulator = OneLayerEmulator(plain, result.model, feeds)
+    everything = emulator.power(IntegerEmulator(result.model).evaluate(feeds))
+    assert emulator.noise("p") + emulator.noise("y") == pytest.approx(everything, rel=0.3)
+    onnx.save(result.model, tmp_path / "int8.onnx")
+    assert "MatMul" not in optimised(tmp_path / "int8.onnx")
+    exact = Float64Evaluator(plain).evaluate(feeds)["y"]
+    session = onnxruntime.InferenceSession(tmp_path / "int8.onnx", providers=["CPUExecutionProvider"])
+    assert snr(session.run(None, feeds)[0], exact) > 30
+    spoiled = Int8File(plain, result.model, result.record)
+    bias = next(tensor for tensor in spoiled.stored.values() if tensor.name.startswith("s_bias"))
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) * np.float32(1.01), bias.name))
+    assert [item.check for item in findings(spoiled) if not item.passed] == ["biases"]
+
+
+def test_a_changed_constant_of_another_operator_fails_the_proof(model: ModelProto) -> None:
+    result = made(model)
+    copy = ModelProto()
+    copy.CopyFrom(result.model)
+    node = next(node for node in copy.graph.node if node.op_type == "ReduceMean")
+    axes = next(tensor for tensor in copy.graph.initializer if tensor.name == node.input[1])
+    copy.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(axes)[:1], "other"))
+    copy.graph.initializer.remove(axes)
+    node.input[1] = "other"
+    failed = [item.check for item in findings(Int8File(model, copy, result.record)) if not item.passed]
+    assert failed == ["structure"]
+
+
+def test_a_transposed_convolution_stays_in_float(model: ModelProto) -> None:
+    changed = ModelProto()
+    changed.CopyFrom(model)
+    changed.graph.node[0].op_type = "ConvTranspose"
+    plan = QuantizationPlan(changed)
+    assert plan.kept == {plan.model.graph.node[0].name: "ConvTranspose stays in float"}
 
 
 def branching() -> ModelProto:

@@ -120,12 +120,3 @@ def test_the_other_sizes_of_a_proof_are_larger_than_the_given_ones() -> None:
     found = _other_sizes(evaluator(g.model()), g.model(), {"x": (3, 40, 48)})
     assert found is not None
     assert found[0]["x"].shape == (2, 3, 72, 80)
-
-
-def test_text_computed_from_a_shape_is_left_alone() -> None:
-    g = Builder()
-    y = g.conv(g.input("n", 3, 16, 16), 3, 6)
-    g.node("Cast", g.node("Shape", y), to=8, outputs=("text",))
-    g.outputs.append(onnx.helper.make_tensor_value_info("text", 8, [4]))
-    g.output(g.node("Tanh", g.bn(y, 6)), rank=4)
-    assert Shapes(g.model()).of("bn_out") == Shapes(g.model()).of("conv_out")

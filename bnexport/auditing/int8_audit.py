@@ -7,35 +7,48 @@ the integer emulation predicts the effect of 16-bit saturation on every machine,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from bnexport.errors import BnexportError, DataError, ModelError
+from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing
+from bnexport.data.samples import load_samples
+from bnexport.errors import (
+    BnexportError,
+    DataError,
+    ExportError,
+    ModelError,
+    RuntimeUnavailable,
+    UsageError,
+)
+from bnexport.exporting.request import InputSpec, image_preprocessing
+from bnexport.exporting.signature import signature_of_file
+from bnexport.files import refuse_existing_file, write_atomically
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.onnx_files.models import LINEAR, attributes, multiplications, nodes, refill
-from bnexport.onnx_files.names import Names
-from bnexport.onnx_files.normalisation import normalise
-from bnexport.optional import one_line
-from bnexport.quantization.codes import saturating_channels
+from bnexport.onnx_files.models import LINEAR, multiplications, read_model, read_screened
+from bnexport.optional import installed, one_line
 from bnexport.quantization.integer_emulation import EXACT, LAST_BIT, SATURATING, Int8Layer, IntegerEmulator, int8_layers
-from bnexport.tensors import Array
+from bnexport.quantization.writer import (
+    DYNAMIC,
+    LayerRisk,
+    as_qdq,
+    dynamic_risks,
+    is_int8_model,
+    node_name,
+    repaired,
+)
+from bnexport.runtimes.base import RunSettings
+from bnexport.runtimes.onnxruntime_session import load_engine, open_session
+from bnexport.runtimes.openvino import OpenVinoRunner
+from bnexport.tensors import Array, Signature
 
 #: Inputs -> outputs by name, of an engine.
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Outputs = Mapping[str, Array]
-#: QOperator -> the float operator, and the number of inputs with codes. The bias of QLinearConv comes last.
-_QOPERATORS = {
-    "QLinearConv": ("Conv", 2), "QLinearMatMul": ("MatMul", 2), "QGemm": ("Gemm", 2), "QLinearAdd": ("Add", 2),
-    "QLinearMul": ("Mul", 2), "QLinearGlobalAveragePool": ("GlobalAveragePool", 1),
-    "QLinearAveragePool": ("AveragePool", 1), "QLinearSigmoid": ("Sigmoid", 1), "QLinearLeakyRelu": ("LeakyRelu", 1),
-}  # fmt: skip
-#: Operators whose activations get their scale while they run.
-_DYNAMIC = ("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
-_MARKS = {"QuantizeLinear", "DequantizeLinear", *_QOPERATORS, *_DYNAMIC}
 #: Kernels may disagree by this many times what another last bit at every requantisation makes, and never by less than _FLOOR.
 _FACTOR, _FLOOR = 3.0, 1e-5
 #: Largest error of scale of right kernels where a file can't be emulated: 3 x the usual disagreement of a last bit.
@@ -43,103 +56,13 @@ _UNPREDICTED = 0.0075
 #: Multiplications that are emulated, which decides the number of samples; fewest and most samples; samples evaluated at once.
 _BUDGET, _FEWEST, _MOST, _CHUNK = 4e9, 8, 256, 8
 _SYNTHETIC = 64
+#: Kernels of ONNX Runtime -> whether all of them add in 32 bits (session.x64quantprecision). The first are the default.
+_KERNELS = {"default kernels here": False, "precise kernels here": True}
+_OPENVINO = "OpenVINO here"
 #: Share of the values of a tensor from which clipping is reported.
 _CLIPPED = 0.01
 _SHOWN = 4
 _SATURATE = "on CPUs with AVX2, or AVX-512 without VNNI; not with VNNI, AMX or ARM's dot product"
-
-
-def is_int8_model(model: ModelProto) -> bool:
-    """Return whether a model contains operators with int8 codes."""
-    return any(node.op_type in _MARKS for node in nodes(model))
-
-
-# --- one form ---------------------------------------------------------------------------------------------------------
-
-
-def as_qdq(model: ModelProto) -> ModelProto:
-    """Return a sorted copy in the QDQ form, with constants and quantised weights stored as initializers."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    normalise(result)
-    graph, names, written = result.graph, Names(result), list[NodeProto]()
-    for node in graph.node:
-        values = attributes(node)
-        if node.op_type == "Constant" and "value" in values:
-            graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(values["value"]), node.output[0]))
-        elif node.op_type in _QOPERATORS and not values.get("channels_last", 0):
-            written += _split(node, names, graph)
-        else:
-            written.append(node)
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    kept = [node for node in written if not _encoded(node, stored, graph)]
-    refill(graph.node, kept)
-    return result
-
-
-def _split(node: NodeProto, names: Names, graph: Any) -> Iterator[NodeProto]:
-    """Yield DequantizeLinear nodes, the float operator and QuantizeLinear in place of one QOperator."""
-    operator, count = _QOPERATORS[node.op_type]
-    given, rest = list(node.input), list(node.input)[3 * count :]
-    inputs, settings = [], attributes(node)
-    for place in range(count):
-        parts = [name for name in given[3 * place : 3 * place + 3] if name]
-        inputs.append(names.free(parts[0], "decoded"))
-        decoder = helper.make_node("DequantizeLinear", parts, inputs[-1:])
-        if place and _stored(graph, parts[1]).size > 1:  # one scale for each output channel
-            axis = 1 if operator == "MatMul" or (operator == "Gemm" and not settings.get("transB", 0)) else 0
-            decoder.attribute.append(helper.make_attribute("axis", axis))
-        yield decoder
-    bias = rest[0] if operator == "Gemm" else rest[2] if operator == "Conv" and len(rest) > 2 else ""
-    output = rest[1:3] if operator == "Gemm" else rest[:2]
-    if bias:
-        scale = np.asarray(_stored(graph, given[1]) * _stored(graph, given[4]), np.float32)
-        name = names.free(bias, "scale")
-        graph.initializer.append(numpy_helper.from_array(scale if scale.size > 1 else scale.reshape(()), name))
-        inputs.append(names.free(bias, "decoded"))
-        yield helper.make_node("DequantizeLinear", [bias, name], inputs[-1:], axis=0)
-    scaled = len(output) > 0 and bool(output[0])
-    result = names.free(node.output[0], "float") if scaled else node.output[0]
-    known = {key: value for key, value in settings.items() if key != "channels_last"}
-    yield helper.make_node(operator, inputs, [result], name=node.name, **known)
-    if scaled:
-        yield helper.make_node("QuantizeLinear", [result, *filter(None, output[:2])], [node.output[0]])
-
-
-def _stored(graph: Any, name: str) -> Array:
-    for tensor in graph.initializer:
-        if tensor.name == name:
-            return numpy_helper.to_array(tensor)
-    raise ModelError(f"{name!r}, a scale, is not stored in the file", remedy="Give a file with static quantization")
-
-
-def _encoded(node: NodeProto, stored: dict[str, Any], graph: Any) -> bool:
-    """Store the codes of a QuantizeLinear of a stored weight; return whether the node was replaced by them."""
-    if node.op_type != "QuantizeLinear" or not all(name in stored for name in node.input):
-        return False
-    weight, scale, *zero = (numpy_helper.to_array(stored[name]) for name in node.input)
-    shift = zero[0] if zero else np.zeros(scale.shape, np.uint8)
-    if shift.dtype not in (np.int8, np.uint8):
-        return False
-    axis = int(attributes(node).get("axis", 1)) % weight.ndim
-    shape = [-1 if place == axis else 1 for place in range(weight.ndim)] if scale.size > 1 else [1] * weight.ndim
-    limits = np.iinfo(shift.dtype)
-    codes = np.clip(np.rint(weight / scale.reshape(shape)) + shift.reshape(shape), limits.min, limits.max)
-    graph.initializer.append(numpy_helper.from_array(codes.astype(shift.dtype), node.output[0]))
-    stored[node.output[0]] = graph.initializer[-1]
-    return True
-
-
-# --- the audit --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerRisk:
-    """The channels of one int8 layer, and how many of them can saturate in some order of pairs."""
-
-    name: str
-    channels: int
-    saturating: int
 
 
 @dataclass(frozen=True)
@@ -178,6 +101,7 @@ class Int8Audit:
     samples: str
     means: Mapping[str, Array]  # Layer's output -> E[x] of each input channel on the samples
     unread: int = 0  # Layers with int8 inputs whose weights could not be read
+    largest: float | None = None  # Largest error of right kernels, of scale; None where it was not predicted
 
     @property
     def saturating(self) -> int:
@@ -206,6 +130,7 @@ class Int8Audit:
             "summary": self.summary(),
             "samples": self.samples,
             "bound": self.bound,
+            "largest": self.largest,
             "saturating_channels": self.saturating,
             "checks": [asdict(check) for check in self.checks],
             "layers": [asdict(layer) for layer in self.layers],
@@ -219,6 +144,125 @@ class Int8Audit:
         }
 
 
+def audit_int8_file(
+    source: Path,
+    *,
+    reference: Path | None = None,
+    samples: Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    repair: Path | None = None,
+    force: bool = False,
+) -> Int8Audit:
+    """Audit an int8 file with the engines of this machine, and write a repaired file on request.
+
+    Args:
+        source: The file.
+        reference: The float32 file from which it was made.
+        samples: Inputs as for ``data.samples.load_samples``; None: synthetic ones.
+        mean: Mean per channel of pixels from 0 to 1, for samples that are images.
+        std: Standard deviation per channel, with ``mean``.
+        repair: File to write, with weights that can't saturate.
+        force: Replace an existing ``repair``.
+
+    Raises:
+        ModelError: Not an int8 file, or another reason of ``audit_int8`` or ``writer.repaired``; nothing was written.
+        DataError: The samples can't be used.
+        OutputError: ``repair`` exists already, or can't be written.
+    """
+    if repair is not None:
+        refuse_existing_file(repair, force=force, read=[source], role="audited file")
+    model = read_model(source)
+    if not is_int8_model(model):
+        raise ModelError(
+            f"{source} is not an int8 file: it has no QuantizeLinear, QLinearConv or ConvInteger",
+            remedy="Give an int8 file, or the network itself to compare tools that fold",
+        )
+    feeds = None if samples is None else _samples(model, samples, mean, std)
+    exact = None if reference is None else read_model(reference)
+    described = "" if samples is None else samples.name
+    with ExitStack() as stack:
+        runs, unavailable = _engines(source, model, stack)
+        found = audit_int8(model, runs, feeds, described=described, reference=exact, unavailable=unavailable)
+    if repair is not None:
+        write_atomically(repair, repaired(model, found.means).SerializeToString(deterministic=True))
+    return found
+
+
+def _samples(
+    model: ModelProto, path: Path, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Mapping[str, Array]:
+    """Return the samples of a file or folder; a fixed batch size is left to the audit."""
+    declared = _signature(model)
+    inputs = tuple(replace(spec, shape=("batch", *spec.shape[1:])) for spec in declared.inputs)
+    sized = all(isinstance(size, int) for size in inputs[0].shape[1:])
+    specs = [InputSpec(spec.name, tuple(map(int, spec.shape[1:]))) for spec in inputs] if sized else []
+    image = image_preprocessing(specs, mean, std)
+    if image is None and path.is_dir():
+        raise UsageError(f"--samples {path} is a folder of images", remedy="Pass --mean and --std as well")
+    kind = PixelPreprocessing if inputs[0].dtype == "uint8" else Preprocessing
+    given = None if image is None else kind.from_json(image)
+    return load_samples(path, replace(declared, inputs=inputs), given, limit=_MOST).feeds
+
+
+def _signature(model: ModelProto) -> Signature:
+    try:
+        return signature_of_file(model)
+    except ExportError as error:
+        raise ModelError(str(error.message), remedy="Give a file in float32 that declares its shapes") from error
+
+
+def _engines(source: Path, model: ModelProto, stack: ExitStack) -> tuple[dict[str, Run], dict[str, str]]:
+    """Return the engines that can open a file: name -> run, ONNX Runtime's default kernels first; name -> why not."""
+    runs: dict[str, Run] = {}
+    unavailable: dict[str, str] = {}
+    for name, precise in _KERNELS.items():
+        try:
+            runs[name] = _onnx_runtime(source, precise=precise)
+        except RuntimeUnavailable as error:  # the other kernels fail for the same reason
+            unavailable[next(iter(_KERNELS))] = error.message
+            break
+    if installed("openvino"):
+        try:
+            runs[_OPENVINO] = _openvino(stack.enter_context(OpenVinoRunner(source, _signature(model))))
+        except BnexportError as error:
+            unavailable[_OPENVINO] = error.message
+    return runs, unavailable
+
+
+def _onnx_runtime(source: Path, *, precise: bool) -> Run:
+    try:
+        session = open_session(load_engine(), read_screened(source), "cpu", RunSettings(precise=precise))
+    except BnexportError:
+        raise
+    except Exception as error:  # onnxruntime's classes derive from Exception alone
+        raise RuntimeUnavailable(
+            f"ONNX Runtime can't load the file: {one_line(error, 120)}", remedy="Check the file with onnx.checker"
+        ) from error
+    names = [item.name for item in session.get_outputs()]
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        except Exception as error:  # as above
+            raise DataError(
+                f"onnxruntime can't run {source} on these samples: {one_line(error, 160)}",
+                remedy="Give samples of the shape that the file declares",
+            ) from error
+
+    return run
+
+
+def _openvino(runner: OpenVinoRunner) -> Run:
+    def run(feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        try:
+            return runner.run(feeds)
+        except BnexportError as error:  # a second opinion: the audit goes without it
+            raise RuntimeUnavailable(error.message, remedy=error.remedy) from error
+
+    return run
+
+
 def audit_int8(
     model: ModelProto,
     kernels: Mapping[str, Run],
@@ -226,7 +270,7 @@ def audit_int8(
     *,
     described: str = "",
     reference: ModelProto | None = None,
-    unavailable: str = "",
+    unavailable: Mapping[str, str] | None = None,
 ) -> Int8Audit:
     """Audit an int8 model.
 
@@ -236,7 +280,7 @@ def audit_int8(
         feeds: Samples by name of input; None: synthetic ones in the range of the input.
         described: What the samples are.
         reference: The float32 model from which the int8 model was made.
-        unavailable: Why there are no kernels, for the report.
+        unavailable: Name of a setting that can't run the model here -> why.
 
     Raises:
         ModelError: The model has no int8 layer, can neither be emulated nor run, or the reference has other outputs.
@@ -244,7 +288,7 @@ def audit_int8(
     """
     plain = as_qdq(model)
     layers, dynamic = int8_layers(plain), dynamic_risks(plain)
-    risks = [LayerRisk(_name(layer.node), len(layer.codes), int(layer.unsafe.sum())) for layer in layers] + dynamic
+    risks = [LayerRisk(node_name(layer.node), len(layer.codes), int(layer.unsafe.sum())) for layer in layers] + dynamic
     unread = _unread(plain, layers)
     if not risks and not unread and not _unsigned(plain):
         raise ModelError("the file has no int8 convolution or matrix product", remedy="Give an int8 ONNX file")
@@ -261,15 +305,14 @@ def audit_int8(
     if problem:
         text = f"the file can't be emulated, so the effect is measured on this machine only ({problem})"
         checks.append(AuditCheck("note", "emulation", text))
-    if unavailable:
-        checks.append(AuditCheck("note", "default kernels here", unavailable))
-    if not found and not kernels:
-        raise ModelError(
-            f"the file can neither be emulated nor run: {unavailable}", remedy="Check it with onnx.checker"
-        )
-    for name, run in kernels.items():
-        found[name] = _in_batches(run, feeds, plain)
-    bound, differences, more = _judged(found, tuple(kernels), predicted=EXACT in found and not dynamic)
+    measured, missing = _measured(kernels, feeds, plain)
+    found |= measured
+    missing |= unavailable or {}
+    checks += [AuditCheck("note", name, reason) for name, reason in missing.items()]
+    if not found:
+        reason = "; ".join(missing.values())
+        raise ModelError(f"the file can neither be emulated nor run: {reason}", remedy="Check it with onnx.checker")
+    bounds, differences, more = _judged(found, tuple(measured), predicted=EXACT in found and not dynamic)
     checks += [*more, *_edges(plain)]
     means: dict[str, Array] = {}
     if real and EXACT in found:
@@ -277,7 +320,21 @@ def audit_int8(
         checks.append(clipped)
     if reference is not None:
         checks += _against(reference, feeds, found, differences)
-    return Int8Audit(tuple(checks), tuple(risks), differences, bound, samples, means, unread)
+    return Int8Audit(tuple(checks), tuple(risks), differences, bounds[0], samples, means, unread, bounds[1])
+
+
+def _measured(
+    kernels: Mapping[str, Run], feeds: Mapping[str, Array], model: ModelProto
+) -> tuple[dict[str, Outputs], dict[str, str]]:
+    """Return the outputs of each setting of an engine, and setting -> why it can't run the samples."""
+    found: dict[str, Outputs] = {}
+    missing: dict[str, str] = {}
+    for name, run in kernels.items():
+        try:
+            found[name] = _in_batches(run, feeds, model)
+        except RuntimeUnavailable as error:
+            missing[name] = error.message
+    return found, missing
 
 
 def _emulated(model: ModelProto, feeds: Mapping[str, Array], ways: Sequence[str]) -> tuple[dict[str, Outputs], str]:
@@ -288,28 +345,9 @@ def _emulated(model: ModelProto, feeds: Mapping[str, Array], ways: Sequence[str]
         return {}, one_line(error, 90)
 
 
-def _name(node: NodeProto) -> str:
-    return node.name or str(node.output[0])
-
-
-def dynamic_risks(model: ModelProto) -> list[LayerRisk]:
-    """Return the layers whose activations get their scale while they run, with int8 weights stored in the file."""
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    found = []
-    for node in model.graph.node:
-        weight = stored.get(node.input[1]) if node.op_type in _DYNAMIC else None
-        codes = None if weight is None else numpy_helper.to_array(weight)
-        if codes is not None and codes.dtype == np.int8 and codes.ndim > 1:
-            first = codes if node.op_type == "ConvInteger" else codes.reshape(-1, codes.shape[-1]).T
-            depthwise = node.op_type == "ConvInteger" and attributes(node).get("group", 1) > 1 and codes.shape[1] == 1
-            unsafe = 0 if depthwise else int(saturating_channels(first).sum())
-            found.append(LayerRisk(_name(node), len(first), unsafe))
-    return found
-
-
 def _unsigned(model: ModelProto) -> int:
     """Return the number of layers with stored uint8 weights."""
-    return sum(_weight_type(node, model) == np.uint8 for node in model.graph.node if node.op_type in LINEAR + _DYNAMIC)
+    return sum(_weight_type(node, model) == np.uint8 for node in model.graph.node if node.op_type in LINEAR + DYNAMIC)
 
 
 def _unread(model: ModelProto, layers: Sequence[Int8Layer]) -> int:
@@ -450,18 +488,18 @@ def compared(candidate: Outputs, expected: Outputs) -> Difference:
 
 def _judged(
     found: Mapping[str, Outputs], kernels: Sequence[str], *, predicted: bool
-) -> tuple[float | None, dict[str, Difference], list[AuditCheck]]:
-    """Judge saturation by the labels, and kernels by their distance from the emulation, or else from the last kernels.
+) -> tuple[tuple[float | None, float | None], dict[str, Difference], list[AuditCheck]]:
+    """Judge saturation by the labels, and kernels by their distance from the emulation, or else from the second kernels.
 
     Returns:
-        The bound of the kernels' rms, the differences, and the checks. ``predicted``: the disagreement of right kernels was
-        emulated. Otherwise the rms has a fixed bound, and the maximum has none.
+        The bounds of the kernels' rms and largest error, the differences, and the checks. ``predicted``: the disagreement of
+        right kernels was emulated. Otherwise the rms has a fixed bound, and the largest error has none.
     """
     differences: dict[str, Difference] = {}
     checks: list[AuditCheck] = []
-    base = EXACT if EXACT in found else kernels[-1] if len(kernels) > 1 else ""
+    base = EXACT if EXACT in found else kernels[1] if len(kernels) > 1 else ""
     if not base:
-        return None, differences, checks
+        return (None, None), differences, checks
     bound, rms_bound = float("inf"), _UNPREDICTED
     if predicted:
         usual = compared(found[LAST_BIT], found[EXACT])
@@ -476,23 +514,22 @@ def _judged(
         right = off.error <= bound and off.rms <= rms_bound
         verdict = "right" if right else "note" if place else "wrong"
         against = "the file states" if base == EXACT else f"the {base} compute"
-        limit = f"bounds: rms {rms_bound:.2g}" + (f", max {bound:.2g}" if predicted else "")
-        checks.append(AuditCheck(verdict, name, f"off from what {against}: {off} ({limit})"))
-    return rms_bound, differences, checks
+        checks.append(AuditCheck(verdict, name, f"off from what {against}: {off}"))
+    return (rms_bound, bound if predicted else None), differences, checks
 
 
 def _edges(model: ModelProto) -> Iterator[AuditCheck]:
     """Yield how the first and the last linear layer are stored."""
-    linear = [node for node in model.graph.node if node.op_type in LINEAR + _DYNAMIC]
+    linear = [node for node in model.graph.node if node.op_type in LINEAR + DYNAMIC]
     if not linear:
         return
     readers = {name: node for node in model.graph.node for name in node.input}
     kinds = ["float" if _weight_type(node, model) is None else "int8" for node in (linear[0], linear[-1])]
-    yield AuditCheck("note", "first layer", f"{_name(linear[0])}: {kinds[0]}")
+    yield AuditCheck("note", "first layer", f"{node_name(linear[0])}: {kinds[0]}")
     after = readers.get(linear[-1].output[0])
     coded = after is not None and after.op_type == "QuantizeLinear"
     rounded = "; its output is rounded to 8 bits, which costs accuracy" if coded else "; its output stays in float"
-    yield AuditCheck("note", "last layer", f"{_name(linear[-1])}: {kinds[1]}{rounded}")
+    yield AuditCheck("note", "last layer", f"{node_name(linear[-1])}: {kinds[1]}{rounded}")
 
 
 def _inside(

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.samples import Samples, load_samples
 from bnexport.errors import BadInput, DataError
 from bnexport.tensors import Signature, TensorSpec
-from bnexport.verification.samples import Samples, load_samples
 
 GREY = Signature(
     (TensorSpec("input", "float32", ("batch", 1, 6, 5)),), (TensorSpec("logits", "float32", ("batch", 3)),)
