@@ -22,7 +22,7 @@ LEAST_CALLS = 300
 LEAST_ROUNDS = 5
 #: Rounds of networks that are fast enough. Many short rounds find smaller differences than a few long ones of the same time:
 #: the disturbances by other programs last for longer than a round, so that they hit both variants.
-ROUNDS = 25
+ROUNDS = 50
 
 
 @dataclass(frozen=True)

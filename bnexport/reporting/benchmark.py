@@ -197,8 +197,8 @@ def benchmark_page(report: BenchmarkReport, *, command: str) -> bytes:
         conclusions=conclusions(report),
         chart=speeds(curves_of(report)),
         tables=[
-            ("Speed", HEADS, speed, " ".join(LEGEND)),
-            ("Files and processes", PROCESS_HEADS, list(process_cells(report)), " ".join(PROCESS_LEGEND)),
+            ("Speed", HEADS, speed, _joined(LEGEND)),
+            ("Files and processes", PROCESS_HEADS, list(process_cells(report)), _joined(PROCESS_LEGEND)),
         ],
         numbers=NUMBERS,
         remarks=remarks(report),
@@ -207,3 +207,8 @@ def benchmark_page(report: BenchmarkReport, *, command: str) -> bytes:
         command=command,
     )
     return text.encode()
+
+
+def _joined(legend: Sequence[str]) -> str:
+    """Return the lines of a legend as one paragraph; a line that begins with spaces continues the line before."""
+    return "; ".join(legend).replace(";   ", " ")

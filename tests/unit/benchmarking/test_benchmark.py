@@ -304,7 +304,7 @@ def test_variants_are_files_runtimes_batches_threads_and_sessions(monkeypatch: p
     assert (len(variants), left) == (2 * 2 * 3, {})
     assert request(threads=(1,), sessions=(1, "all")).ways() == ((1, 1), (1, 4))
     quick = request(quick=True, batches=())
-    assert [quick.rounds_for(slowest) for slowest in (0.001, 0.02, 0.05, 3.0)] == [25, 25, 10, 5]
+    assert [quick.rounds_for(slowest) for slowest in (0.001, 0.02, 0.05, 3.0)] == [50, 25, 10, 5]
     assert request(rounds=7).rounds_for(3.0) == 7
     assert {spec.engine for spec in quick.specs()} <= {"onnxruntime", "openvino"}
     assert quick.batches_of(subjects[1]) == (1, 32)
