@@ -31,8 +31,9 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.environment import describe, environment
 from bnexport.files import write_atomically
 from bnexport.onnx_files.models import read_model
+from bnexport.onnx_files.normalisation import upgraded
 from bnexport.optional import installed, one_line, require
-from bnexport.quantization.int8_plan import with_scales_per_channel
+from bnexport.quantization.int8_plan import OLDEST_OPSET
 from bnexport.quantization.integer_emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
 from bnexport.quantization.moments import Seen, seen_in_file, seen_in_module
 from bnexport.quantization.quantize import Calibration, Int8Result, quantise
@@ -346,7 +347,7 @@ def classifier() -> Subject:
     lines[::4] = lines[::4, :, ::-1, ::-1]  # upside down
     lines[1::4] = lines[1::4, :, ::-1, ::-1]
     norms = partial(seen_in_file, read_model(file.read_bytes()))
-    model = with_scales_per_channel(folded)
+    model = upgraded(folded, "the file", OLDEST_OPSET)
     return Subject(network.name, model, norms, image.to_json(), lines[1:512:2], lines[::2], emulated=64, saturated=4)
 
 

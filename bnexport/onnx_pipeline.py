@@ -22,9 +22,10 @@ from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, fi
 from bnexport.folding.pixel_input import pixel_model
 from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_files.models import multiplications
+from bnexport.onnx_files.normalisation import upgraded
 from bnexport.pipeline import Source, onnx_facts, publish, with_int8
 from bnexport.progress import Progress, silent
-from bnexport.quantization.int8_plan import with_scales_per_channel
+from bnexport.quantization.int8_plan import OLDEST_OPSET
 from bnexport.quantization.moments import Seen, seen_in_file
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import Array, Signature, TensorSpec
@@ -102,7 +103,7 @@ def _file_source(file: Path, name: str, version: int, request: ExportRequest, pr
     progress("folding and proving the fold", 0, 1)
     result = fold_onnx(file, max_growth=request.max_growth, clamps=request.clamps, inputs=_requested(request.inputs))
     if request.precision == "int8":
-        result = replace(result, model=with_scales_per_channel(result.model))
+        result = replace(result, model=upgraded(result.model, file.name, OLDEST_OPSET))
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
     image = request.image(parse_inputs(request.inputs) if request.inputs else ())

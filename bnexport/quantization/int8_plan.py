@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper, version_converter
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError, UsageError
 from bnexport.onnx_files.models import attributes, opset_of
@@ -69,16 +69,6 @@ class QuantizedLayer:
     def stored(self, outputs_first: Array) -> Array:
         """Return a weight with output channels first in the layout of the file."""
         return outputs_first if self.axis == 0 else outputs_first.swapaxes(0, self.axis)
-
-
-def with_scales_per_channel(model: ModelProto) -> ModelProto:
-    """Return a model in an operator set that int8 needs; the model itself if it has one, or if onnx can't convert it."""
-    if opset_of(model) >= OLDEST_OPSET:
-        return model
-    try:
-        return version_converter.convert_version(model, OLDEST_OPSET)
-    except Exception:  # the converter's errors share no base class; the plan refuses the old model
-        return model
 
 
 class QuantizationPlan:

@@ -563,7 +563,7 @@ def test_ten_percent_of_real_work_are_found(subject: Subject) -> None:
 
     slow, same = (
         [
-            measured_ratio(subject, [looped(5000), looped(steps)], time.thread_time, seed, rounds=25, seconds=1.0)
+            measured_ratio(subject, [looped(5000), looped(steps)], time.thread_time, seed, rounds=ROUNDS, seconds=2.0)
             for seed in range(10)
         ]
         for steps in (5500, 5000)
