@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.serving.pixels`` prints the table of docs/serving.md. It exports one small network with both types of
 input, and measures them in turn: the decoder and the conversion of images in this process, whole requests with one image as
-binary tensors over HTTP by the CPU time of one ``bnexport serve`` with both models.
+binary tensors over HTTP by the CPU time of one ``bnexport serve`` with both models. It takes 5 minutes.
 """
 
 from __future__ import annotations

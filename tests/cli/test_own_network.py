@@ -311,7 +311,7 @@ def test_plain_weights_are_evaluated_with_the_facts_that_others_take(home: Home,
     assert "--dataset" in err
     code, _, err = cli(*(word for word in words if word not in IMAGE))
     assert code == 2
-    assert "For plain weights, --input is the shape of one image" in err
+    assert "Pass the shape of one image with --input" in err
 
 
 def test_plain_weights_are_recalibrated_and_the_result_is_a_checkpoint(home: Home, tmp_path: Path, cli: Run) -> None:
