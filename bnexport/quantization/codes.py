@@ -25,6 +25,10 @@ PAIR = 128
 _STEP = 1.002
 #: Largest code of a bias: int32 with room for the sum of products, which stays below 2 ** 30 for 33,000 taps.
 _LARGEST_BIAS = 2.0**30
+#: Operators whose output has the numbers of their first input.
+MOVERS = ("MaxPool", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Dropout")
+#: Operators that a kernel computes together with the layer before them.
+ABSORBED = ("Relu", "Clip")
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,11 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from bnexport.errors import ModelError, UsageError
 from bnexport.onnx_files.models import attributes, opset_of
 from bnexport.onnx_files.names import subgraphs
+from bnexport.quantization.codes import ABSORBED, MOVERS
 from bnexport.tensors import Array
 
 #: The first operator set whose DequantizeLinear has one scale for each channel.
 OLDEST_OPSET = 13
-#: Operators whose output has the numbers of their first input.
-MOVERS = ("MaxPool", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Dropout")
-#: Operators that a kernel computes together with the layer before them.
-ABSORBED = ("Relu", "Clip")
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _SHOWN = 8
 

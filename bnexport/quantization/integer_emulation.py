@@ -18,8 +18,7 @@ import numpy as np
 from bnexport.onnx_files import kernels
 from bnexport.onnx_files.float64 import Float64Evaluator, wide_evaluator, widen_array
 from bnexport.onnx_files.models import attributes, read_model
-from bnexport.quantization.codes import saturating_channels
-from bnexport.quantization.int8_plan import ABSORBED, MOVERS
+from bnexport.quantization.codes import ABSORBED, MOVERS, saturating_channels
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
