@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 BUSY_LIMIT = 0.15
 #: Largest load average per core before a measurement, where the system does not report the CPU time of all processes.
 _LOAD_LIMIT = 0.5
+#: Largest difference of the medians of two rows that are chosen by their cores.
+SIMILAR = 0.05
 #: Verdict without a verification: the file of ``--against``, or a runtime that could not be verified.
 UNKNOWN = "-"
 
@@ -235,19 +237,27 @@ class Recommendation:
 
 
 def recommendations(results: Sequence[Result]) -> tuple[Recommendation, ...]:
-    """Return the best row for each goal among those whose verdict is PASS and whose answers were right."""
+    """Return the best row for each goal among those whose verdict is PASS and whose answers were right.
+
+    Of rows without a measured difference, whose medians are within SIMILAR, the one on the fewest cores is the best: threads of
+    an engine that wait for work are fast on an idle machine only.
+    """
     allowed = [result for result in results if result.word == "PASS"]
     found = []
     for goal in GOALS if allowed else ():
         figures = {id(result): per_round(result, goal) for result in allowed}
-        best = min(allowed, key=lambda result: statistics.median(figures[id(result)]))
-        ties = [
-            result
-            for result in allowed
-            if result is not best and ratio(figures[id(result)], figures[id(best)]).holds_one
-        ]
-        found.append(Recommendation(goal, best, tuple(ties)))
+        first = min(allowed, key=lambda result: statistics.median(figures[id(result)]))
+        same = [first, *_same_as(first, allowed, figures)]
+        near = [result for result in same if abs(ratio(figures[id(result)], figures[id(first)]).value - 1) <= SIMILAR]
+        best = min(near, key=lambda result: (result.variant.cores, statistics.median(figures[id(result)])))
+        found.append(Recommendation(goal, best, tuple(result for result in same if result is not best)))
     return tuple(found)
+
+
+def _same_as(first: Result, results: Sequence[Result], figures: Mapping[int, list[float]]) -> list[Result]:
+    """Return the other rows without a measured difference."""
+    others = [result for result in results if result is not first]
+    return [result for result in others if ratio(figures[id(result)], figures[id(first)]).holds_one]
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,11 @@ class Variant:
         return self.subject.label, self.runtime, self.threads, self.sessions
 
     @property
+    def cores(self) -> int:
+        """Return the number of threads of all sessions."""
+        return self.threads * self.sessions
+
+    @property
     def name(self) -> str:
         """Return "A onnxruntime-cpu, batch 32, 1 thread, 2 sessions"."""
         threads, sessions = (

@@ -220,6 +220,18 @@ def test_one_row_is_recommended_per_goal_and_ties_are_named(subject: Subject) ->
     assert json.dumps(report.to_json(), allow_nan=False)
 
 
+def test_of_rows_without_a_difference_the_one_on_fewer_cores_is_recommended(subject: Subject) -> None:
+    rows = [
+        row(subject, [1.0, 1.1, 0.9, 1.0, 1.0], sessions=2),
+        row(subject, [1.02, 1.0, 1.0, 1.02, 1.1]),
+        row(subject, [0.5, 1.5, 1.5, 1.5, 1.5]),  # its range holds 1, but its median is far away
+    ]
+    report = report_of(*rows)
+    latency = report.recommended[0]
+    assert latency.best is report.results[1]
+    assert latency.ties == (report.results[0], report.results[2])
+
+
 def test_a_wrong_or_failed_or_unverified_row_is_never_recommended(subject: Subject) -> None:
     rows = [
         row(subject, [3.0] * 5),
