@@ -61,6 +61,9 @@ def run_way(way: str, network: str, folder: str) -> None:
     Raises:
         ModelError: The verdict is FAIL, or the plain way's outputs differ.
     """
+    if (way, network) == ("ours", LENET):
+        _command(Path(folder))
+        return
     import torch
 
     module = torch.load(Path(folder, f"{network}.module"), weights_only=False)  # written by this program
@@ -90,9 +93,17 @@ def _ours(module: nn.Module, network: str, folder: Path) -> None:
 
     shape = "x".join(map(str, NETWORKS[network]))
     request = ExportRequest(inputs=(shape,), formats=("onnx", "torchscript"), force=True)
-    source = str(CHECKPOINT) if network == LENET else module
-    result = fold_and_export(source, _bundle(network, folder), request=request)
+    result = fold_and_export(module, _bundle(network, folder), request=request)
     _need_pass(network, result.verification)
+
+
+def _command(folder: Path) -> None:
+    """Run the command of BN-LeNet."""
+    from bnexport.cli.main import run
+
+    out = ("--out", str(_bundle(LENET, folder)), "--force", "--quiet")
+    if run(["fold-and-export", str(CHECKPOINT), *out, "--format", "onnx", "--format", "torchscript"]):
+        raise ModelError(f"fold-and-export of {LENET} failed", remedy="Its error is above")
 
 
 def _verify(module: nn.Module, network: str, folder: Path) -> None:
