@@ -490,11 +490,11 @@ def test_unfit_networks_are_refused_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], reason: str
 ) -> None:
     code, out = export(tmp_path, *words, "--input-type", "uint8")
-    told = capsys.readouterr().err.strip()
-    assert code == 2, told
-    assert reason in told
-    assert "--input-type uint8" in told
-    assert "Traceback" not in told
+    message = capsys.readouterr().err.strip()
+    assert code == 2, message
+    assert reason in message
+    assert "--input-type uint8" in message
+    assert "Traceback" not in message
     assert not out.exists()
     assert not (tmp_path / "models" / "net" / "config.pbtxt").exists()
 
