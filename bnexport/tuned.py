@@ -154,9 +154,9 @@ def _mismatch(tuning: Tuning, bundle: Bundle) -> str | None:
     """Return the first reason why a tuning does not apply to this machine and bundle."""
     here = Machine.here()
     if tuning.machine.cpu != here.cpu:
-        return f"{TUNED} was measured on another processor: {shown(tuning.machine.cpu)}, here {shown(here.cpu)}"
+        return f"{TUNED} was measured on another processor: {shown(tuning.machine.cpu)}; this one is {shown(here.cpu)}"
     if tuning.machine.cores != here.cores:
-        return f"{TUNED} was measured with {tuning.machine.cores} cores, here are {here.cores}"
+        return f"{TUNED} was measured with {tuning.machine.cores} cores; this process has {here.cores}"
     if tuning.model_sha256 != model_hash(bundle):
         return f"{TUNED} was measured with another model file"
     installed = versions()
@@ -164,7 +164,7 @@ def _mismatch(tuning: Tuning, bundle: Bundle) -> str | None:
         for name in _ENGINES.get(choice.runtime.partition("-")[0], ("torch",)):
             before, now = tuning.versions.get(name), installed.get(name)
             if before != now:
-                return f"{TUNED} was measured with {name} {before or 'not installed'}, here is {now or 'none'}"
+                return f"{TUNED} was measured with {name} {before or '(none)'}; installed: {now or 'none'}"
     return None
 
 

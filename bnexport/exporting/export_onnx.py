@@ -19,7 +19,7 @@ from bnexport.errors import ExportError
 from bnexport.exporting.request import DEFAULT_OPSET, OnnxTarget
 from bnexport.exporting.signature import export_flat, varying_axes
 from bnexport.files import write_atomically
-from bnexport.onnx_files.models import check_valid, nodes
+from bnexport.onnx_files.models import check_written, nodes
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
@@ -87,7 +87,7 @@ def check_model(
             raise ExportError(
                 f"the exporter wrote {what} {have} instead of {want}", remedy="Try another --opset, or report the model"
             )
-    check_valid(model, "the exported file", remedy="Try another --opset")
+    check_written(model, "the exported file", remedy="Try another --opset")
 
 
 def _refuse_dropped(folded: GraphModule) -> None:

@@ -80,7 +80,7 @@ def _screened(content: bytes, name: str) -> bytes:
     return content
 
 
-def check_valid(model: ModelProto, name: str, *, remedy: str) -> None:
+def check_written(model: ModelProto, name: str, *, remedy: str) -> None:
     """Refuse (ExportError) a written model, called ``name`` in the message, that onnx.checker does not accept."""
     import onnx
 

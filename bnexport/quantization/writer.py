@@ -16,7 +16,7 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from bnexport.errors import ModelError
-from bnexport.onnx_files.models import attributes, check_valid, nodes, refill
+from bnexport.onnx_files.models import attributes, check_written, nodes, refill
 from bnexport.onnx_files.names import Names, mentions
 from bnexport.onnx_files.normalisation import normalise, upgraded
 from bnexport.quantization.codes import (
@@ -77,7 +77,7 @@ def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target:
     codings = {name: coding_of(name, ranges[name], target) for name in plan.tensors}
     writer = _Writer(plan, codings, ranges)
     model = writer.write()
-    check_valid(model, "the int8 file", remedy="Report it with the model")
+    check_written(model, "the int8 file", remedy="Report it with the model")
     return model
 
 
@@ -352,7 +352,7 @@ def repaired(model: ModelProto, means: Mapping[str, Array] | None = None) -> Mod
     result.graph.initializer.extend(repair.tensors)
     _drop_unread(result)
     del result.graph.value_info[:]
-    check_valid(result, "the repaired file", remedy="Report it with the file")
+    check_written(result, "the repaired file", remedy="Report it with the file")
     return result
 
 

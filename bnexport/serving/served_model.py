@@ -181,7 +181,7 @@ def _tuned(bundle: Bundle, settings: ServingSettings) -> Choice | str | None:
         return None
     found = tuned_choice(bundle, "throughput", settings.runtime)
     if isinstance(found, Choice) and settings.processes > 1:
-        return f"{TUNED} was measured with one process, here are {settings.processes}"
+        return f"{TUNED} was measured with one process; this server has {settings.processes}"
     return found
 
 

@@ -88,9 +88,8 @@ class Int8Range:
     high: float  # Largest value that the codes represent
     source: str  # Origin: "BatchNorm", "derived from BatchNorm", "pixels", "calibration"
     trained: tuple[float, float] | None  # Range by gamma and beta: four standard deviations; None where it is unknown
-    seen: (
-        tuple[float, float] | None
-    )  # Smallest and largest value on the samples; None where the tensor was not evaluated
+    #: Smallest and largest value on the samples; None where the tensor was not evaluated
+    seen: tuple[float, float] | None
 
 
 @dataclass(frozen=True)

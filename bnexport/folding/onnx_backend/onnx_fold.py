@@ -186,7 +186,7 @@ def _proof(
     try:
         error = onnx_fold_error(original, model, exact, sizes)
         wrong = not error <= _MAX_ERROR
-        if wrong and math.isfinite(error) and last_digit_response(original, sizes) > _MAX_ERROR:
+        if wrong and math.isfinite(error) and error <= last_digit_response(original, sizes):
             return error, (AMPLIFIES,)
     except NotEvaluated as reason:
         return None, (f"the folded model as a whole could not be evaluated in float64: {reason}",)

@@ -296,7 +296,7 @@ class Decoder:
         if type(size) is not int or size != expected_size:
             found = str(size) if type(size) is int else shown(str(size))
             raise RequestError(
-                f"input {spec.name!r} has {found} bytes(binary_data_size), but its shape needs {expected_size}",
+                f"input {spec.name!r} has {found} bytes (binary_data_size), but its shape needs {expected_size}",
                 remedy="Send the bytes of the whole tensor",
             )
         return _Input(spec, shape, math.prod(shape), size, None)

@@ -35,7 +35,6 @@ from bnexport.benchmarking.worker import GOLDEN_EVERY, Inputs, inputs_of, measur
 from bnexport.bundle import TUNED, Bundle
 from bnexport.errors import BundleError, RuntimeUnavailable, UsageError
 from bnexport.progress import silent
-from bnexport.reporting.charts import SpeedCurve, speeds
 from bnexport.runtimes.replay import incomparable
 from bnexport.tuned import Tuning, read_tuning
 from bnexport.verification.verdict import VerificationReport
@@ -582,23 +581,3 @@ def test_ten_percent_of_real_work_are_found(subject: Subject) -> None:
     )
     assert sum(abs(item.value - 1.1) <= 0.03 and not item.holds_one for item in slow) >= 9
     assert sum(item.holds_one for item in same) >= 9
-
-
-# The picture.
-
-
-def test_the_picture_holds_its_curves_and_escapes_names() -> None:
-    from xml.etree import ElementTree
-
-    curves = [
-        SpeedCurve("A <b> & co", 0, 1, ((0.05, 2e4), (7.0, 1e5))),
-        SpeedCurve("x" * 100, 1, 0, ((1.0, 300.0),)),
-    ]
-    root = ElementTree.fromstring(str(speeds(curves)))
-    texts = [item.text for item in root.iter() if item.tag.endswith("text")]
-    assert "A <b> & co" in texts
-    assert max(map(len, filter(None, texts))) <= 60
-    assert {"0.01", "10", "100", "100k"} <= set(texts)
-    lines = [item.get("d", "") for item in root.iter() if item.get("class") == "c0 d1"]
-    assert len(lines) == 2, "the curve and its line in the legend"
-    assert "prefers-color-scheme:dark" in str(speeds([]))

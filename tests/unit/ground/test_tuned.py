@@ -72,13 +72,13 @@ def elsewhere(**changes: Any) -> Callable[[Tuning], Tuning]:
 
 
 OTHERS: dict[str, tuple[Callable[[Tuning], Tuning], str]] = {
-    "other processor": (elsewhere(cpu="Ä"), "tuned.json was measured on another processor: '\\xc4', here "),
-    "other cores": (elsewhere(cores=4096), "tuned.json was measured with 4096 cores, here are "),
+    "other processor": (elsewhere(cpu="Ä"), "tuned.json was measured on another processor: '\\xc4'; this one is "),
+    "other cores": (elsewhere(cores=4096), "tuned.json was measured with 4096 cores; this process has "),
     "other model": (lambda t: replace(t, model_sha256="0" * 64), "tuned.json was measured with another model file"),
-    "other engine": (lambda t: replace(t, versions={}), "not installed, here is "),
+    "other engine": (lambda t: replace(t, versions={}), "(none); installed: "),
     "no OpenVINO": (
         lambda t: replace(t, choices={"cpu": replace(CHOICE, runtime="openvino-cpu")}, versions={"openvino": "1"}),
-        "tuned.json was measured with openvino 1, here is ",
+        "tuned.json was measured with openvino 1; installed: ",
     ),
 }  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_a_container_with_fewer_cores_is_another_machine(
 ) -> None:
     write_tuning(bundle.path, tuning)
     monkeypatch.setattr(tuned, "available_cores", lambda: tuning.machine.cores + 1)
-    assert "cores, here are" in str(read_tuning(bundle))
+    assert "cores; this process has" in str(read_tuning(bundle))
 
 
 def within(*path: str, value: Any) -> Callable[[dict[str, Any]], object]:

@@ -12,12 +12,14 @@ from bnexport.reporting.charts import (
     MOST,
     SHOWN_LAYERS,
     ChartAxis,
+    SpeedCurve,
     axis_of,
     drift,
     drifts,
     histogram,
     maps,
     margins,
+    speeds,
     strips,
 )
 from bnexport.reporting.summary import runs
@@ -163,3 +165,18 @@ def test_charts_hold_no_name() -> None:
     drawn += "".join(str(chart) for _, chart in maps(runs(report), samples([run.name for run in runs(report)])))
     assert HOSTILE not in drawn
     assert "script" not in drawn
+
+
+def test_the_picture_holds_its_curves_and_escapes_names() -> None:
+    curves = [
+        SpeedCurve("A <b> & co", 0, 1, ((0.05, 2e4), (7.0, 1e5))),
+        SpeedCurve("x" * 100, 1, 0, ((1.0, 300.0),)),
+    ]
+    root = ElementTree.fromstring(str(speeds(curves)))
+    texts = [item.text for item in root.iter() if item.tag.endswith("text")]
+    assert "A <b> & co" in texts
+    assert max(map(len, filter(None, texts))) <= 60
+    assert {"0.01", "10", "100", "100k"} <= set(texts)
+    lines = [item.get("d", "") for item in root.iter() if item.get("class") == "c0 d1"]
+    assert len(lines) == 2, "the curve and its line in the legend"
+    assert "prefers-color-scheme:dark" in str(speeds([]))

@@ -205,7 +205,7 @@ TUNED: list[tuple[dict[str, object], dict[str, object], tuple[int, int, int], st
     ({}, {"max_batch": 8}, (3, 2, 8), "tuned: 3 sessions x 2 threads, batch 8"),
     ({}, {"workers": 2}, (2, 1, 64), None),
     ({"runtime": "torch-cpu"}, {}, (1, 1, 64), "not tuned: tuned.json has another runtime for the goal throughput: torch-cpu"),
-    ({}, {"processes": 4096}, (1, 1, 64), "not tuned: tuned.json was measured with one process, here are 4096"),
+    ({}, {"processes": 4096}, (1, 1, 64), "not tuned: tuned.json was measured with one process; this server has 4096"),
 ]  # fmt: skip
 
 
