@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,15 +19,15 @@ from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, region_of, shape_of
 from bnexport.folding.torch_backend.torch_constants import functionalise, is_pure
 from bnexport.folding.torch_backend.torch_graph import TorchGraph
-from bnexport.folding.torch_backend.torch_proof import ROUGH_ERROR, rough_error, torch_fold_error
+from bnexport.folding.torch_backend.torch_proof import MAX_ROUNDING, ROUGH_ERROR, rough_error, torch_fold_error
 from bnexport.folding.torch_backend.torch_writer import TorchWriter, follow_input
 from bnexport.folding.torch_backend.trace import trace, two_samples
 
 DEFAULT_MAX_GROWTH = 1.1
 #: Warning of a network whose rounding hides the error of a fold.
 AMPLIFIES = (
-    "a change in the last digit of the input or of the weights changes much of the output, so the network as a whole can't be"
-    " compared in float64: each fold was proved separately"
+    "a change in the last digit of the input or of the weights changes much of the output, so the network as a whole is"
+    " compared in float64 only up to that change: each fold was proved separately"
 )
 
 
@@ -160,9 +159,7 @@ def judged(
             " fold was proved separately",
         )
     _refuse_wrong(name, *proof, "float64")
-    if proof[1] < math.inf:
-        return proof[0], ()
-    return proof[0], (AMPLIFIES,)
+    return proof[0], (AMPLIFIES,) if proof[1] > MAX_ROUNDING else ()
 
 
 def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> None:

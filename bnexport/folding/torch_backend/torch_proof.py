@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +16,10 @@ from bnexport.folding.torch_backend.nodes import dtype_of
 
 #: Rounding of float64 through a network of usual depth stays below; the smallest real fault (a dropped eps) is far above.
 MAX_ERROR = 1e-12
-#: Allowed error, in multiples of the response to a change of the input's last digit; above the second number, rounding would
-#: hide a real fault.
+#: Allowed error, in multiples of the response to a change of last digits.
 DEPTH = 100
-_MAX_ROUNDING = 1e-9
+#: Bound above which the comparison of the whole network could hide a real fault.
+MAX_ROUNDING = 1e-9
 #: Rounding in float16 and bfloat16 stays below in ordinary networks; a wrong fold is far above.
 ROUGH_ERROR = 0.05
 #: Number of multiplications of one run above which images are cut, and the smallest side after a cut.
@@ -38,11 +37,9 @@ def torch_fold_error(
     seeded noise, so that every channel takes part. Large images are cut to a smaller size if the network accepts it: the
     algebra is the same at every size.
 
-    Returns:
-        The error, and the bound that float64 rounding explains. The bound is infinite if the network amplifies the last digit
-        of its input so much that the comparison decides nothing. The error is infinity if the folded graph alone fails, or if
-        an output is not finite in one graph only. None if the original can't run in float64 (an operator pins another type) or
-        has no finite number to compare.
+    The bound is ``MAX_ERROR``, or what float64 rounding explains in a network that amplifies last digits. The error is infinite
+    if the folded graph alone fails, or if an output is finite in one graph only. The result is None if the original can't run
+    in float64 (an operator pins another type) or has no finite number to compare.
     """
     return compare(_double(original, {}), _double(folded, exact), inputs, image_sizes(original, inputs))
 
@@ -71,8 +68,10 @@ def compare(
         if not all(comparable(output) for output in reference):
             continue
         found = output_error(narrow, probes, reference)
-        if found <= MAX_ERROR or full:
-            return found, MAX_ERROR if found <= MAX_ERROR else max(MAX_ERROR, _rounding(wide, probes, reference))
+        if found <= MAX_ERROR:
+            return found, MAX_ERROR
+        if full:
+            return found, max(MAX_ERROR, last_digit_response(wide, probes, reference))
     return None
 
 
@@ -96,14 +95,8 @@ def output_error(narrow: nn.Module, probes: tuple[Any, ...], reference: list[Ten
     return max((scale_error(a, b) for a, b in zip(candidate, reference, strict=True)), default=0.0)
 
 
-def _rounding(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
-    """Return the bound that float64 rounding explains; infinity above the size that could hide a real fault."""
-    bound = last_digit_response(wide, probes, reference)
-    return bound if bound <= _MAX_ROUNDING else math.inf
-
-
 def last_digit_response(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
-    """Return the allowed error of float64 itself: a multiple of the outputs' change when last digits change.
+    """Return the error that float64 rounding explains: a multiple of the outputs' change when last digits change.
 
     Once the last digit of every input changes, and once that of every parameter and buffer. The first change averages out over
     an image; the second does not, as the rounding of folded weights does not. A fold changes the order of operations in every
