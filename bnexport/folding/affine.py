@@ -100,6 +100,10 @@ class Affine:
         """Return the map without its scale."""
         return Affine.of(torch.ones_like(self.scale), self.shift)
 
+    def equals(self, other: Affine) -> bool:
+        """Return True if another map has the same tensors."""
+        return torch.equal(self.scale, other.scale) and torch.equal(self.shift, other.shift)
+
     def varies_along(self, axis: int) -> bool:
         """Return True if the map differs between positions of an axis."""
         return self.scale.shape[axis] > 1

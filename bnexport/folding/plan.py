@@ -75,17 +75,16 @@ class GrowthBudget:
         return self._together[key]
 
 
-@dataclass(frozen=True)
-class PropagationRules:
-    """The functions that move an affine across each kind of operation; the tables are in ``folding.propagation``.
-
-    Attributes:
-        pull: Kind -> ``(plan, op, kind, affine)``: move the affine from the output to the inputs.
-        push: Kind -> ``(plan, op, kind, index of the input, affine)``: move the affine from that input to the output.
-    """
-
-    pull: Mapping[type[Kind], Callable[[FoldPlan, Op, Any, Affine], None]]
-    push: Mapping[type[Kind], Callable[[FoldPlan, Op, Any, int, Affine], None]]
+#: Kind -> two functions that move an affine across it; the table is in ``folding.propagation``. The first moves it from the
+#: output to the inputs: ``(plan, op, kind, affine)``. The second moves it from one input to the output: ``(plan, op, kind,
+#: index of the input, affine)``.
+PropagationRules = Mapping[
+    type[Kind],
+    tuple[
+        Callable[["FoldPlan", Op, Any, Affine], None],
+        Callable[["FoldPlan", Op, Any, int, Affine], None],
+    ],
+]
 
 
 @dataclass(eq=False)
@@ -93,9 +92,6 @@ class FoldPlan:
     """The changes that remove one affine.
 
     Attributes:
-        graph: The graph, which the plan does not change.
-        rules: The propagation rules.
-        budget: Limits copies of shared weights.
         maps: Allow a shift to become a constant map over the positions that follow a zero-padded layer.
         clamps: Allow an activation to get a separate bound in each channel.
         fixed: Operations that must stay as they are.
@@ -131,7 +127,7 @@ class FoldPlan:
             reader, op = op, op.inputs[op.kind.index]
             self._reach(op, reader)
         self._depth += 1  # not restored after a refusal: attempt does that
-        self.rules.pull[type(op.kind)](self, op, op.kind, affine)
+        self.rules[type(op.kind)][0](self, op, op.kind, affine)
         self._depth -= 1
 
     def _reach(self, op: Op, reader: Op) -> None:
@@ -151,7 +147,7 @@ class FoldPlan:
                 raise Refused(f"{user.name} reads it {len(places)} times")
             self.visit(user)
             self._depth += 1
-            self.rules.push[type(user.kind)](self, user, user.kind, places[0], affine)
+            self.rules[type(user.kind)][1](self, user, user.kind, places[0], affine)
             self._depth -= 1
 
     def visit(self, op: Op) -> None:
@@ -290,7 +286,7 @@ class FoldPlan:
             if user is None or not isinstance(user.kind, ConstantAffine):
                 return False
             first = first or user.kind.affine
-            if not _equal(first, user.kind.affine):
+            if not first.equals(user.kind.affine):
                 return False
         return op in readers
 
@@ -314,10 +310,6 @@ def _next_norm(op: Op) -> Op | None:
         if not isinstance(op.kind, Identity):
             return None
     return None
-
-
-def _equal(first: Affine, second: Affine) -> bool:
-    return torch.equal(first.scale, second.scale) and torch.equal(first.shift, second.shift)
 
 
 def _apart(slice_op: Op, other: Op) -> bool:

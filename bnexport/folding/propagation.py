@@ -78,10 +78,9 @@ def _before_reorder(op: Op, kind: kinds.Reorder, affine: Affine) -> Affine:
 
 
 def _after_reorder(_op: Op, kind: kinds.Reorder, affine: Affine) -> Affine:
-    order = torch.tensor(kind.index)
     if not affine.varies_along(kind.axis):
         return affine
-    return affine.mapped(lambda tensor: tensor.index_select(kind.axis, order))
+    return affine.mapped(lambda tensor: tensor.index_select(kind.axis, torch.tensor(kind.index)))
 
 
 def _before_pixels(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
@@ -106,9 +105,8 @@ def _gathered(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
         return affine
     few = affine.mapped(lambda tensor: tensor[..., :: kind.factor**2, :, :])
     again = _spread(op, kind, few)
-    for one, other in ((again.scale, affine.scale), (again.shift, affine.shift)):
-        if not torch.equal(one.expand_as(other), other):
-            raise Refused(f"{op.name} turns channels with different scales or shifts into positions of one channel")
+    if not Affine(again.scale.expand_as(affine.scale), again.shift.expand_as(affine.shift)).equals(affine):
+        raise Refused(f"{op.name} turns channels with different scales or shifts into positions of one channel")
     return few
 
 
@@ -139,22 +137,16 @@ def _across_average(op: Op, kind: kinds.Average, affine: Affine) -> Affine:
     """A mean with weights that add up to one commutes with an affine per channel."""
     refuse_varying(op, affine, kind.axes)
     if not kind.exact and affine.has_shift:
-        raise Refused(
-            f"its shift can't cross {op.name}, which averages or pads with zeros",
-            "count_include_pad=False, no divisor_override, or another padding than zeros",
-        )
+        hint = "count_include_pad=False, no divisor_override, or another padding than zeros"
+        raise Refused(f"its shift can't cross {op.name}, which averages or pads with zeros", hint)
     return affine
 
 
 def _before_mean(op: Op, kind: kinds.Mean, affine: Affine) -> Affine:
     """The mean over whole axes commutes with an affine that is the same along them."""
-
-    def with_axes(tensor: Tensor) -> Tensor:
+    if not kind.keepdim:
         for axis in sorted(kind.axes):
-            tensor = tensor.unsqueeze(axis)
-        return tensor
-
-    affine = affine if kind.keepdim else affine.mapped(with_axes)
+            affine = affine.mapped(lambda tensor, at=axis: tensor.unsqueeze(at))  # type: ignore[misc]
     refuse_varying(op, affine, kind.axes)
     return affine
 
@@ -259,10 +251,8 @@ def pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) ->
 def push_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, index: int, affine: Affine) -> None:
     """A shift passes through a sum; a scale would have to be on the other operand too."""
     if affine.has_scale:
-        raise Refused(
-            f"its scale can't go into {op.name}, whose other operand is not scaled with it",
-            "a batch norm after the sum",
-        )
+        why = f"its scale can't go into {op.name}, whose other operand is not scaled with it"
+        raise Refused(why, "a batch norm after the sum")
     plan.push(op, _widened(op, Affine.of(affine.scale, affine.shift * kind.factors[index])))
 
 
@@ -308,7 +298,7 @@ def pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
     ends = [torch.where(scale == 0, shift, scale * bound + shift) for bound in (kind.low, kind.high)]
     swap = scale < 0
     bounds = _bounds(plan, op, torch.where(swap, ends[1], ends[0]), torch.where(swap, ends[0], ends[1]))
-    if passes(bounds) > passes(kind):
+    if _passes(bounds) > _passes(kind):
         signs = "some of its scales are negative" if bool(swap.any()) else "some of its scales are 0"
         raise Refused(
             f"{signs}, so {op.name} would become two clamps, which cost more than the batch norm itself",
@@ -341,23 +331,18 @@ def _bounds(plan: FoldPlan, op: Op, low: Tensor, high: Tensor) -> Clamp:
             plan.storable(torch.where(torch.isinf(bound), 0.0, bound), op.dtype, "bound of the activation")
     found = Affine.of(low, high)
     clamp = Clamp(found.scale, found.shift)
-    if not is_plain(clamp) and plan.in_place:
-        raise Refused(f"across {op.name} it would become a bound per channel, which the module does not have")
-    if not is_plain(clamp) and not plan.clamps:
-        raise Refused(
-            f"across {op.name} it would become a bound per channel, which ONNX Runtime computes no faster on a CPU than the"
-            " batch norm (docs/results/affine_form.md)",
-            "--clamps",
-        )
+    if clamp.low.numel() == 1:  # the same bounds everywhere: a ReLU or a Clip
+        return clamp
+    why = f"across {op.name} it would become a bound per channel, which"
+    if plan.in_place:
+        raise Refused(f"{why} the module does not have")
+    if not plan.clamps:
+        slow = "ONNX Runtime computes no faster on a CPU than the batch norm (docs/results/affine_form.md)"
+        raise Refused(f"{why} {slow}", "--clamps")
     return clamp
 
 
-def is_plain(clamp: Clamp) -> bool:
-    """Return True if a clamp has the same bounds everywhere, so that it is a ReLU or a Clip."""
-    return clamp.low.numel() == 1
-
-
-def passes(clamp: Clamp) -> int:
+def _passes(clamp: Clamp) -> int:
     """Return the number of elementwise operations of a clamp: a maximum, a minimum, or both."""
     return int(bool((clamp.low > -torch.inf).any())) + int(bool((clamp.high < torch.inf).any()))
 
@@ -392,8 +377,7 @@ def push_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, _index: int, a
 
 
 def _onwards_or_here(plan: FoldPlan, op: Op, onwards: Callable[[], None], both: Affine, moved: Affine) -> None:
-    refused = plan.attempt(onwards)
-    if refused is None:
+    if (refused := plan.attempt(onwards)) is None:
         return
     if op.norm is None:
         raise refused
@@ -439,17 +423,7 @@ def push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine
     weight = absorber.scale_inputs(stored, vector.scale, layer.groups) if affine.has_scale else None
     bias, after = None, None
     if affine.has_shift:
-        edge = layer.zero_padded or layer.layout == "transposed"
-        if edge and not plan.maps:
-            if layer.layout == "transposed":
-                raise Refused(
-                    f"its shift can't be folded into {op.name}, whose output positions use different kernel taps"
-                )
-            raise Refused(
-                f"its shift can't be folded into {op.name}, which pads its input with zeros",
-                "padding 0 or padding_mode 'reflect', 'replicate' or 'circular' there",
-            )
-        if edge:
+        if layer.zero_padded or absorber.push_shift is None:
             after = _bias_map(plan, op, layer, affine)
         else:
             gained = absorber.push_shift(stored, vector.shift, layer.groups)
@@ -491,45 +465,34 @@ def _on_output(op: Op, layer: Layer, gained: Tensor) -> Tensor:
 
 
 def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
-    """Return the result of a constant input after zero padding, one value per position: it differs near each border."""
+    """Return the result of a constant input, one value per position: near a border, fewer kernel taps read it."""
+    refused = f"its shift can't be folded into {op.name}"
+    if not plan.maps and layer.layout == "transposed":
+        raise Refused(f"{refused}, whose output positions use different kernel taps")
+    if not plan.maps:
+        hint = "padding 0 or padding_mode 'reflect', 'replicate' or 'circular' there"
+        raise Refused(f"{refused}, which pads its input with zeros", hint)
     parent = op.inputs[0]
-    sizes = [*parent.shape[1:], *op.shape[1:]]
-    if not all(isinstance(size, int) for size in sizes):
-        raise Refused(
-            f"its shift can't be folded into {op.name} as a map of constants: height or width varies", "fixed sizes"
-        )
+    if not all(isinstance(size, int) for size in (*parent.shape[1:], *op.shape[1:])):
+        raise Refused(f"{refused} as a map of constants: height or width varies", "fixed sizes")
     constant = affine.shift.expand(1, *(int(size) for size in parent.shape[1:]))
     found = plan.graph.evaluate(op, replace(layer, bias=None, after=None), [constant.contiguous()])
-    if found.numel() >= torch.Size(constant.shape).numel():
-        raise Refused(
-            f"its shift as a map of constants after {op.name} would cost as much as the one addition that it saves"
-        )
-    plan.spend(found.numel(), f"its shift as a map of constants after {op.name}")
+    moved = f"its shift as a map of constants after {op.name}"
+    if found.numel() >= constant.numel():
+        raise Refused(f"{moved} would cost as much as the one addition that it saves")
+    plan.spend(found.numel(), moved)
     return found
 
 
-#: Every kind has a row on both sides.
-PROPAGATION_RULES = PropagationRules(
-    pull={
-        **dict.fromkeys(ONE_INPUT, pull_across),
-        Layer: pull_layer,
-        kinds.ConstantAffine: pull_norm,
-        Identity: pull_identity,
-        Clamp: pull_clamp,
-        kinds.Concat: pull_concat,
-        kinds.WeightedSum: pull_add,
-        kinds.Multiply: pull_multiply,
-        kinds.Opaque: pull_opaque,
-    },
-    push={
-        **dict.fromkeys(ONE_INPUT, push_across),
-        Layer: push_layer,
-        kinds.ConstantAffine: push_norm,
-        Identity: push_identity,
-        Clamp: push_clamp,
-        kinds.Concat: push_concat,
-        kinds.WeightedSum: push_add,
-        kinds.Multiply: push_multiply,
-        kinds.Opaque: push_opaque,
-    },
-)
+#: One row per kind.
+PROPAGATION_RULES: PropagationRules = {
+    **dict.fromkeys(ONE_INPUT, (pull_across, push_across)),
+    Layer: (pull_layer, push_layer),
+    kinds.ConstantAffine: (pull_norm, push_norm),
+    Identity: (pull_identity, push_identity),
+    Clamp: (pull_clamp, push_clamp),
+    kinds.Concat: (pull_concat, push_concat),
+    kinds.WeightedSum: (pull_add, push_add),
+    kinds.Multiply: (pull_multiply, push_multiply),
+    kinds.Opaque: (pull_opaque, push_opaque),
+}

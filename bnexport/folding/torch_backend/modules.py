@@ -207,9 +207,7 @@ def _same(kind: Kind, original: Kind, other: Kind, other_original: Kind) -> bool
         return False
     if kind is original or (isinstance(kind, Identity) and isinstance(other, Identity)):
         return True
-    if not isinstance(kind, ConstantAffine) or not isinstance(other, ConstantAffine):
-        return False
-    return torch.equal(kind.affine.scale, other.affine.scale) and torch.equal(kind.affine.shift, other.affine.shift)
+    return isinstance(kind, ConstantAffine) and isinstance(other, ConstantAffine) and kind.affine.equals(other.affine)
 
 
 def overwritten_by(traced: GraphModule) -> set[Node]:
