@@ -108,6 +108,11 @@ class Affine:
         """Return True if the map differs between positions of an axis."""
         return self.scale.shape[axis] > 1
 
+    @property
+    def varying(self) -> list[int]:
+        """The axes along which the map varies."""
+        return [axis for axis in range(self.rank) if self.varies_along(axis)]
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Affine:
         """Return the map after a change of layout, applied to scale and shift alike."""
         return Affine.of(change(self.scale), change(self.shift))
@@ -118,9 +123,7 @@ class Affine:
 
     def channels(self, axis: int, size: int) -> ChannelAffine | None:
         """Return the map as one scale and shift per position of ``axis``; None if it varies along another axis."""
-        if any(self.varies_along(other) for other in range(self.rank) if other != axis):
-            return None
-        if self.scale.shape[axis] not in (1, size):
+        if any(other != axis for other in self.varying) or self.scale.shape[axis] not in (1, size):
             return None
         return ChannelAffine(self.scale.reshape(-1).expand(size), self.shift.reshape(-1).expand(size))
 

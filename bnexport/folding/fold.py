@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from bnexport.errors import ProofError, UsageError
 from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.plan import ATTEMPTS, GrowthBudget
 from bnexport.folding.report import FoldReport, FoldRow, Reported
-from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, region_of, shape_of
+from bnexport.folding.torch_backend.nodes import batch_norm_nodes, channels_of, module_class, module_path, region_of
 from bnexport.folding.torch_backend.torch_constants import functionalise, is_pure
 from bnexport.folding.torch_backend.torch_graph import TorchGraph
 from bnexport.folding.torch_backend.torch_proof import MAX_ROUNDING, ROUGH_ERROR, rough_error, torch_fold_error
@@ -122,21 +122,21 @@ def fold_traced(
     ``name`` is the network's name in messages.
     """
     clock = Clock()
+    error: float | None = None
+    warnings: tuple[str, ...] = ()
     with torch.no_grad():
         folded, outcome, exact, growth = _fold_copy(original, max_growth, clamps, prove)
-        inner = [node for node in batch_norm_nodes(folded) if node.graph is not folded.graph]
-        rows = (*outcome.rows, *(inner_row(node, folded) for node in inner))
+        rows = (*outcome.rows, *inner_rows(folded))
         clock.note("fold")
-        proof = torch_fold_error(original, folded, exact, inputs) if prove else None
+        if prove:
+            proof = torch_fold_error(original, folded, exact, inputs)
+            gone = any(row.gone for row in rows)
+            error, warnings = judged(name, proof, gone, lambda: rough_error(original, folded, inputs))
         clock.note("proof")
-    error, warnings = None, outcome.warnings
-    if prove:
-        gone = any(row.gone for row in rows)
-        error, more = judged(name, proof, gone, lambda: rough_error(original, folded, inputs))
-        warnings += more
     remaining = sum(1 for _ in batch_norm_nodes(folded))
     follow_input(folded)
-    return FoldResult(folded, FoldReport(rows, remaining, error, growth, warnings), clock.seconds)
+    report = FoldReport(rows, remaining, error, growth, (*outcome.warnings, *warnings))
+    return FoldResult(folded, report, clock.seconds)
 
 
 def judged(
@@ -144,11 +144,8 @@ def judged(
 ) -> tuple[float | None, tuple[str, ...]]:
     """Return the error of the whole network in float64, and a warning if it can't be compared.
 
-    ``proof`` is the error and its bound, or None if the network can't run in float64; ``rough`` returns the error in the
-    network's own element types. ``folded`` is True if any BatchNorm is gone.
-
-    Raises:
-        ProofError: The error is above its bound.
+    ``proof`` is the result of ``torch_fold_error``; ``rough`` returns the error in the network's own element types. ``folded``
+    is True if any BatchNorm is gone. An error above its bound raises ProofError.
     """
     if proof is None:
         if not folded:
@@ -193,17 +190,14 @@ def _fold_copy(
     return folded, outcome, writer.exact, growth
 
 
-def inner_row(node: Node, root: GraphModule) -> FoldRow:
-    """Return the row of a BatchNorm in a region that torch.export keeps as a separate graph, where no rule applies."""
-    shape = shape_of(node.all_input_nodes[0])
-    return FoldRow(
-        module_path(node),
-        module_class(node),
-        "kept",
-        reason=f"it is inside {region_of(node, root)}, which torch.export keeps as a separate graph",
-        hint="the same code outside of that region",
-        channels=(shape[1] or 0) if shape is not None and len(shape) > 1 else 0,
-    )
+def inner_rows(root: GraphModule) -> Iterator[FoldRow]:
+    """Yield the rows of BatchNorms in regions that torch.export keeps as separate graphs, where no rule applies."""
+    for node in batch_norm_nodes(root):
+        if node.graph is not root.graph:
+            reason = f"it is inside {region_of(node, root)}, which torch.export keeps as a separate graph"
+            channels = channels_of(node.all_input_nodes[0], 1, None)
+            hint = "the same code outside of that region"
+            yield FoldRow(module_path(node), module_class(node), "kept", reason=reason, hint=hint, channels=channels)
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:
@@ -213,9 +207,7 @@ def _copy(graph_module: GraphModule) -> GraphModule:
         copied = tensor.detach().clone()
         return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
-    memo: dict[int, Any] = {
-        id(tensor): clone(tensor) for tensor in (*graph_module.parameters(), *graph_module.buffers())
-    }
+    memo: dict[int, Any] = {id(item): clone(item) for item in (*graph_module.parameters(), *graph_module.buffers())}
     copied = copy.deepcopy(graph_module, memo)
     # torch.export's guards on input shapes stop other tracers; sizes that do not fit fail in the operators anyway.
     copied._forward_pre_hooks.clear()
@@ -232,8 +224,7 @@ def drop_unused(graph_module: GraphModule) -> None:
         mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
         parents = node.all_input_nodes
         alone = all(item in constants for item in parents) if parents else is_pure(node)
-        computed = node.op == "call_function" and not mutable and alone
-        if node.op == "get_attr" or computed:
+        if node.op == "get_attr" or (node.op == "call_function" and not mutable and alone):
             constants[node] = None
     for node in reversed(constants):
         if not node.users:

@@ -443,7 +443,7 @@ def _channels(op: Op, layer: Layer, affine: Affine, *, output: bool) -> ChannelA
     size = channels_of(layer.layout, layer.weight.shape, layer.groups)[1 if output else 0]
     found = affine.channels(axis, size)
     if found is None:
-        varying = [other for other in range(affine.rank) if affine.varies_along(other) and other != axis]
+        varying = [other for other in affine.varying if other != axis]
         side = "output" if output else "input"
         raise Refused(
             f"it normalises axis {', '.join(map(str, varying))}, the {side} channels of {op.name} are on axis {axis}"

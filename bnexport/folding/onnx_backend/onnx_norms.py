@@ -101,7 +101,7 @@ class _Link:
     @property
     def axes(self) -> tuple[int, ...]:
         """The axes along which the affine varies."""
-        return () if self.affine is None else tuple(filter(self.affine.varies_along, range(self.affine.rank)))
+        return () if self.affine is None else tuple(self.affine.varying)
 
 
 def read_arithmetic(view: NodeView) -> OnnxReading | None:
