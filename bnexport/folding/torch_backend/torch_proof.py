@@ -48,15 +48,13 @@ def compare(
     wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...], sizes: list[int | None]
 ) -> tuple[float, float] | None:
     """Compare two networks in float64 as ``torch_fold_error`` does; ``sizes`` is the result of ``image_sizes``."""
-    # A network may return NaN for noise because it expects positive numbers: the user's example is the last try.
     noise = probes_like(inputs, 0)
 
     def cut(size: int | None) -> tuple[Any, ...]:
         return tuple(pytree.tree_map_only(Tensor, lambda t: t[..., :size, :size] if t.ndim == 4 else t, noise))
 
-    tries = [cut(size) for size in sizes]
-    tries.append(_floats_mapped(Tensor.double, inputs))
-    found = None
+    # A network may return NaN for noise because it expects positive numbers: the user's example is the last try.
+    tries = [*map(cut, sizes), _floats_mapped(Tensor.double, inputs)]
     for number, probes in enumerate(tries):
         full = number >= len(sizes) - 1
         try:
@@ -108,14 +106,13 @@ def last_digit_response(wide: nn.Module, probes: tuple[Any, ...], reference: lis
         sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
         return tensor * (1 + sign * torch.finfo(torch.float64).eps)
 
+    kept = {item: item.detach().clone() for item in (*wide.parameters(), *wide.buffers()) if item.is_floating_point()}
     others = [run(wide, _floats_mapped(nudged, probes))]
-    tensors = [item for item in (*wide.parameters(), *wide.buffers()) if item.is_floating_point()]
-    kept = [item.detach().clone() for item in tensors]
     with torch.no_grad():
-        for item, value in zip(tensors, kept, strict=True):
+        for item, value in kept.items():
             item.copy_(nudged(value))
         others.append(run(wide, probes))
-        for item, value in zip(tensors, kept, strict=True):
+        for item, value in kept.items():
             item.copy_(value)
     pairs = (pair for other in others for pair in zip(other, reference, strict=True))
     return DEPTH * max((scale_error(a, b) for a, b in pairs), default=0.0)
@@ -160,10 +157,8 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
     for name, tensor in (*graph_module.named_parameters(), *graph_module.named_buffers()):
         value = exact.get(name, tensor.detach()).to(tensor.device)
         wide = value.double() if value.is_floating_point() else value
-        if not isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = wide.clone()  # forward may change a buffer
-        else:
-            memo[id(tensor)] = nn.Parameter(wide, requires_grad=False)
+        is_parameter = isinstance(tensor, nn.Parameter)  # forward may change a buffer
+        memo[id(tensor)] = nn.Parameter(wide, requires_grad=False) if is_parameter else wide.clone()
     module = copy.deepcopy(graph_module, memo)
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         module.graph.erase_node(node)  # torch.export pins the element types before every cast
@@ -173,7 +168,7 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
     module.recompile()
     for target, value in exact.items():
         holder, _, leaf = target.rpartition(".")
-        parent = module.get_submodule(holder) if holder else module
+        parent = module.get_submodule(holder)
         if leaf in parent._parameters:
             device = parent.get_parameter(leaf).device
             parent._parameters[leaf] = nn.Parameter(value.to(device), requires_grad=False)
@@ -183,10 +178,7 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
 def probes_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     """Replace floating inputs by seeded noise in float64."""
     generator = torch.Generator().manual_seed(seed)
-    return _floats_mapped(
-        lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device),
-        inputs,
-    )
+    return _floats_mapped(lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device), inputs)
 
 
 def comparable(output: Tensor) -> bool:
