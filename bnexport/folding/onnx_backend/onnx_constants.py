@@ -15,6 +15,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from fractions import Fraction
 from typing import Any
 
@@ -66,20 +67,16 @@ class Shapes:
 
     def _round(self, skeleton: ModelProto, index: int, batch: int | None = None) -> dict[str, ValueInfoProto]:
         """Infer with numbers for sizes; add the file's declared shapes of inner values that inference does not find."""
-        sizes = {
-            name: numbers[index if batch is None or tuple(numbers) != _BATCHES else batch]
-            for name, numbers in self.sizes.items()
-        }
+        at = {name: index if batch is None or numbers != _BATCHES else batch for name, numbers in self.sizes.items()}
+        sizes = {name: numbers[at[name]] for name, numbers in self.sizes.items()}
         bound = _bound(skeleton, sizes)
         found = _evaluated(bound)
-        stated = [value for name, value in self._named.items() if _numbers_of(found.get(name)) is None]
-        stated = [
-            value for value in (_with_numbers(value, sizes) for value in stated) if _numbers_of(value) is not None
-        ]
-        if not stated:
-            return found
+        stated = [deepcopy(value) for name, value in self._named.items() if _numbers_of(found.get(name)) is None]
+        for value in stated:
+            _put_numbers(value, sizes)
+        stated = [value for value in stated if _numbers_of(value) is not None]
         bound.graph.value_info.extend(stated)
-        return _evaluated(bound)
+        return _evaluated(bound) if stated else found
 
     def of(self, name: str) -> tuple[Dim, ...] | None:
         """Return the shape of a value; None if it is unknown."""
@@ -190,13 +187,10 @@ def _varying(model: ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str,
 
 def _bound(skeleton: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
     """Return a copy whose inputs have numbers for sizes, without declared shapes of other values."""
-    copy = ModelProto()
-    copy.CopyFrom(skeleton)
+    copy = deepcopy(skeleton)
     graph: GraphProto = copy.graph
     for value in graph.input:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in sizes:
-                dim.dim_value = sizes[dim.dim_param]
+        _put_numbers(value, sizes)
     if sizes:
         del graph.value_info[:]
         for value in graph.output:
@@ -205,13 +199,10 @@ def _bound(skeleton: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
     return copy
 
 
-def _with_numbers(value: ValueInfoProto, sizes: Mapping[str, int]) -> ValueInfoProto:
-    copy = ValueInfoProto()
-    copy.CopyFrom(value)
-    for dim in copy.type.tensor_type.shape.dim:
+def _put_numbers(value: ValueInfoProto, sizes: Mapping[str, int]) -> None:
+    for dim in value.type.tensor_type.shape.dim:
         if dim.dim_param in sizes:
             dim.dim_value = sizes[dim.dim_param]
-    return copy
 
 
 def _inferred(model: ModelProto) -> dict[str, ValueInfoProto]:
@@ -222,14 +213,14 @@ def _inferred(model: ModelProto) -> dict[str, ValueInfoProto]:
         graph = model.graph
     found = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     for tensor in graph.initializer:
-        found[tensor.name] = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        found[tensor.name] = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
     return found
 
 
 def _evaluated(model: ModelProto) -> dict[str, ValueInfoProto]:
     """Infer the shapes of a model whose inputs have numbers for sizes; values computed from shapes become initializers."""
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    known = {name: numpy_helper.to_array(tensor) for name, tensor in stored.items() if _has_numbers(tensor)}
+    small = [tensor for tensor in model.graph.initializer if math.prod(tensor.dims) <= _MAX_TARGET]
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in small if tensor.data_type in TORCH}
     found = _inferred(model)
     if not any(node.op_type in SHAPE_ONLY for node in model.graph.node):
         return found
@@ -249,10 +240,6 @@ def _evaluated(model: ModelProto) -> dict[str, ValueInfoProto]:
         model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in fresh.items())
         found = _inferred(model)
     return found
-
-
-def _has_numbers(tensor: TensorProto) -> bool:
-    return math.prod(tensor.dims) <= _MAX_TARGET and tensor.data_type in TORCH
 
 
 def _value_of(
@@ -289,13 +276,11 @@ def _numbers_of(value: ValueInfoProto | None) -> list[int] | None:
 
 
 #: Operators that are computed ahead if all their inputs are constant.
-_COMPUTED = frozenset(
-    (
-        *("Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather"),
-        *("Identity", "Mul", "Neg", "Pow", "Reciprocal", "ReduceL2", "ReduceSum", "Reshape", "Shape", "Slice", "Sqrt"),
-        *("Squeeze", "Sub", "Transpose", "Unsqueeze"),
-    )
-)
+_COMPUTED = {
+    *("Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather"),
+    *("Identity", "Mul", "Neg", "Pow", "Reciprocal", "ReduceL2", "ReduceSum", "Reshape", "Shape", "Slice", "Sqrt"),
+    *("Squeeze", "Sub", "Transpose", "Unsqueeze"),
+}
 _MAX_ELEMENTS = 1 << 26
 _MAX_RANK = 16
 
@@ -467,12 +452,8 @@ class OnnxConstants:
 
 def node_evaluator(nodes: list[NodeProto], model: ModelProto, inputs: list[str], output: str) -> Any:
     """Return the reference evaluator of a few nodes, with every float widened to float64."""
-    double = TensorProto.DOUBLE
-    graph = helper.make_graph(
-        nodes,
-        "part",
-        [helper.make_tensor_value_info(name, double, None) for name in dict.fromkeys(inputs)],
-        [helper.make_tensor_value_info(output, double, None)],
-    )
-    part = onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+    values = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, None) for name in dict.fromkeys(inputs)]
+    result = helper.make_tensor_value_info(output, TensorProto.DOUBLE, None)
+    graph = helper.make_graph(nodes, "part", values, [result])
+    part = helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
     return wide_evaluator(part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,8 +119,7 @@ def _fold_copy(
     """
     before = max(OnnxGraph(readable, sizes).elements, 1)
     for apart, biases in ATTEMPTS:
-        model = ModelProto()
-        model.CopyFrom(readable)
+        model = deepcopy(readable)
         graph = OnnxGraph(model, sizes)
         budget = GrowthBudget(before, max_growth, apart, biases)
         outcome = _run_engine(Engine(graph, budget, clamps=clamps, prove=prove), original)
@@ -133,8 +133,7 @@ def _fold_copy(
 
 def _readable(file: SourceFile, sizes: Mapping[str, Sequence[int]], *, prove: bool) -> ModelProto:
     """Return a copy of a file's model, of operator set 7 or newer."""
-    readable = ModelProto()
-    readable.CopyFrom(upgraded(file.model, file.name))
+    readable = deepcopy(upgraded(file.model, file.name))
     if prove and opset_of(readable) != opset_of(file.model):
         _check_conversion(file.model, readable, file.name, sizes)
     return readable
@@ -150,9 +149,7 @@ def _sizes(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, 
         if name not in values:
             raise UsageError(f"the file has the inputs {', '.join(values)}", remedy="Name each: --input NAME=3x224x224")
         sample = [dim.dim_value or "?" for dim in list(values[name].shape.dim)[1:]]
-        fits = len(sample) == len(shape) and all(
-            size in ("?", given) for size, given in zip(sample, shape, strict=True)
-        )
+        fits = len(sample) == len(shape) and all(size in ("?", shape[axis]) for axis, size in enumerate(sample))
         if values[name].HasField("shape") and not fits:
             raise UsageError(
                 f"{'x'.join(map(str, shape))} does not fit {name!r}, which the file declares as {'x'.join(map(str, sample))}",
