@@ -154,24 +154,19 @@ def is_finite(affine: Affine | ChannelAffine) -> bool:
 
 
 def arithmetic(operator: str, constant: Tensor, *, first: bool, factor: float = 1.0) -> Affine | None:
-    """Return ``x operator constant`` as an affine, or ``constant operator x``; None for ``constant / x``.
+    """Return ``x operator constant`` ("add", "sub", "mul", "div"), or ``constant operator x``; None for ``constant / x``.
 
-    Args:
-        operator: "add", "sub", "mul" or "div".
-        constant: float64, placed on x by ``placed_on``.
-        first: True if the constant is the first operand.
-        factor: Factor of the second operand of a sum or difference (torch's alpha).
+    ``constant`` is placed on x by ``placed_on``, and is the first operand if ``first`` is True. ``factor`` is that of the
+    second operand of a sum or difference (torch's alpha).
     """
     ones, zeros = torch.ones_like(constant), torch.zeros_like(constant)
+    if operator == "sub":
+        operator, factor = "add", -factor
     match operator, first:
         case "add", False:
             return Affine.of(ones, factor * constant)
         case "add", True:
             return Affine.of(factor * ones, constant)
-        case "sub", False:
-            return Affine.of(ones, -factor * constant)
-        case "sub", True:
-            return Affine.of(-factor * ones, constant)
         case "mul", _:
             return Affine.of(constant, zeros)
         case "div", False:

@@ -25,12 +25,9 @@ _Taps = Callable[[Layer], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class _Branch:
-    """One operand of a sum.
+    """One operand of a sum: the addition that reads it, the input of its branch, and the operations removed with it.
 
-    Attributes:
-        first: The addition that reads the operand.
-        value: The input of the branch; the operand itself if the branch has no operation.
-        members: The operations that are removed with the branch.
+    The input is the operand itself if the branch has no operation.
     """
 
     first: Op

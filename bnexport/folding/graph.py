@@ -286,12 +286,9 @@ class Op:
 
 @dataclass(frozen=True)
 class NormCall:
-    """A BatchNorm call, as the fold report names it.
+    """A BatchNorm call; the first three fields are those of ``FoldRow``.
 
     Attributes:
-        module: Module path.
-        kind: Class of the module.
-        channels: Number of channels; 0 when unknown.
         affine: The affine before folding; None if it can't be read.
         why_not: The reason why the affine can't be read.
         hint: A change that would make the affine readable.

@@ -31,14 +31,10 @@ _WEIGHT, _BIAS = "folded weight", "folded bias"
 
 @dataclass
 class OnnxSource:
-    """The origin of a value.
+    """The origin of a value: the nodes that compute it in order, and the names of the values that are ``Op.inputs``.
 
-    Attributes:
-        nodes: The nodes that compute the value, in order; empty for an input of the graph.
-        reads: Names of the values that are ``Op.inputs``.
-        weight: The place of a layer's weight.
-        bias: The place of its bias, used or not.
-        evaluators: The evaluator with fed weight and bias (True) and the one with the file's own (False).
+    ``weight`` and ``bias`` are the places of a layer's tensors, the bias used or not. ``evaluators`` has the evaluator with fed
+    weight and bias (True) and the one with the file's tensors (False).
     """
 
     nodes: tuple[NodeProto, ...]

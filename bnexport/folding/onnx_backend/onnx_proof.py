@@ -35,11 +35,8 @@ def onnx_fold_error(
     """Return the largest difference of any output, as a fraction of that output's largest value.
 
     The folded model is evaluated with the folded tensors before their one rounding (``exact``: by initializer), so that the
-    error is that of the algebra alone. The error is infinity if only the folded model can't be evaluated. ``inputs`` maps
-    inputs to the shape of one sample, for sizes that the file leaves open.
-
-    Raises:
-        NotEvaluated: The original can't be evaluated, or not in float64.
+    error is that of the algebra alone. The error is infinity if only the folded model can't be evaluated. ``inputs`` is as for
+    ``fold_onnx``. NotEvaluated is raised if the original can't be evaluated, or not in float64.
     """
     before = evaluator(original)
     feeds, reference = first_that_works(before, original, 0, inputs)

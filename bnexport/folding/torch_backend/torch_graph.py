@@ -37,13 +37,9 @@ SHAPE_ONLY = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, at
 
 @dataclass(frozen=True)
 class TorchSource:
-    """The origin of a value.
+    """The origin of a value: the nodes that compute it in order, and the nodes whose values are ``Op.inputs``.
 
-    Attributes:
-        nodes: The nodes that compute the value, in order; the last one has the value.
-        reads: The nodes whose values are ``Op.inputs``.
-        weight: Position of a layer's weight among the node's arguments.
-        bias: Position of its bias; None if the operator has none.
+    ``weight`` and ``bias`` are the positions of a layer's tensors among the node's arguments.
     """
 
     nodes: tuple[Node, ...]

@@ -21,15 +21,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class NormReading:
-    """One scale and shift, in one node or several.
+    """One scale and shift, in one node or several; the last three fields are those of ``NormCall``.
 
     Attributes:
         nodes: The nodes in order; the first reads ``value``, the last has the result.
         affine: None if the affine can't be read, for the reason ``why_not``.
         axis: Channel axis of ``value``; None if the affine is the same for every element, or varies along several axes.
         counts: True for a BatchNorm, also one written as arithmetic; False for other arithmetic.
-        hint: A change that would make the affine readable.
-        offset: Largest |moving mean| as a multiple of the standard deviation; 0 if unknown.
     """
 
     nodes: tuple[Node, ...]
