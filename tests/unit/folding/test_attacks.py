@@ -211,7 +211,6 @@ PARTIAL: dict[str, Callable[[Partial, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", PARTIAL)
 def test_a_norm_without_scale_or_without_shift_is_folded_and_listed(name: str) -> None:
-    torch.manual_seed(0)
     norms = [Partial(PARTIAL[name]) for _ in range(2)]
     model = nn.Sequential(nn.Conv2d(3, 6, 3), norms[0], nn.ReLU(), nn.Conv2d(6, 6, 3), norms[1]).eval()
     rows = [(row.module, row.kind, row.outcome, row.channels) for row in check(model, images()).rows]
@@ -354,7 +353,6 @@ def test_a_weight_computed_from_shared_factors_counts_as_a_copy() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(functional.linear(x, self.a @ self.b)) + functional.linear(x, self.b) @ self.a.t()
 
-    torch.manual_seed(0)
     model = randomise(Factors()).eval()
     assert check(model, torch.randn(2, 24)).folded == 0
     assert check(model, torch.randn(2, 24), max_growth=6.0).folded == 1
@@ -392,7 +390,6 @@ def test_a_sum_of_many_branches_takes_no_exponential_time(monkeypatch: pytest.Mo
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("layer", [lambda: nn.AvgPool2d(1), nn.Dropout, lambda: nn.BatchNorm2d(4)])
 def test_long_chains_need_no_deep_stack(layer: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), *(layer() for _ in range(300)), nn.BatchNorm2d(4))
     report = bnexport.fold(positive(randomise(model)).eval(), images()).report
     assert len(report.rows) == sum(isinstance(item, nn.BatchNorm2d) for item in model)
@@ -401,7 +398,6 @@ def test_long_chains_need_no_deep_stack(layer: Callable[[], nn.Module]) -> None:
 
 @pytest.mark.parametrize("size", [1e-2, 1e-3])
 def test_small_weights_in_float16_keep_their_digits(size: float) -> None:
-    torch.manual_seed(0)
     model = randomise(nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1), nn.BatchNorm2d(4))).eval()
     with torch.no_grad():
         model[0].weight.fill_(size)
@@ -418,7 +414,6 @@ def test_small_weights_in_float16_keep_their_digits(size: float) -> None:
 
 
 def test_a_scale_that_would_vanish_is_not_divided_by() -> None:
-    torch.manual_seed(0)
     model = randomise(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))).eval()
     with torch.no_grad():
         model[0].weight.fill_(1e-37)
@@ -435,7 +430,6 @@ def test_a_network_that_can_not_be_compared_gets_a_warning() -> None:
 
 @pytest.mark.slow
 def test_two_thousand_norms_in_a_row_have_rows() -> None:
-    torch.manual_seed(0)
     model = positive(randomise(nn.Sequential(*(nn.BatchNorm2d(2) for _ in range(1500)), nn.GELU()))).eval()
     for layer in model[:-1]:
         layer.running_var.fill_(1.0)
@@ -482,7 +476,6 @@ def test_a_chaotic_network_is_not_a_fault_of_the_fold() -> None:
                 x = 3.99 * x * (1 - x)
             return x
 
-    torch.manual_seed(0)
     report = bnexport.fold(randomise(Chaotic()).eval(), images()).report
     assert report.folded == 1
     assert any("last digit" in text for text in report.warnings)
@@ -507,7 +500,6 @@ def test_an_identity_norm_has_its_own_rule() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_large_mean_is_not_moved_past_a_sum(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1, groups=2)).eval()
     with torch.no_grad():
         model[0].running_mean.fill_(3000.0)

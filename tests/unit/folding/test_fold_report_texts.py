@@ -102,7 +102,6 @@ def test_a_notebook_gets_a_table_with_every_reason_and_no_markup_of_the_network(
 
 @pytest.mark.parametrize("function", [bnexport.fold, bnexport.fold_modules])
 def test_the_result_of_a_fold_prints_its_report(function: object) -> None:
-    torch.manual_seed(0)
     result = function(Net().eval(), torch.randn(2, 3, 8, 8))  # type: ignore[operator]
     lines = str(result).splitlines()
     assert lines[0] == result.summary() == result.report.summary()

@@ -77,7 +77,6 @@ def test_a_vector_as_the_weight_of_a_linear_layer_has_no_channels() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.weight) * self.gamma + self.beta
 
-    torch.manual_seed(0)
     (row,) = check(Dot(), images(3, 8)).report.rows
     assert row.outcome == "affine"
     assert "vector" in row.reason
@@ -216,7 +215,6 @@ class Merges(nn.Module):
 
 
 def test_a_train_that_changes_weights_changes_only_a_copy() -> None:
-    torch.manual_seed(0)
     model = randomise(Merges())
     weight = model.conv.weight.detach().clone()
     result = bnexport.fold(model, images())
@@ -282,7 +280,9 @@ class Amplifies(nn.Module):
         return (self.bn(self.conv(x)).mean((2, 3)) * self.factor).sin()
 
 
-@pytest.mark.parametrize(("seed", "factor", "warnings"), [(5, 1e4, ()), (6, 1e4, ()), (5, 1e7, (fold_module.AMPLIFIES,))])
+@pytest.mark.parametrize(
+    ("seed", "factor", "warnings"), [(5, 1e4, ()), (6, 1e4, ()), (5, 1e7, (fold_module.AMPLIFIES,))]
+)
 def test_rounding_that_the_network_amplifies_excuses_no_wrong_fold(
     seed: int, factor: float, warnings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,7 +245,6 @@ def test_sizes_that_vary_are_expressions():
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_transposed_convolution_is_torchs(groups: int, dims: int):
-    torch.manual_seed(0)
     layer = nn.ConvTranspose2d if dims == 2 else (nn.ConvTranspose1d if dims == 1 else nn.ConvTranspose3d)
     module = layer(4, 12, 3, stride=2, padding=1, output_padding=1, groups=groups, dilation=2).double()
     x = torch.randn(2, 4, *[5, 4, 3][:dims], dtype=torch.float64)
@@ -288,7 +287,6 @@ def small_shufflenet() -> nn.Module:
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("build", [small_densenet, small_shufflenet])
 def test_it_folds_as_many_as_the_torch_backend(build: Any):
-    torch.manual_seed(0)
     network = randomise(build()).eval()
     inputs = (torch.randn(2, 3, 64, 64),)
     exported = torch.onnx.export(
