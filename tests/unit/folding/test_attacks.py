@@ -29,7 +29,7 @@ def images(channels: int = 3, size: int = 8, batch: int = 2) -> Tensor:
 
 
 def check(model: nn.Module, *inputs: Tensor, **options: Any) -> bnexport.FoldReport:
-    """Fold, compare with the model on another batch, and look at the account's invariants."""
+    """Fold, compare with the model on another batch, and check the fold report's invariants."""
     before = sum(tensor.numel() for tensor in model.state_dict().values())
     result = bnexport.fold(model, inputs, **options)
     others = [torch.cat([item, item.flip(0), item[:1]]) for item in inputs]
@@ -463,9 +463,9 @@ def test_a_late_failure_keeps_the_earlier_folds(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_chaotic_network_is_not_a_fault_of_the_fold() -> None:
-    """Whose outputs are all rounding: nothing to compare, but every fold is proved on its own."""
-
     class Chaotic(nn.Module):
+        """Its outputs are all rounding: only each fold alone can be proved."""
+
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)

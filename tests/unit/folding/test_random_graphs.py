@@ -1,6 +1,8 @@
-"""Random graphs: whatever a fold does, the network computes what it did, and every BatchNorm is accounted for."""
+"""Random graphs: a folded network computes the same, and every BatchNorm has a row in the fold report."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -16,15 +18,12 @@ from bnexport.folding.report import GONE, OUTCOMES
 def calls_of(program: Program, inputs: torch.Tensor) -> list[str]:
     """Module paths of the BatchNorm calls of one run, counted without any of bnexport's code."""
     found: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _module, _inputs, name=name: found.append(name))
-        for name, module in program.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-    ]
+    copied = copy.deepcopy(program)
+    for name, module in copied.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _module, _inputs, name=name: found.append(name))
     with torch.no_grad():
-        program(inputs)
-    for handle in handles:
-        handle.remove()
+        copied(inputs)
     return found
 
 
@@ -53,7 +52,6 @@ def check(program: Program, clamps: bool, max_growth: float) -> None:
     result = bnexport.fold(program, inputs, clamps=clamps, max_growth=max_growth)
     report = result.report
     assert report.warnings == ()
-    assert report.error is not None
     assert report.error <= 1e-12
     calls = calls_of(program, inputs)
     assert [row.module for row in report.rows] == calls

@@ -15,13 +15,13 @@ from support.onnx_builder import Builder
 class Case:
     """One graph."""
 
-    name: str  # Of the test
+    name: str
     build: Callable[[Builder], None]  # Fills the builder
-    outcomes: tuple[tuple[str, str], ...]  # Node -> outcome, in the order of the account
+    outcomes: tuple[tuple[str, str], ...]  # Node -> outcome, in the order of the fold report
     because: str = ""  # Part of the reason of the first that stays
-    options: dict[str, Any] = field(default_factory=dict)  # Of the builder: opset, ir, dtype
-    fold: dict[str, Any] = field(default_factory=dict)  # Of ``fold_onnx``
-    runs: bool = True  # Whether onnxruntime has a kernel for it and gives finite numbers
+    options: dict[str, Any] = field(default_factory=dict)  # The builder's options: opset, ir, dtype
+    fold: dict[str, Any] = field(default_factory=dict)  # The options of ``fold_onnx``
+    runs: bool = True  # False if onnxruntime has no kernel for it, or gives numbers that are not finite
 
     def model(self) -> ModelProto:
         builder = Builder(**self.options)

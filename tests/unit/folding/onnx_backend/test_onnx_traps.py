@@ -1,4 +1,4 @@
-"""Files that are hostile, broken or odd, names that must hold, numbers that must not appear; and the torch door beside it."""
+"""Files that are hostile, broken or odd, names that must stay, numbers that must not appear; the torch backend agrees."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def test_initializers_listed_as_inputs_stay_so_before_ir_4():
 
 def test_parts_outside_the_fold_stay_unchanged():
     before = model("gather-some-twice")
-    before.metadata_props.add(key="author", value="somebody")
+    before.metadata_props.add(key="author", value="A. Author")
     before.doc_string = "kept"
     result = bnexport.fold_onnx(before)
     assert not result.changed
     assert result.model == before
     other = model()
-    other.metadata_props.add(key="author", value="somebody")
+    other.metadata_props.add(key="author", value="A. Author")
     folded = bnexport.fold_onnx(other).model
     assert folded.metadata_props == other.metadata_props
     assert folded.producer_name == "test"
@@ -121,7 +121,6 @@ def test_bfloat16():
     result = bnexport.fold_onnx(given)
     assert [row.outcome for row in result.report.rows] == ["backward"]
     assert {tensor.data_type for tensor in result.model.graph.initializer} == {TensorProto.BFLOAT16}
-    assert result.report.error is not None
     assert result.report.error <= 1e-12
 
 
@@ -273,7 +272,7 @@ def test_average_pooling_is_torchs(counted: int):
     assert np.allclose(found, expected.numpy(), atol=1e-12)
 
 
-# --- the torch door ---------------------------------------------------------------------------------------------------
+# --- compared with the torch backend -----------------------------------------------------------------------------------
 
 
 def small_densenet() -> nn.Module:
@@ -299,7 +298,6 @@ def test_it_folds_as_many_as_the_torch_backend(build: Any):
     assert len(ours.rows) == len(theirs.rows) == count > 0
     assert [row.outcome for row in ours.rows] == [row.outcome for row in theirs.rows]
     assert not ours.warnings
-    assert ours.error is not None
     assert ours.error <= 1e-9
 
 
