@@ -189,32 +189,27 @@ ONE_INPUT: dict[type[Kind], tuple[Callable[[Op, Any, Affine], Affine], Callable[
 }
 
 
-def pull_across(plan: FoldPlan, op: Op, kind: Kind, affine: Affine) -> None:
-    """Pull an affine across an operation of ONE_INPUT."""
+def _pull_across(plan: FoldPlan, op: Op, kind: Kind, affine: Affine) -> None:
     plan.pull(op.inputs[0], ONE_INPUT[type(kind)][0](op, kind, affine), op)
 
 
-def push_across(plan: FoldPlan, op: Op, kind: Kind, _index: int, affine: Affine) -> None:
-    """Push an affine across an operation of ONE_INPUT."""
+def _push_across(plan: FoldPlan, op: Op, kind: Kind, _index: int, affine: Affine) -> None:
     plan.push(op, ONE_INPUT[type(kind)][1](op, kind, affine))
 
 
 # --- several inputs ----------------------------------------------------------------------------------------------------
 
 
-def pull_identity(plan: FoldPlan, op: Op, kind: Identity, affine: Affine) -> None:
-    """Pull the affine into the input that is returned."""
+def _pull_identity(plan: FoldPlan, op: Op, kind: Identity, affine: Affine) -> None:
     plan.pull(op.inputs[kind.index], affine, op)
 
 
-def push_identity(plan: FoldPlan, op: Op, kind: Identity, index: int, affine: Affine) -> None:
-    """Push the affine to the readers; the other inputs do not matter."""
+def _push_identity(plan: FoldPlan, op: Op, kind: Identity, index: int, affine: Affine) -> None:
     if index == kind.index:
         plan.push(op, affine)
 
 
-def pull_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, affine: Affine) -> None:
-    """Pull each run of the affine into its part."""
+def _pull_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, affine: Affine) -> None:
     start, varies = 0, affine.varies_along(kind.axis)
     for parent in op.inputs:
         size = size_along(parent, kind.axis) if varies else 0
@@ -223,14 +218,14 @@ def pull_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, affine: Affine) -> N
         start += size
 
 
-def push_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, index: int, affine: Affine) -> None:
+def _push_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, index: int, affine: Affine) -> None:
     """Push the affine on its own run of the result, and the identity on the others."""
     sizes = [size_along(parent, kind.axis) for parent in op.inputs]
     before, after = sum(sizes[:index]), sum(sizes[index + 1 :])
     plan.push(op, _padded(affine, kind.axis, before, sizes[index], after))
 
 
-def pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) -> None:
+def _pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) -> None:
     """``s (a + b) + t = (s a + t) + s b``: the scale into both operands, the shift into the first that takes it."""
     refusals = []
     for taker in (0, 1):
@@ -248,7 +243,7 @@ def pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) ->
     raise refusals[0]
 
 
-def push_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, index: int, affine: Affine) -> None:
+def _push_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, index: int, affine: Affine) -> None:
     """A shift passes through a sum; a scale would have to be on the other operand too."""
     if affine.has_scale:
         why = f"its scale can't go into {op.name}, whose other operand is not scaled with it"
@@ -256,7 +251,7 @@ def push_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, index: int, affine
     plan.push(op, _widened(op, Affine.of(affine.scale, affine.shift * kind.factors[index])))
 
 
-def pull_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, affine: Affine) -> None:
+def _pull_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, affine: Affine) -> None:
     """``s (a b) = (s a) b``: the scale into the first factor that takes it."""
     if affine.has_shift:
         raise Refused(f"its shift can't cross {op.name}, a {'quotient' if kind.inverse else 'product'} of two values")
@@ -268,7 +263,7 @@ def pull_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, affine: Affine) 
     raise refusals[0]
 
 
-def push_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, index: int, affine: Affine) -> None:
+def _push_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, index: int, affine: Affine) -> None:
     """``(s a) b = s (a b)``: a scale passes through a product."""
     if affine.has_shift:
         raise Refused(f"its shift can't cross {op.name}, a {'quotient' if kind.inverse else 'product'} of two values")
@@ -292,7 +287,7 @@ def _widened(op: Op, affine: Affine) -> Affine:
     return affine.mapped(lambda tensor: tensor.reshape([*[1] * missing, *tensor.shape]))
 
 
-def pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
+def _pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
     """``s clamp(x, a, b) + t = clamp(s x + t, s a + t, s b + t)``, the bounds exchanged where s < 0."""
     scale, shift = affine.scale, affine.shift
     ends = [torch.where(scale == 0, shift, scale * bound + shift) for bound in (kind.low, kind.high)]
@@ -308,7 +303,7 @@ def pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
     plan.pull(op.inputs[0], affine, op)
 
 
-def push_clamp(plan: FoldPlan, op: Op, kind: Clamp, _index: int, affine: Affine) -> None:
+def _push_clamp(plan: FoldPlan, op: Op, kind: Clamp, _index: int, affine: Affine) -> None:
     """``clamp(s x + t, a, b) = s clamp(x, (a - t) / s, (b - t) / s) + t``, the bounds exchanged where s < 0.
 
     So a ReLU that follows a BatchNorm becomes one maximum with a constant per channel. Where s = 0 the value is a constant.
@@ -347,7 +342,7 @@ def _passes(clamp: Clamp) -> int:
     return int(bool((clamp.low > -torch.inf).any())) + int(bool((clamp.high < torch.inf).any()))
 
 
-def pull_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, affine: Affine) -> None:
+def _pull_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, affine: Affine) -> None:
     """Two affines in a row are one affine. Pull it further if possible, else merge it into another BatchNorm's affine.
 
     Nothing is merged into plain arithmetic: a BatchNorm that ended there would be gone from the report but not from the graph.
@@ -361,7 +356,7 @@ def pull_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, affine: Affine
     _onwards_or_here(plan, op, onwards, both, affine)
 
 
-def push_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, _index: int, affine: Affine) -> None:
+def _push_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, _index: int, affine: Affine) -> None:
     """Merge the earlier of two affines into the later, which is folded in its turn; plain arithmetic is crossed."""
     both = kind.affine.after(affine)
 
@@ -388,19 +383,17 @@ def _onwards_or_here(plan: FoldPlan, op: Op, onwards: Callable[[], None], both: 
 _NO_RULE = ", which no rule moves a scale and shift across"
 
 
-def pull_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _affine: Affine) -> None:
-    """Refuse: no rule moves an affine across the operation."""
+def _pull_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _affine: Affine) -> None:
     raise Refused(f"it follows {op.name}" + (f": {kind.reason}" if kind.reason else _NO_RULE))
 
 
-def push_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _index: int, _affine: Affine) -> None:
-    """Refuse as ``pull_opaque``, with another reason for an output of the model."""
+def _push_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _index: int, _affine: Affine) -> None:
     if kind.is_output:
         raise Refused("it is an output of the model")
     raise Refused(f"it feeds {op.name}" + (f": {kind.reason}" if kind.reason else _NO_RULE))
 
 
-def pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
+def _pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
     """``s (W x + b) + t = (s W) x + (s b + t)``: exact for every stride, dilation, padding and group count."""
     vector = _channels(op, layer, affine, output=True)
     absorber = ABSORBERS[layer.layout]
@@ -416,7 +409,7 @@ def pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
     plan.layer(op, layer, weight=weight, bias=bias, after=after)
 
 
-def push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine) -> None:
+def _push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine) -> None:
     """``W (s x + t) + b = (W s) x + (W t + b)``: exact for every scale, and for a shift without zero padding."""
     vector = _channels(op, layer, affine, output=False)
     absorber, stored = ABSORBERS[layer.layout], layer.weight.load()
@@ -486,13 +479,13 @@ def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
 
 #: One row per kind.
 PROPAGATION_RULES: PropagationRules = {
-    **dict.fromkeys(ONE_INPUT, (pull_across, push_across)),
-    Layer: (pull_layer, push_layer),
-    kinds.ConstantAffine: (pull_norm, push_norm),
-    Identity: (pull_identity, push_identity),
-    Clamp: (pull_clamp, push_clamp),
-    kinds.Concat: (pull_concat, push_concat),
-    kinds.WeightedSum: (pull_add, push_add),
-    kinds.Multiply: (pull_multiply, push_multiply),
-    kinds.Opaque: (pull_opaque, push_opaque),
+    **dict.fromkeys(ONE_INPUT, (_pull_across, _push_across)),
+    Layer: (_pull_layer, _push_layer),
+    kinds.ConstantAffine: (_pull_norm, _push_norm),
+    Identity: (_pull_identity, _push_identity),
+    Clamp: (_pull_clamp, _push_clamp),
+    kinds.Concat: (_pull_concat, _push_concat),
+    kinds.WeightedSum: (_pull_add, _push_add),
+    kinds.Multiply: (_pull_multiply, _push_multiply),
+    kinds.Opaque: (_pull_opaque, _push_opaque),
 }

@@ -21,7 +21,7 @@ from bnexport.folding.onnx_backend.view import NodeView, OnnxReading
 _SAME = ("SAME_UPPER", "SAME_LOWER")
 
 
-def read_conv(view: NodeView) -> OnnxReading | str | None:
+def _conv(view: NodeView) -> OnnxReading | str | None:
     """Read Conv or ConvTranspose; the channels of an ONNX convolution are always on axis 1."""
     weight, bias = view.context.weight(view.input(1)), view.context.weight(view.input(2))
     if weight is None or (bias is None and view.input(2)):
@@ -61,7 +61,7 @@ def _geometry(view: NodeView, spatial: int) -> Geometry | None:
     return Geometry(tuple(view.attribute("strides", ones)), tuple(view.attribute("dilations", ones)), pads[:spatial])
 
 
-def read_gemm(view: NodeView) -> OnnxReading | str | None:
+def _gemm(view: NodeView) -> OnnxReading | str | None:
     """Read ``alpha x W + beta c``, W stored as (in, out) or (out, in)."""
     if view.attribute("transA", 0):
         return "it takes its input transposed (transA=1)"
@@ -91,7 +91,7 @@ def _gemm_bias(view: NodeView, beta: float, size: int) -> Weight | str | None:
     return view.context.weight(view.input(2), beta, size) or view.why_not_constant(2)
 
 
-def read_matmul(view: NodeView) -> OnnxReading | str | None:
+def _matmul(view: NodeView) -> OnnxReading | str | None:
     """Read ``x @ W`` or ``W @ x``; an Add of a vector that follows ``x @ W`` is its bias."""
     right, left = view.context.weight(view.input(1)), view.context.weight(view.input(0))
     weight = right or left
@@ -421,10 +421,10 @@ def _joined(view: NodeView, kind: Kind) -> OnnxReading | None:
 #: Operator -> reader. A new operation that an affine can cross is a new row.
 ONNX_READERS: dict[str, OnnxReader] = {
     "BatchNormalization": read_batch_norm,
-    "Conv": read_conv,
-    "ConvTranspose": read_conv,
-    "Gemm": read_gemm,
-    "MatMul": read_matmul,
+    "Conv": _conv,
+    "ConvTranspose": _conv,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
     "Identity": lambda view: _of(view, kinds.Identity()),
     **dict.fromkeys(("Cast", "CastLike"), _cast),
     "Dropout": _dropout,
