@@ -150,16 +150,17 @@ def judged(
     if proof is None:
         if not folded:
             return None, ()
-        _refuse_wrong(name, rough(), ROUGH_ERROR, "its own element types")
+        refuse_wrong(name, rough(), ROUGH_ERROR, "its own element types")
         return None, (
             "the network as a whole can't be compared in float64 (an operator needs another type, or no output is finite): each"
             " fold was proved separately",
         )
-    _refuse_wrong(name, *proof, "float64")
+    refuse_wrong(name, *proof, "float64")
     return proof[0], (AMPLIFIES,) if proof[1] > MAX_ROUNDING else ()
 
 
-def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> None:
+def refuse_wrong(name: str, error: float | None, bound: float, types: str) -> None:
+    """Raise ProofError if the error of a whole network is above its bound."""
     if error is not None and not error <= bound:
         raise ProofError(
             f"the folded {name} differs from the original by {error:.1e} of scale in {types}",

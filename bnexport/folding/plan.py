@@ -79,11 +79,7 @@ class GrowthBudget:
 #: output to the inputs: ``(plan, op, kind, affine)``. The second moves it from one input to the output: ``(plan, op, kind,
 #: index of the input, affine)``.
 PropagationRules = Mapping[
-    type[Kind],
-    tuple[
-        Callable[["FoldPlan", Op, Any, Affine], None],
-        Callable[["FoldPlan", Op, Any, int, Affine], None],
-    ],
+    type[Kind], tuple[Callable[["FoldPlan", Op, Any, Affine], None], Callable[["FoldPlan", Op, Any, int, Affine], None]]
 ]
 
 

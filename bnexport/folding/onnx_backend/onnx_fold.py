@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
 from bnexport.folding.engine import Engine, EngineResult
-from bnexport.folding.fold import AMPLIFIES, DEFAULT_MAX_GROWTH
+from bnexport.folding.fold import AMPLIFIES, DEFAULT_MAX_GROWTH, refuse_wrong
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
 from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, last_digit_response, onnx_fold_error
@@ -182,16 +182,11 @@ def _proof(
         return 0.0, ()
     try:
         error = onnx_fold_error(original, model, exact, sizes)
-        wrong = not error <= _MAX_ERROR
-        if wrong and math.isfinite(error) and error <= last_digit_response(original, sizes):
+        if not error <= _MAX_ERROR and math.isfinite(error) and error <= last_digit_response(original, sizes):
             return error, (AMPLIFIES,)
     except NotEvaluated as reason:
         return None, (f"the folded model as a whole could not be evaluated in float64: {reason}",)
-    if wrong:
-        raise ProofError(
-            f"the folded model differs from the original by {error:.1e} of scale in float64",
-            remedy="Please report it with the file: a fold that is not exact is a fault in bnexport",
-        )
+    refuse_wrong("model", error, _MAX_ERROR, "float64")
     return error, ()
 
 

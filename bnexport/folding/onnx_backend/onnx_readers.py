@@ -118,12 +118,8 @@ def _with_bias(view: NodeView, layer: Layer, found: OnnxReading) -> OnnxReading 
     bias = view.context.weight(add.input[slot])
     if bias is None or bias.shape != (layer.weight.shape[-1],) or bias.dtype != layer.weight.dtype:
         return None
-    return replace(
-        found,
-        kind=replace(layer, name="linear layer", bias=bias, takes_bias=True),
-        bias=(1, slot),
-        nodes=(add,),
-    )
+    kind = replace(layer, name="linear layer", bias=bias, takes_bias=True)
+    return replace(found, kind=kind, bias=(1, slot), nodes=(add,))
 
 
 # --- pieces: Split, and SplitToSequence with the SequenceAt of each piece ----------------------------------------------
@@ -152,11 +148,9 @@ def read_piece(split: NodeView, at: NodeView) -> OnnxReading | None:
     if not isinstance(size, int):
         return None
     step = int(given.reshape(-1)[0])
-    sizes: list[Dim] = (
-        [int(item) for item in given]
-        if given.ndim
-        else [min(step, size - start) for start in range(0, size, max(step, 1))]
-    )
+    sizes: list[Dim] = [min(step, size - start) for start in range(0, size, max(step, 1))]
+    if given.ndim:
+        sizes = [int(item) for item in given]
     bounds = _bounds(shape, axis, sizes)
     if bounds is None:
         return None
