@@ -43,14 +43,6 @@ def refuse_negative(op: Op, affine: Affine, why: str = "keeps the order of value
 # --- one input, and an affine in another layout on its other side: the table ONE_INPUT ---------------------------------
 
 
-def _before_reshape(op: Op, _kind: kinds.Reshape, affine: Affine) -> Affine:
-    return _reshaped(op, affine, op.shape, op.inputs[0].shape)
-
-
-def _after_reshape(op: Op, _kind: kinds.Reshape, affine: Affine) -> Affine:
-    return _reshaped(op, affine, op.inputs[0].shape, op.shape)
-
-
 def _reshaped(op: Op, affine: Affine, start: tuple[Dim, ...], end: tuple[Dim, ...]) -> Affine:
     if (found := affine.reshaped(start, end)) is not None:
         return found
@@ -81,14 +73,6 @@ def _after_reorder(_op: Op, kind: kinds.Reorder, affine: Affine) -> Affine:
     if not affine.varies_along(kind.axis):
         return affine
     return affine.mapped(lambda tensor: tensor.index_select(kind.axis, torch.tensor(kind.index)))
-
-
-def _before_pixels(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
-    return _gathered(op, kind, affine) if kind.inverse else _spread(op, kind, affine)
-
-
-def _after_pixels(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
-    return _spread(op, kind, affine) if kind.inverse else _gathered(op, kind, affine)
 
 
 def _spread(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
@@ -177,10 +161,16 @@ def _across_homogeneous(op: Op, _kind: kinds.Homogeneous, affine: Affine) -> Aff
 #: Kind with one input -> two functions ``(op, kind, affine) -> affine``: the affine on the input that equals the given affine
 #: on the output, and the affine on the output that equals the given affine on the input. Each may raise Refused.
 ONE_INPUT: dict[type[Kind], tuple[Callable[[Op, Any, Affine], Affine], Callable[[Op, Any, Affine], Affine]]] = {
-    kinds.Reshape: (_before_reshape, _after_reshape),
+    kinds.Reshape: (
+        lambda op, _kind, affine: _reshaped(op, affine, op.shape, op.inputs[0].shape),
+        lambda op, _kind, affine: _reshaped(op, affine, op.inputs[0].shape, op.shape),
+    ),
     kinds.Permute: (_before_permute, _after_permute),
     kinds.Reorder: (_before_reorder, _after_reorder),
-    kinds.PixelShuffle: (_before_pixels, _after_pixels),
+    kinds.PixelShuffle: (
+        lambda op, kind, affine: (_gathered if kind.inverse else _spread)(op, kind, affine),
+        lambda op, kind, affine: (_spread if kind.inverse else _gathered)(op, kind, affine),
+    ),
     kinds.Slice: (_before_slice, _after_slice),
     kinds.Average: (_across_average, _across_average),
     kinds.Mean: (_before_mean, _after_mean),
@@ -227,6 +217,8 @@ def _push_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, index: int, affine:
 
 def _pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) -> None:
     """``s (a + b) + t = (s a + t) + s b``: the scale into both operands, the shift into the first that takes it."""
+    if op.inputs[0] is op.inputs[1]:
+        raise Refused(f"{op.name} adds a value to itself")
     refusals = []
     for taker in (0, 1):
 
@@ -235,8 +227,6 @@ def _pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) -
                 shift = affine.shift / kind.factors[index] if index == taker else torch.zeros_like(affine.shift)
                 plan.pull(parent, _restricted(op, parent, Affine.of(affine.scale, shift)), op)
 
-        if op.inputs[0] is op.inputs[1]:
-            raise Refused(f"{op.name} adds a value to itself")
         if (refused := plan.attempt(both)) is None:
             return
         refusals.append(refused)

@@ -147,10 +147,10 @@ def read_piece(split: NodeView, at: NodeView) -> OnnxReading | None:
     size = shape[axis]
     if not isinstance(size, int):
         return None
-    step = int(given.reshape(-1)[0])
-    sizes: list[Dim] = [min(step, size - start) for start in range(0, size, max(step, 1))]
     if given.ndim:
-        sizes = [int(item) for item in given]
+        sizes: list[Dim] = [int(item) for item in given]
+    else:
+        sizes = [min(int(given), size - start) for start in range(0, size, max(int(given), 1))]
     bounds = _bounds(shape, axis, sizes)
     if bounds is None:
         return None
