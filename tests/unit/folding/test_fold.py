@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import CASES, Case, randomise
+from module_fold_models import tensors
 from support.models import AddCMul, bn, graph, sequential
 from torch import Tensor, nn
 from torch.nn import functional
@@ -25,10 +26,6 @@ from bnexport.nn.batch_norm import BatchNorm
 ids = [case.name for case in CASES]
 #: Cases that no hook on a module sees: arithmetic in the root's forward, a call of the operator itself.
 UNSEEN = ("chapter", "functional")
-
-
-def flat(outputs: object) -> list[Tensor]:
-    return [item for item in torch.utils._pytree.tree_leaves(outputs) if isinstance(item, Tensor)]
 
 
 @functools.cache
@@ -65,9 +62,9 @@ def test_folded_model_computes_what_the_original_does(case: Case) -> None:
     inputs, original = case.inputs(seed=9, batch=batch), case.model().double()
     with torch.no_grad():
         torch.manual_seed(0)
-        expected = flat(original(*(item.double() for item in inputs)))
+        expected = tensors(original(*(item.double() for item in inputs)))
         torch.manual_seed(0)
-        have = flat(result.model.double()(*(item.double() for item in inputs)))
+        have = tensors(result.model.double()(*(item.double() for item in inputs)))
         result.model.float()
     assert len(have) == len(expected)
     for a, b in zip(have, expected, strict=True):
