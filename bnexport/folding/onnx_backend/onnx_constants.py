@@ -29,7 +29,7 @@ from torch import Tensor
 from bnexport.folding.affine import Dim
 from bnexport.folding.onnx_backend.inventory import TORCH, is_default, widened
 from bnexport.onnx_files.float64 import wide_evaluator
-from bnexport.onnx_files.models import refill
+from bnexport.onnx_files.models import refill, without_weights
 from bnexport.onnx_files.names import mentions, subgraphs
 from bnexport.tensors import Array
 
@@ -140,22 +140,14 @@ def _expressions(sizes: Mapping[str, Sequence[int]]) -> list[tuple[sympy.Expr, l
 
 def _skeleton(model: ModelProto) -> ModelProto:
     """Return the model without the numbers of its large weights, and with names for all open sizes of inputs."""
-    bare = ModelProto(ir_version=model.ir_version)
-    bare.opset_import.extend(model.opset_import)
-    bare.functions.extend(model.functions)
-    graph, source = bare.graph, model.graph
-    graph.name = source.name
-    graph.node.extend(source.node)
+    bare = without_weights(model)
+    graph = bare.graph
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == attribute.TENSOR and math.prod(attribute.t.dims) > _SMALL:
                 attribute.t.CopyFrom(_bare(attribute.t))
-    for ours, theirs in ((graph.input, source.input), (graph.output, source.output)):
-        ours.extend(theirs)
-    graph.value_info.extend(source.value_info)
-    graph.initializer.extend(
-        tensor if math.prod(tensor.dims) <= _SMALL else _bare(tensor) for tensor in source.initializer
-    )
+    for tensor in model.graph.initializer:
+        graph.initializer.append(tensor if math.prod(tensor.dims) <= _SMALL else _bare(tensor))
     stored = {tensor.name for tensor in graph.initializer}
     for value in graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
@@ -313,6 +305,10 @@ class OnnxConstants:
                 self._nodes[node.output[0]] = node
         self._count_aliases()
 
+    def is_plain(self, node: NodeProto) -> bool:
+        """Return True for an operator of ONNX's default domain that no function of the file replaces."""
+        return is_default(node) and (node.domain, node.op_type) not in self._functions
+
     def known(self, name: str) -> bool:
         """Return True if a name is that of a constant."""
         return name in self._stored or name in self._nodes
@@ -383,7 +379,7 @@ class OnnxConstants:
         return int(sum(math.prod(item.dims) for item in self._model.graph.initializer) + sum(map(math.prod, inner)))
 
     def _is_constant(self, node: NodeProto) -> bool:
-        if not is_default(node) or len(node.output) != 1 or (node.domain, node.op_type) in self._functions:
+        if len(node.output) != 1 or not self.is_plain(node):
             return False
         if node.op_type == "Constant":
             return not any(item.name in ("sparse_value", "value_string", "value_strings") for item in node.attribute)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bnexport.folding.graph import Identity, Kind, Layer, NormCall, Op, Opaque, Reshape, connect
 from bnexport.folding.layers import channels_of
-from bnexport.folding.onnx_backend.inventory import is_batch_norm, is_default, label
+from bnexport.folding.onnx_backend.inventory import is_batch_norm, label
 from bnexport.folding.onnx_backend.onnx_constants import SHAPE_ONLY, OnnxConstants, Shapes, node_evaluator
 from bnexport.folding.onnx_backend.onnx_norms import unread_batch_norm
 from bnexport.folding.onnx_backend.onnx_readers import ONNX_READERS, read_piece, read_split
@@ -59,7 +59,6 @@ class OnnxGraph:
         self.constants = OnnxConstants(model, self.shapes)
         self.ops: list[Op] = []
         self.by_name: dict[str, Op] = {}
-        self._functions = {(function.domain, function.name) for function in model.functions}
         self._users: dict[str, list[NodeProto]] = {}
         self._context = self._make_context()
         self._taken: set[str] = set()
@@ -86,7 +85,7 @@ class OnnxGraph:
         followers = {
             name: users[0]
             for name, users in self._users.items()
-            if len(users) == count[name] == 1 and self._is_plain(users[0])
+            if len(users) == count[name] == 1 and self.constants.is_plain(users[0])
         }
         inputs = frozenset(value.name for value in self.model.graph.input)
         return GraphContext(self.opset, self.shapes, self.constants, followers, count, inputs)
@@ -103,7 +102,7 @@ class OnnxGraph:
             for name, piece in zip(node.output, pieces, strict=True):
                 self._add_reading(node, name, piece)
             return
-        if node.op_type == "SplitToSequence" and self._is_plain(node) and self._only_indexed(node):
+        if node.op_type == "SplitToSequence" and self.constants.is_plain(node) and self._only_indexed(node):
             self._sequences[node.output[0]] = node
             return
         if node.op_type == "SequenceAt" and node.input[0] in self._sequences:
@@ -120,7 +119,7 @@ class OnnxGraph:
 
     def _pieces(self, node: NodeProto) -> list[OnnxReading] | None:
         view = NodeView(node, self._context)
-        if not self._is_plain(node) or view.is_constant(0) or not all(node.output):
+        if not self.constants.is_plain(node) or view.is_constant(0) or not all(node.output):
             return None
         try:
             return read_split(view)
@@ -132,7 +131,7 @@ class OnnxGraph:
         name = node.output[0]
         users = self._users.get(name, [])
         indexed = (user.op_type == "SequenceAt" and self.constants.known(user.input[1]) for user in users)
-        return len(users) == self._context.readers[name] and all(map(self._is_plain, users)) and all(indexed)
+        return len(users) == self._context.readers[name] and all(map(self.constants.is_plain, users)) and all(indexed)
 
     def _read_piece(self, node: NodeProto) -> None:
         split = self._sequences[node.input[0]]
@@ -148,7 +147,7 @@ class OnnxGraph:
         view = NodeView(node, self._context)
         found: OnnxReading | str | None = None
         why, hint = "a function of the file has its name", "another name for that function"
-        if self._is_plain(node):
+        if self.constants.is_plain(node):
             if node.op_type in SHAPE_ONLY:
                 return OnnxReading(Opaque(), ())
             reader = ONNX_READERS.get(node.op_type)
@@ -162,9 +161,6 @@ class OnnxGraph:
         if is_batch_norm(node):
             return unread_batch_norm(view, why, hint)
         return OnnxReading(Opaque(found if isinstance(found, str) else ""), tuple(reads(node)))
-
-    def _is_plain(self, node: NodeProto) -> bool:
-        return is_default(node) and (node.domain, node.op_type) not in self._functions
 
     def _add_reading(
         self, node: NodeProto, name: str, reading: OnnxReading, nodes: tuple[NodeProto, ...] | None = None
