@@ -40,11 +40,6 @@ class Weight:
         """Number of elements."""
         return torch.Size(self.shape).numel()
 
-    @classmethod
-    def folded(cls, value: Tensor, dtype: torch.dtype) -> Weight:
-        """Return a tensor made by folding, float64, to be stored in ``dtype``."""
-        return cls("", tuple(value.shape), dtype, lambda: value)
-
 
 class Kind:
     """The function of an operation. ``propagation`` defines for each subclass how an affine crosses it."""

@@ -57,22 +57,16 @@ class GrowthBudget:
     added: int = 0
     _together: dict[tuple[Weight, bytes], Weight] = field(default_factory=dict)
 
-    def allows(self, more: int) -> bool:
-        """Return True if ``more`` elements still fit."""
-        return self.added + more <= (self.max_growth - 1.0) * self.elements
-
     def folded(self, old: Weight | None, value: Tensor, dtype: torch.dtype, *, together: bool) -> Weight:
         """Return a folded weight, the same object for all calls that shared ``old`` and fold it into the same numbers.
 
         ``together`` is True if other calls are expected to fold alike. ``dtype`` is the element type of the stored weight.
         """
+        new = Weight("", tuple(value.shape), dtype, lambda: value)
         if old is None or not (together or any(known is old for known, _ in self._together)):
-            return Weight.folded(value, dtype)
-        key = old, hashlib.sha256(value.contiguous().numpy().tobytes()).digest()
-        if key not in self._together:
-            self._together[key] = Weight.folded(value, dtype)
-            self._together[key].readers = old.readers
-        return self._together[key]
+            return new
+        new.readers = old.readers
+        return self._together.setdefault((old, hashlib.sha256(value.contiguous().numpy().tobytes()).digest()), new)
 
 
 #: Kind -> two functions that move an affine across it; the table is in ``folding.propagation``. The first moves it from the
@@ -263,11 +257,12 @@ class FoldPlan:
 
         ``what`` is the start of a sentence. ``in_all`` counts the elements of all plans with the same need, for the hint.
         """
-        if not self.budget.allows(self.grown + more):
-            spent = self.budget.added + self.grown + (more if in_all is None else in_all)
+        budget, spent = self.budget, self.budget.added + self.grown
+        if spent + more > (budget.max_growth - 1.0) * budget.elements:
+            needed = 1 + (spent + (more if in_all is None else in_all)) / max(budget.elements, 1)
             raise Refused(
-                f"{what} would exceed the size budget of {self.budget.max_growth:g}",
-                f"--max-growth {math.ceil((1 + spent / max(self.budget.elements, 1)) * 100) / 100:.2f}",
+                f"{what} would exceed the size budget of {budget.max_growth:g}",
+                f"--max-growth {math.ceil(needed * 100) / 100:.2f}",
             )
         self.grown += more
 

@@ -263,27 +263,19 @@ def _concat(view: NodeView) -> OnnxReading | None:
 # --- operators that mix positions ---------------------------------------------------------------------------------------------
 
 
-def _spatial(view: NodeView) -> tuple[int, ...] | None:
-    return None if view.rank is None else tuple(range(2, view.rank))
+def _pooled(view: NodeView, kind: Callable[[tuple[int, ...]], Kind]) -> OnnxReading | None:
+    """Read an operator that pools all axes after the channels, with the function from these axes to a kind."""
+    return None if view.rank is None else _of(view, kind(tuple(range(2, view.rank))))
 
 
 def _average_pool(view: NodeView) -> OnnxReading | None:
-    axes = _spatial(view)
     padded = any(view.attribute("pads", ())) or view.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     counted = bool(view.attribute("count_include_pad", 0)) and (padded or bool(view.attribute("ceil_mode", 0)))
-    return None if axes is None else _of(view, kinds.Average(axes, not counted))
-
-
-def _global_average(view: NodeView) -> OnnxReading | None:
-    axes = _spatial(view)
-    return None if axes is None else _of(view, kinds.Mean(axes, keepdim=True))
+    return _pooled(view, lambda axes: kinds.Average(axes, not counted))
 
 
 def _max_pool(view: NodeView) -> OnnxReading | str | None:
-    axes = _spatial(view)
-    if view.uses_output(1):
-        return "the positions that it gives are used"
-    return None if axes is None else _of(view, kinds.WindowMaximum(axes))
+    return "the positions that it gives are used" if view.uses_output(1) else _pooled(view, kinds.WindowMaximum)
 
 
 def _reduce_mean(view: NodeView) -> OnnxReading | None:
@@ -429,7 +421,7 @@ ONNX_READERS: dict[str, OnnxReader] = {
     "Slice": _slice,
     "Concat": _concat,
     "AveragePool": _average_pool,
-    "GlobalAveragePool": _global_average,
+    "GlobalAveragePool": lambda view: _pooled(view, lambda axes: kinds.Mean(axes, keepdim=True)),
     "MaxPool": _max_pool,
     "GlobalMaxPool": _max_pool,
     "ReduceMean": _reduce_mean,
