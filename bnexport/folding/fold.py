@@ -92,20 +92,24 @@ def fold(
     """
     if not max_growth >= 1.0:
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
-    inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
-    if odd := [item for item in inputs if type(item).__module__ == "numpy"]:
-        raise UsageError(
-            f"fold takes example inputs as tensors, not as a numpy.{type(odd[0]).__name__}",
-            remedy="Give a tensor with the batch first, torch.from_numpy(array), or a tuple of tensors",
-        )
-    if dynamic_shapes is None:
-        inputs = two_samples(inputs)
+    inputs = forward_arguments(example_inputs, dynamic_shapes)
     started = time.perf_counter()
     original = trace(model, inputs, dynamic_shapes=dynamic_shapes)
     traced = time.perf_counter() - started
     name = type(model).__name__
     result = fold_traced(original, inputs, name=name, max_growth=max_growth, clamps=clamps, prove=prove)
     return replace(result, seconds={"trace": traced, **result.seconds})
+
+
+def forward_arguments(example_inputs: Tensor | Sequence[Any], dynamic_shapes: Any) -> tuple[Any, ...]:
+    """Return the arguments of one call of forward, with a batch of two samples if the batch may vary."""
+    inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
+    if odd := [item for item in inputs if type(item).__module__ == "numpy"]:
+        raise UsageError(
+            f"fold takes example inputs as tensors, not as a numpy.{type(odd[0]).__name__}",
+            remedy="Give a tensor with the batch first, torch.from_numpy(array), or a tuple of tensors",
+        )
+    return two_samples(inputs) if dynamic_shapes is None else inputs
 
 
 def fold_traced(

@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 
 from bnexport.errors import ModelError, ProofError, UntracedError
 from bnexport.folding.engine import Engine, EngineResult
-from bnexport.folding.fold import Clock, drop_unused, inner_rows, judged
+from bnexport.folding.fold import Clock, drop_unused, forward_arguments, inner_rows, judged
 from bnexport.folding.plan import GrowthBudget
 from bnexport.folding.proof import scale_error
 from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.folding.torch_backend import modules, torch_proof
-from bnexport.folding.torch_backend.trace import trace, two_samples
+from bnexport.folding.torch_backend.trace import trace
 from bnexport.nn.batch_norm import BATCH_NORMS
 from bnexport.nn.calling import place_of
 from bnexport.nn.folded import MARKER
@@ -91,13 +91,12 @@ def fold_modules(
         The folded copy, its fold report, and the duration of each step.
 
     Raises:
+        UsageError: An input is a numpy array.
         UntracedError: torch.export can't trace the model.
         ModelError: The model can't be copied, or has parameters without a value (lazy layers).
         ProofError: The folded module does not compute what the original does.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    if dynamic_shapes is None:
-        inputs = two_samples(inputs)
+    inputs = forward_arguments(example_inputs, dynamic_shapes)
     original = _copied(model)
     with torch.no_grad():
         try:

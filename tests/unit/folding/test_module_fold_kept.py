@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bnexport
-from bnexport.errors import ModelError, ProofError, UntracedError
+from bnexport.errors import ModelError, ProofError, UntracedError, UsageError
 from bnexport.folding.torch_backend import modules
 from bnexport.nn.folded import ScaleShift
 
@@ -287,7 +287,7 @@ def test_another_way_for_another_size_is_found(condition: Callable[[Tensor], boo
         bnexport.fold_modules(randomise(Graph(forward, conv=conv()(), bn=bn()())), IMAGE)
 
 
-def test_lazy_layers_and_scripts_are_refused() -> None:
+def test_lazy_layers_scripts_and_arrays_are_refused() -> None:
     with pytest.raises(ModelError, match="has no value yet"):
         bnexport.fold_modules(nn.Sequential(nn.LazyConv2d(6, 3), nn.BatchNorm2d(6)), IMAGE)
     script = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).eval(), IMAGE)
@@ -295,6 +295,8 @@ def test_lazy_layers_and_scripts_are_refused() -> None:
         bnexport.fold_modules(script, IMAGE)
     with pytest.raises(UntracedError, match="part is a TorchScript module"):
         bnexport.fold_modules(Scripted(), IMAGE)
+    with pytest.raises(UsageError, match=r"example inputs as tensors, not as a numpy\.ndarray"):
+        bnexport.fold_modules(residual(), IMAGE.numpy())
 
 
 def test_layers_made_in_the_first_call_are_not_made_here() -> None:
