@@ -174,5 +174,5 @@ def _narrow_value(engine: Any, feeds: Mapping[str, Array]) -> str | None:
         values = dict(engine.run(None, dict(feeds), intermediate=True))
     for name, value in values.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fV" and value.dtype != np.float64:
-            return name
+            return str(name)
     return None

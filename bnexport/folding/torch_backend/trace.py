@@ -317,7 +317,7 @@ def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -
 
 def _refuse_pinned(program: ExportedProgram, model: nn.Module) -> None:
     """Refuse a graph in which an image size that should vary is a number or has an upper limit."""
-    values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    values: dict[str, Any] = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
     for value in (values.get(str(name)) for name in program.graph_signature.user_inputs):
         for axis, word in size_axes(value.ndim).items() if isinstance(value, Tensor) else ():
             size: Any = value.shape[axis]
