@@ -318,8 +318,11 @@ def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -
 def _refuse_pinned(program: ExportedProgram, model: nn.Module) -> None:
     """Refuse a graph in which an image size that should vary is a number or has an upper limit."""
     values: dict[str, Any] = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
-    for value in (values.get(str(name)) for name in program.graph_signature.user_inputs):
-        for axis, word in size_axes(value.ndim).items() if isinstance(value, Tensor) else ():
+    for name in program.graph_signature.user_inputs:
+        value = values.get(str(name))
+        if not isinstance(value, Tensor):
+            continue
+        for axis, word in size_axes(value.ndim).items():
             size: Any = value.shape[axis]
             how = "is pinned"
             if not isinstance(size, int) and not size.node.expr.is_number:
