@@ -15,16 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from support.grpc_calls import (
-    HEALTH,
-    SERVICE,
-    ask,
-    call,
-    channel_to,
-    infer,
-    infer_request,
-    logits_of_message,
-)
+from support.grpc_calls import HEALTH, SERVICE, ask, call, channel_to, infer, infer_request, logits_of_message
 from support.serving import PATIENCE, Server, serving, tensor
 
 from bnexport import __version__

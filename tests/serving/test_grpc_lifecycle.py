@@ -55,10 +55,7 @@ def logged(server: Server, status: str = "OK") -> int:
 
 
 def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> None:
-    with (
-        serving(models, tmp_path / "log", *DOOR, "--grace", "4") as server,
-        Clients(server, images, logits) as clients,
-    ):
+    with serving(models, tmp_path / "log", *DOOR, "--grace", "4") as server, Clients(server, images, logits) as clients:
         until(lambda: clients.answered > 50)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.ask("GET", "/v2/health/ready").status == 503)

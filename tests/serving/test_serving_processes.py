@@ -76,10 +76,7 @@ def test_signals_to_all_processes_are_one_stop(
     models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray
 ) -> None:
     """systemd sends SIGTERM to all processes of a service: what the supervisor passes on must not count as the second."""
-    with (
-        serving_twice(models, tmp_path / "log", "--grace", "4") as server,
-        Clients(server, images, logits) as clients,
-    ):
+    with serving_twice(models, tmp_path / "log", "--grace", "4") as server, Clients(server, images, logits) as clients:
         until(lambda: len(clients.answers) > 50)
         for pid in (*running(server).values(), server.process.pid):
             os.kill(pid, signal.SIGTERM)

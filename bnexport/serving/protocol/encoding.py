@@ -66,11 +66,7 @@ def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
         return b"".join((head, *(tensor.data.tobytes() for tensor in response.outputs))), len(head)  # type: ignore[union-attr]
     chunks: list[bytes] = []
     outputs = [_described(tensor, chunks) for tensor in response.outputs]
-    value: dict[str, Any] = {
-        "model_name": response.model,
-        "model_version": response.version,
-        "outputs": outputs,
-    }
+    value: dict[str, Any] = {"model_name": response.model, "model_version": response.version, "outputs": outputs}
     if response.id:
         value["id"] = response.id
     text = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
