@@ -37,19 +37,15 @@ def classes() -> dict[str, Any]:
 
 
 class Call(RequestContext):
-    """One call, or one message of a stream.
-
-    Attributes:
-        context: gRPC's.
-        metadata: Lower-case name -> value, of text values.
-        message_id: The id in its message; "" until it is known.
-    """
+    """One call, or one message of a stream."""
 
     __slots__ = ("context", "message_id", "metadata")
 
     def __init__(self, path: str, context: Any, metadata: dict[str, Any], request_id: str) -> None:
         super().__init__(path, request_id)
-        self.context, self.metadata, self.message_id = context, metadata, ""
+        self.context = context  # gRPC's
+        self.metadata = metadata  # Lower-case name -> value
+        self.message_id = ""  # The id in its message, once it is known
 
     def origin(self) -> tuple[str, str, str]:
         """Return "gRPC", the client's address without its port ("127.0.0.1"), and ``traceparent`` or ""."""

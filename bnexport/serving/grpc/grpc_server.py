@@ -164,8 +164,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         finally:
             self.state.memory.release(len(data))
         response.parameters["triton_final_response"].bool_param = True
-        answer: bytes = classes()["ModelStreamInferResponse"](infer_response=response).SerializeToString()
-        return answer
+        return bytes(classes()["ModelStreamInferResponse"](infer_response=response).SerializeToString())
 
     async def _next(self, context: Any) -> bytes | None:
         """Return the next message of a stream; None at its end or if the server closes."""
@@ -228,9 +227,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         except BnexportError as error:
             code, answer = code_of(error), error
         except Exception as error:
-            state.log.event("fault", id=call.id, path=call.path, error=f"{type(error).__name__}: {one_line(error)}")
-            code = grpc.StatusCode.INTERNAL
-            answer = NotServing("the server failed", remedy="The server's log contains the error", status=500)
+            code, answer = grpc.StatusCode.INTERNAL, state.fault(call, error)
         finally:
             state.active -= 1
             state.calls_active -= 1
@@ -253,8 +250,7 @@ def _failed(call: Call, error: BnexportError) -> bytes:
     """Return the error answer to a request of a stream, with the request's id as Triton does."""
     message = classes()["ModelStreamInferResponse"](error_message=sentence_of(error))
     message.infer_response.id = call.message_id
-    data: bytes = message.SerializeToString()
-    return data
+    return bytes(message.SerializeToString())
 
 
 def _stopping() -> NotServing:

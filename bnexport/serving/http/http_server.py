@@ -116,12 +116,8 @@ def _allow_files(wanted: int, log: JsonLog) -> None:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < wanted:
-        log.event(
-            "few files",
-            allowed=hard,
-            wanted=wanted,
-            reason="connections are reset before the server's limit is reached",
-        )
+        reason = "connections are reset before the server's limit is reached"
+        log.event("few files", allowed=hard, wanted=wanted, reason=reason)
 
 
 def leave_engines() -> None:

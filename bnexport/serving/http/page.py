@@ -65,18 +65,10 @@ async def models(state: ServerState, _exchange: Exchange) -> Reply:
 
 def _described(state: ServerState, name: str, version: str, entry: Version) -> dict[str, Any]:
     value: dict[str, Any] = {"name": name, "version": version, "state": entry.state, "reason": entry.reason}
-    value |= {
-        "newest": False,
-        "inputs": [],
-        "outputs": [],
-        "labels": None,
-        "image": None,
-        "verdict": None,
-        "report": False,
-    }
     served = entry.served
     if served is None:
-        return value
+        nothing = {"labels": None, "image": None, "verdict": None, "report": False}
+        return value | {"newest": False, "inputs": [], "outputs": []} | nothing
     metadata, image = served.metadata([version]), served.preprocessing
     return value | {
         "newest": state.repository.newest(name) is served,

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import FrameType
 
+from bnexport import interrupts
 from bnexport.errors import NotServing, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 from bnexport.runtimes.isolation import how_ended, import_path
@@ -57,8 +58,7 @@ class _Seat:
     listener: socket.socket | None = None  # Its socket; None while clients should not connect to it
     process: subprocess.Popen[bytes] | None = None  # The running process; None without one
     line: Connection | None = None  # Pipe to the process
-    # Start of serving, by ``time.monotonic``; None while it does not serve
-    ready_at: float | None = None
+    ready_at: float | None = None  # Start of serving, by ``time.monotonic``; None while it does not serve
     failures: int = 0  # Consecutive ends before it was sound
     failed_starts: int = 0  # Consecutive starts that never became ready
     start_at: float | None = None  # Time of the next start
@@ -211,7 +211,8 @@ class Supervisor:
         with theirs:
             # -P: files in the working directory must not replace packages. A separate group: only the supervisor gets Ctrl-C.
             try:
-                with _blocked():
+                # Processes receive blocked signals when they unblock them.
+                with interrupts.blocked(*BLOCKED):
                     seat.process = subprocess.Popen(
                         [sys.executable, "-P", "-m", _WORKER, str(theirs.fileno())],
                         stdin=subprocess.DEVNULL, pass_fds=descriptors, process_group=0,
@@ -339,16 +340,6 @@ class Supervisor:
                 seat.process.kill()
                 self._reaped(seat)
         os.close(self._memory)
-
-
-@contextlib.contextmanager
-def _blocked() -> Iterator[None]:
-    """Block the signals in ``BLOCKED``: processes that start meanwhile receive them when they unblock them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _pause(failures: int, *, served: bool) -> float:

@@ -85,8 +85,8 @@ class LimitedConnection(HttpToolsProtocol):
     """One connection. ``limits``, ``fast_lane`` and ``refused`` are set on a subclass by ``limited``."""
 
     limits: ServingLimits
-    fast_lane: FastLane | None = None
-    refused: Refused = staticmethod(lambda *_: None)
+    fast_lane: FastLane | None
+    refused: Refused
     known_head: Head | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -260,13 +260,9 @@ class LimitedConnection(HttpToolsProtocol):
         self._reason = f"the headers have more than {self.limits.head_bytes} bytes. Send shorter headers"
 
 
-def limited(
-    limits: ServingLimits, fast_lane: FastLane | None = None, refused: Refused | None = None
-) -> type[LimitedConnection]:
+def limited(limits: ServingLimits, fast_lane: FastLane | None, refused: Refused) -> type[LimitedConnection]:
     """Return a class of connections with these limits; without a fast lane, all requests go through the application."""
-    values: dict[str, Any] = {"limits": limits, "fast_lane": fast_lane}
-    if refused is not None:
-        values["refused"] = staticmethod(refused)
+    values = {"limits": limits, "fast_lane": fast_lane, "refused": staticmethod(refused)}
     return type("LimitedConnection", (LimitedConnection,), values)
 
 
@@ -275,19 +271,10 @@ def configured(
 ) -> uvicorn.Config:
     """Configure uvicorn for an application."""
     config = uvicorn.Config(
-        app,
-        http=kind,
-        ws="none",
-        lifespan="off",
-        interface="asgi3",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE,
+        app, http=kind, ws="none", lifespan="off", interface="asgi3", log_config=None, access_log=False,
+        server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE,
         **({} if tls is None else _tls_options(*tls)),
-    )
+    )  # fmt: skip
     try:
         config.load()
     except (OSError, ValueError) as error:
@@ -321,13 +308,6 @@ class DrainingServer(uvicorn.Server):
     """uvicorn's server, which at SIGTERM first reports that it is not ready, and serves until no more requests come.
 
     uvicorn itself closes its socket at once, before balancers can detect that the server is not ready.
-
-    Args:
-        config: uvicorn's configuration.
-        state: State of the application.
-        grpc_server: Started and stopped with this server; None without one.
-        grace: Seconds from the first signal until unanswered requests are abandoned.
-        poll: Seconds between polls for new versions; None never polls.
     """
 
     def __init__(
@@ -340,7 +320,8 @@ class DrainingServer(uvicorn.Server):
         poll: float | None,
     ) -> None:
         super().__init__(config)
-        self._state, self._grpc_server, self._grace, self._poll_seconds = state, grpc_server, grace, poll
+        self._state, self._grpc_server = state, grpc_server
+        self._grace, self._poll_seconds = grace, poll  # as in ServerSettings
         self._stop_at: float | None = None
         self._polled = time.monotonic()
         self._poll_task: asyncio.Task[None] | None = None

@@ -20,12 +20,7 @@ from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 from bnexport.validation.limits import shown
 
 #: Kind of numpy's element type -> Python types of JSON's values. (True is an int in Python, but not a number in JSON.)
-_VALUES: dict[str, frozenset[type]] = {
-    "f": frozenset((int, float)),
-    "i": frozenset((int,)),
-    "u": frozenset((int,)),
-    "b": frozenset((bool,)),
-}
+_VALUES: dict[str, set[type]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}}
 _WORDS = {"f": "numbers", "i": "whole numbers", "u": "whole numbers", "b": "true and false"}
 
 
@@ -180,19 +175,14 @@ class Decoder:
         spans: Sequence[tuple[int, int]],
         *,
         describe: Callable[[], Mapping[str, Any]],
-        key: bytes = b"",
-        request_id: str = "",
-        patience: float | None = None,
+        key: bytes,
+        request_id: str,
+        patience: float | None,
     ) -> InferRequest:
-        """Decode a request with binary tensors of a protocol without JSON.
+        """Decode a request with binary tensors of a protocol without JSON; ``spans`` has start and size of each in ``body``.
 
-        Args:
-            body: Bytes that contain the tensors.
-            spans: Start and size of each input's tensor in ``body``.
-            describe: Returns the description of the request in the form of the protocol's JSON.
-            key: Bytes that determine the description; b"" if it must not be cached.
-            request_id: The client's id.
-            patience: Seconds that the client waits; None without a deadline.
+        ``describe`` returns the description of the request in the form of the protocol's JSON. ``key`` determines the
+        description; b"" if it must not be cached. The client waits for ``patience`` seconds.
         """
         plan = self._plans.get(key)
         if plan is None or [item.size for item in plan.inputs] != [size for _, size in spans]:

@@ -17,13 +17,7 @@ from bnexport.data.images import ENDINGS
 from bnexport.errors import DataError, UsageError
 from bnexport.serving.bulk.bulk_prediction import ShardWorker
 from bnexport.serving.bulk.bulk_request import BulkRequest
-from bnexport.serving.bulk.image_sources import READERS, SOURCES
 from bnexport.serving.bulk.job import make_job
-
-
-def test_every_kind_of_source_has_its_reader() -> None:
-    assert set(SOURCES) == set(READERS)
-
 
 #: Source -> part of the error.
 BAD_SOURCES = {
