@@ -137,7 +137,6 @@ def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -
 
 
 def _start(job: BulkJob) -> None:
-    """Initialise a worker's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; the worker finishes its shard
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -103,7 +103,6 @@ async def read_body(state: ServerState, exchange: Exchange) -> bytes:
 
 
 async def _rest(state: ServerState, exchange: Exchange, start: bytes) -> bytes:
-    """Return the body that begins with ``start``."""
     limits, chunks, size, more = state.settings.limits, [start], len(start), True
     try:
         while more:

@@ -20,7 +20,7 @@ class _Collected(NamedTuple):
     metrics: Sequence[Metric]
 
     def collect(self) -> Sequence[Metric]:
-        """Return the metrics."""
+        """Return the metrics, as prometheus_client requires."""
         return self.metrics
 
 

@@ -317,7 +317,6 @@ class Supervisor:
                 seat.process.kill()
 
     def _kill_late(self) -> None:
-        """Kill processes that did not stop in time."""
         self._deadline = math.inf
         for seat in self._seats:
             if seat.process is not None:
@@ -333,7 +332,6 @@ class Supervisor:
             seat.listener = None
 
     def _clear(self) -> None:
-        """Close all sockets and kill all processes."""
         for seat in self._seats:
             self._close_listener(seat)
             if seat.process is not None:

@@ -287,7 +287,6 @@ def configured(
 
 
 def _tls_options(certificate: Path, key: Path) -> dict[str, Any]:
-    """Return uvicorn's options for TLS."""
     try:  # a pipe can be read only once
         locked = key.is_file() and b"ENCRYPTED" in key.read_bytes()
     except OSError as error:
@@ -298,10 +297,6 @@ def _tls_options(certificate: Path, key: Path) -> dict[str, Any]:
             remedy="Remove it, and make the file readable for this user only: openssl pkey -in KEY -out PLAIN",
         )
     return {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
-
-
-def nothing() -> None:
-    """Do nothing: no-op callback."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -318,25 +313,17 @@ class DrainingServer(uvicorn.Server):
         *,
         grace: float,
         poll: float | None,
+        on_start: Callable[[], None],
+        on_stop: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._state, self._grpc_server = state, grpc_server
         self._grace, self._poll_seconds = grace, poll  # as in ServerSettings
+        self._on_start = on_start  # called once the socket accepts
+        self._on_stop = on_stop  # called at the first signal
         self._stop_at: float | None = None
         self._polled = time.monotonic()
         self._poll_task: asyncio.Task[None] | None = None
-        self._on_start = self._on_stop = nothing
-
-    def run(
-        self,
-        sockets: list[socket.socket] | None = None,
-        *,
-        on_start: Callable[[], None] = nothing,
-        on_stop: Callable[[], None] = nothing,
-    ) -> None:
-        """Serve until stopped; ``on_start`` is called once the socket accepts, ``on_stop`` at the first signal."""
-        self._on_start, self._on_stop = on_start, on_stop
-        super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
