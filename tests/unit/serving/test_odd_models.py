@@ -128,23 +128,20 @@ REQUESTS: dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_clients_at_the_same_time_do_not_change_the_answer(repository: Repository, name: str) -> None:
+async def test_clients_at_the_same_time_do_not_change_the_answer(repository: Repository, name: str) -> None:
     feeds, expected = REQUESTS[name]
 
-    async def main() -> None:
-        house = House(repository)
-        clients = [house.connect() for _ in range(4)]
-        for connection, _ in clients:
-            connection.data_received(request(name, feeds))
-        await quiet(house)
-        for connection, wire in clients:
-            got = outputs_of(wire.written)
-            assert got.keys() == expected.keys()
-            for output, values in expected.items():
-                assert np.array_equal(got[output], values), output
-            connection.connection_lost(None)
-
-    asyncio.run(asyncio.wait_for(main(), 240))
+    house = House(repository)
+    clients = [house.connect() for _ in range(4)]
+    for connection, _ in clients:
+        connection.data_received(request(name, feeds))
+    await quiet(house)
+    for connection, wire in clients:
+        got = outputs_of(wire.written)
+        assert got.keys() == expected.keys()
+        for output, values in expected.items():
+            assert np.array_equal(got[output], values), output
+        connection.connection_lost(None)
 
 
 @pytest.mark.parametrize(("name", "largest"), [("four", 0), ("sum", 0), ("pairs", 0), ("factor", 0)])
@@ -156,26 +153,21 @@ def test_the_configuration_of_models_without_batch(repository: Repository, name:
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])
-def test_pictures_for_a_batch_that_does_not_vary(repository: Repository, count: int) -> None:
+async def test_pictures_for_a_batch_that_does_not_vary(repository: Repository, count: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4), np.uint8)
 
-    async def main() -> None:
-        model = repository.resolve("image")
-        expected = SMALL.apply(pixels).reshape(count, 16)
-        assert np.array_equal(await model.logits(pixels), expected)
-        with Predictor(model.bundle) as predictor:
-            assert np.array_equal(predictor.logits(pixels), expected)
-        house = House(repository)
-        parts = b"".join(b'--b\r\ncontent-disposition: form-data; name="i"\r\n\r\n%s\r\n' % png(one) for one in pixels)
-        body = parts + b"--b--\r\n"
-        head = (
-            "POST /v2/models/image/classify HTTP/1.1\r\nhost: here\r\ncontent-type: multipart/form-data; boundary=b\r\n"
-        )
-        answer = await house.ask(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        found = json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"]
-        assert [row["index"] for row in found] == pixels.reshape(count, 16).argmax(1).tolist()
-
-    asyncio.run(asyncio.wait_for(main(), 240))
+    model = repository.resolve("image")
+    expected = SMALL.apply(pixels).reshape(count, 16)
+    assert np.array_equal(await model.logits(pixels), expected)
+    with Predictor(model.bundle) as predictor:
+        assert np.array_equal(predictor.logits(pixels), expected)
+    house = House(repository)
+    parts = b"".join(b'--b\r\ncontent-disposition: form-data; name="i"\r\n\r\n%s\r\n' % png(one) for one in pixels)
+    body = parts + b"--b--\r\n"
+    head = "POST /v2/models/image/classify HTTP/1.1\r\nhost: here\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+    answer = await house.ask(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    found = json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"]
+    assert [row["index"] for row in found] == pixels.reshape(count, 16).argmax(1).tolist()
 
 
 def test_many_pictures_for_a_batch_that_does_not_vary(repository: Repository, tmp_path: Path) -> None:
