@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import another
-from support.processes import TWO, alive, events_of, running, waiting_connections
+from support.processes import TWO, alive, running, waiting_connections
 from support.serving import PATIENCE, ROOT, serving, tensor, until
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_one_that_hangs_is_killed_and_replaced(models: Path, tmp_path: Path) -> 
         os.kill(hanging, signal.SIGSTOP)
         with waiting_connections(server, 24) as connections:
             assert [connection.getresponse().status for connection in connections] == [200] * 24
-        (death,) = events_of(server, "process died")
+        (death,) = server.events("process died")
         assert (death["pid"], "sent no heartbeat for 3 seconds" in death["reason"]) == (hanging, True)
         assert not alive(hanging)
         until(lambda: sorted(running(server)) == [0, 1])
@@ -62,9 +62,9 @@ def test_one_that_is_busy_is_left_alone(models: Path, tmp_path: Path, images: np
     with serving(tmp_path / "m", tmp_path / "log", *words, program=program, env=env) as server:
         another(models, tmp_path / "m" / "bn_lenet" / "2", 2)
         assert server.infer({"inputs": [tensor(images)]}).status == 200
-        loaded = until(lambda: [e for e in events_of(server, "model ready") if e["version"] == "2"])
-        assert loaded[0]["time"] - events_of(server, "process ready")[-1]["time"] > 5.0
-        assert events_of(server, "process died") == []
+        loaded = until(lambda: [e for e in server.events("model ready") if e["version"] == "2"])
+        assert loaded[0]["time"] - server.events("process ready")[-1]["time"] > 5.0
+        assert server.events("process died") == []
 
 
 def test_one_that_hangs_does_not_outlive_its_supervisor_either(models: Path, tmp_path: Path) -> None:

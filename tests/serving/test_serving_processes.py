@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import another
-from support.processes import TWO, alive, counted, events_of, killed, running, serving_twice, waiting_connections
+from support.processes import TWO, alive, counted, killed, running, serving_twice, waiting_connections
 from support.serving import PATIENCE, PROGRAM, ROOT, Server, logits_of, refused, serving, tensor, until
 from support.serving_clients import Clients
 
@@ -58,7 +58,7 @@ def test_a_stop_loses_no_request_and_leaves_no_process(
             assert server.process.wait(PATIENCE) == 0
         assert clients.failures == []
         assert len(clients.answers) > before
-        assert [line["how"] for line in events_of(server, "process stopped")] == ["exit code 0"] * 2
+        assert [line["how"] for line in server.events("process stopped")] == ["exit code 0"] * 2
         assert not any(map(alive, pids))
 
 
@@ -92,7 +92,7 @@ def test_a_second_signal_ends_it_at_once(models: Path, tmp_path: Path) -> None:
         client.endheaders(b"{")  # an answer that is never due
         until(lambda: counted(server, "bnexport_http_requests_active") == 2)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: events_of(server, "stopping"))
+        until(lambda: server.events("stopping"))
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(PATIENCE) == 0
         client.close()
@@ -114,7 +114,7 @@ def test_a_second_signal_that_is_seen_first_ends_it_at_once(models: Path, tmp_pa
             os.kill(pid, signal.SIGSTOP)
         for count in (1, 2):
             server.process.send_signal(signal.SIGTERM)
-            until(lambda count=count: len(events_of(server, "stopping")) == count)
+            until(lambda count=count: len(server.events("stopping")) == count)
         for pid in running(server).values():
             os.kill(pid, signal.SIGCONT)
         assert server.process.wait(PATIENCE) == 0
@@ -136,7 +136,7 @@ def test_a_killed_process_takes_only_its_own_requests(server: Server, images: np
             with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
                 server.ask("GET", "/v2", connection=connection)
         connection.close()
-    (death,) = events_of(server, "process died")
+    (death,) = server.events("process died")
     assert (death["process"], "SIGKILL" in death["how"]) == (0, True)
 
 
@@ -155,11 +155,11 @@ def test_a_stop_waits_for_a_process_for_which_clients_wait(server: Server) -> No
     os.kill(stopped, signal.SIGSTOP)
     with waiting_connections(server, 24) as connections:
         os.kill(stopped, signal.SIGKILL)
-        until(lambda: len(events_of(server, "process started")) == 3)
+        until(lambda: len(server.events("process started")) == 3)
         server.process.send_signal(signal.SIGTERM)
         assert [connection.getresponse().status for connection in connections] == [200] * 24
     assert server.process.wait(PATIENCE) == 0
-    assert len(events_of(server, "stopped")) == 2
+    assert len(server.events("stopped")) == 2
 
 
 def test_a_process_stopped_alone_loses_no_request_and_gets_a_successor(
@@ -169,12 +169,12 @@ def test_a_process_stopped_alone_loses_no_request_and_gets_a_successor(
     with Clients(server, images, logits) as clients:
         until(lambda: len(clients.answers) > 50)
         os.kill(running(server)[0], signal.SIGTERM)
-        until(lambda: len(events_of(server, "process ready")) == 3)
+        until(lambda: len(server.events("process ready")) == 3)
     assert clients.failures == []
     with waiting_connections(server, 24) as connections:
         assert [connection.getresponse().status for connection in connections] == [200] * 24
     until(lambda: {e["process"] for e in server.events() if str(e.get("id", "")).startswith("waiting")} == {0, 1})
-    (death,) = events_of(server, "process died")
+    (death,) = server.events("process died")
     assert (death["how"], death["restart_in"]) == ("exit code 0", 0.0)
 
 
@@ -185,11 +185,11 @@ def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> Non
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, env=environment)
     try:
         server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
-        until(lambda: events_of(server, "process started"))
+        until(lambda: server.events("process started"))
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=PATIENCE)
         assert (process.returncode, out) == (130, b"")
-        assert not any(alive(line["pid"]) for line in events_of(server, "process started"))
+        assert not any(alive(line["pid"]) for line in server.events("process started"))
         assert "Traceback" not in server.log.read_text()
     finally:
         process.kill()
@@ -236,7 +236,7 @@ def test_a_version_that_was_loaded_again_keeps_its_counters(models: Path, tmp_pa
         another(models, tmp_path / "new", 1, 2.0)
         (tmp_path / "m" / "bn_lenet" / "1").rename(tmp_path / "old")
         (tmp_path / "new").rename(tmp_path / "m" / "bn_lenet" / "1")
-        until(lambda: len(events_of(server, "model ready")) == 4)
+        until(lambda: len(server.events("model ready")) == 4)
         assert counted(server, "bnexport_samples_total") == 10 * len(images)
         server.infer({"inputs": [tensor(images)]})
         until(lambda: counted(server, "bnexport_samples_total") == 11 * len(images))
@@ -246,7 +246,7 @@ def test_it_is_announced_when_all_are_ready(models: Path, tmp_path: Path) -> Non
     with serving(models, tmp_path / "log", "--processes", "3") as server:
         announced = time.time()
         until(lambda: len(running(server)) == 3)
-        assert all(line["time"] <= announced for line in events_of(server, "process ready"))
+        assert all(line["time"] <= announced for line in server.events("process ready"))
 
 
 def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
@@ -254,7 +254,7 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
     server.process.kill()
     server.process.wait(PATIENCE)
     until(lambda: not any(map(alive, pids)))
-    assert [line["process"] for line in events_of(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
+    assert [line["process"] for line in server.events("stopped")] in ([0, 1], [1, 0]), "they drained as they should"
 
 
 def test_a_supervisor_killed_at_the_start_leaves_no_process_and_no_traceback(models: Path, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_supervisor_killed_at_the_start_leaves_no_process_and_no_traceback(mod
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log, env=environment)
     try:
         server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
-        started = until(lambda: events_of(server, "process started"))
+        started = until(lambda: server.events("process started"))
     finally:
         process.kill()
         process.wait(PATIENCE)
@@ -279,10 +279,10 @@ def test_a_process_that_can_not_start_again_is_tried_again_until_it_can(
     with serving_twice(tmp_path / "m", tmp_path / "log") as server:
         (tmp_path / "m" / "bn_lenet").rename(tmp_path / "away")
         os.kill(running(server)[0], signal.SIGKILL)
-        until(lambda: len(events_of(server, "process died")) >= 3)
+        until(lambda: len(server.events("process died")) >= 3)
         for _ in range(12):
             assert server.infer({"inputs": [tensor(images)]}).status == 200, "the other one gets all connections"
-        deaths = events_of(server, "process died")
+        deaths = server.events("process died")
         assert "contains no bundle" in deaths[1]["reason"]
         assert deaths[2]["restart_in"] > deaths[1]["restart_in"] > deaths[0]["restart_in"] == 0
         (tmp_path / "away").rename(tmp_path / "m" / "bn_lenet")

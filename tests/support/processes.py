@@ -1,4 +1,4 @@
-"""A server of several processes, as its log tells it."""
+"""A server of several processes, seen through its log."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from support.serving import PATIENCE, Server, serving, until
 
 TWO = ("--processes", "2")
-
-
-def events_of(server: Server, event: str) -> list[dict[str, Any]]:
-    return [line for line in server.events() if line.get("event") == event]
 
 
 def running(server: Server) -> dict[int, int]:
@@ -59,8 +54,8 @@ def waiting_connections(server: Server, count: int) -> Iterator[list[http.client
 
 def counted(server: Server, pattern: str) -> float:
     """Sum of the samples of the metrics whose names and labels match."""
-    text = server.ask("GET", "/metrics").body.decode()
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(pattern, line))
+    lines = server.metrics().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(pattern, line))
 
 
 @contextlib.contextmanager
