@@ -7,7 +7,6 @@ import http.client
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import another
-from support.processes import TWO, alive, counted, killed, running, serving_twice, waiting_connections
-from support.serving import PATIENCE, PROGRAM, ROOT, Server, logits_of, refused, serving, tensor, until
+from support.processes import TWO, alive, counted, killed, running, serving_twice, starting, waiting_connections
+from support.serving import INFER, PATIENCE, Server, logits_of, refused, serving, tensor, until
 from support.serving_clients import Clients
 
 STATS = "/v2/models/bn_lenet/stats"
@@ -84,18 +83,23 @@ def test_signals_to_all_processes_are_one_stop(
     assert clients.failures == []
 
 
-def test_a_second_signal_ends_it_at_once(models: Path, tmp_path: Path) -> None:
-    with serving_twice(models, tmp_path / "log", "--grace", "1000") as server:
-        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-        client.putrequest("POST", "/v2/models/bn_lenet/infer")
+@contextlib.contextmanager
+def unfinished(server: Server) -> Iterator[None]:
+    """Send a request without the end of its body, so that no answer is due."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as client:
+        client.putrequest("POST", INFER)
         client.putheader("content-length", "1000")
-        client.endheaders(b"{")  # an answer that is never due
+        client.endheaders(b"{")
+        yield
+
+
+def test_a_second_signal_ends_it_at_once(models: Path, tmp_path: Path) -> None:
+    with serving_twice(models, tmp_path / "log", "--grace", "1000") as server, unfinished(server):
         until(lambda: counted(server, "bnexport_http_requests_active") == 2)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.events("stopping"))
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(PATIENCE) == 0
-        client.close()
 
 
 def test_a_second_signal_that_is_seen_first_ends_it_at_once(models: Path, tmp_path: Path) -> None:
@@ -103,12 +107,7 @@ def test_a_second_signal_that_is_seen_first_ends_it_at_once(models: Path, tmp_pa
     words = ("--grace", "1000", "--limit", "body_seconds=1000")
     with serving_twice(models, tmp_path / "log", *words) as server, contextlib.ExitStack() as opened:
         for _ in range(8):
-            client = opened.enter_context(
-                contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE))
-            )
-            client.putrequest("POST", "/v2/models/bn_lenet/infer")
-            client.putheader("content-length", "1000")
-            client.endheaders(b"{")
+            opened.enter_context(unfinished(server))
         until(lambda: counted(server, "bnexport_http_requests_active") == 9)
         for pid in running(server).values():
             os.kill(pid, signal.SIGSTOP)
@@ -179,21 +178,13 @@ def test_a_process_stopped_alone_loses_no_request_and_gets_a_successor(
 
 
 def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> None:
-    words = [*PROGRAM, "serve", str(models), "--port", "0", "--processes", "8", "--grace", "1000"]
-    with (tmp_path / "log").open("w") as log:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, env=environment)
-    try:
-        server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
+    with starting(models, tmp_path, "--processes", "8", "--grace", "1000") as server:
         until(lambda: server.events("process started"))
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=PATIENCE)
-        assert (process.returncode, out) == (130, b"")
+        server.process.send_signal(signal.SIGTERM)
+        out, _ = server.process.communicate(timeout=PATIENCE)
+        assert (server.process.returncode, out) == (130, "")
         assert not any(alive(line["pid"]) for line in server.events("process started"))
         assert "Traceback" not in server.log.read_text()
-    finally:
-        process.kill()
-        process.wait(PATIENCE)
 
 
 def test_counters_are_sums_that_survive_a_kill(server: Server, images: np.ndarray) -> None:
@@ -258,16 +249,8 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
 
 
 def test_a_supervisor_killed_at_the_start_leaves_no_process_and_no_traceback(models: Path, tmp_path: Path) -> None:
-    words = [*PROGRAM, "serve", str(models), "--port", "0", *TWO]
-    with (tmp_path / "log").open("w") as log:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log, env=environment)
-    try:
-        server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
+    with starting(models, tmp_path, *TWO) as server:
         started = until(lambda: server.events("process started"))
-    finally:
-        process.kill()
-        process.wait(PATIENCE)
     until(lambda: not any(alive(line["pid"]) for line in started))
     assert "Traceback" not in server.log.read_text()
 

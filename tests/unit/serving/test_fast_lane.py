@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from support.bundles import write_bundle
 from support.connections import IMAGES, INFER, ONE, House, packed, quiet, request
+from unit.serving.conftest import loaded
 
 from bnexport.serving.http.fast_lane import SHORT_BODY, FastLane
 from bnexport.serving.http.uvicorn_adapter import LimitedConnection
 from bnexport.serving.repository import Repository
-from bnexport.serving.served_model import ServingSettings
 
 TOKEN = b"a token of 16 or more"
 
@@ -29,7 +29,7 @@ def as_json(value: object, **headers: str) -> bytes:
 
 IN_JSON = {"name": "input", "shape": [1, 1, 28, 28], "datatype": "FP32", "data": ONE.reshape(-1).tolist()}
 BINARY_OUT = {"parameters": {"binary_data_output": True}}
-#: Name -> (bytes of a request, whether it is for the fast lane).
+#: Name -> (bytes of a request, True if the fast lane takes it).
 REQUESTS: dict[str, tuple[bytes, bool]] = {
     "binary": (packed(ONE, **BINARY_OUT), True),
     "binary, five images": (packed(IMAGES[:5], **BINARY_OUT), True),
@@ -62,7 +62,7 @@ REQUESTS: dict[str, tuple[bytes, bool]] = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every request that the fast lane looked at, whether it took it."""
+    """True for every request that the fast lane took, and False for every other request that it checked."""
     taken: list[bool] = []
     original = FastLane.call
 
@@ -260,11 +260,10 @@ async def test_a_lower_limit_of_bodies_holds(repository: Repository, calls: list
 
 async def test_a_model_that_was_unloaded_is_not_answered_from_memory(tmp_path: Path) -> None:
     write_bundle(tmp_path / "m" / "bn_lenet" / "1")
-    opened = Repository(tmp_path / "m", ServingSettings(), lambda *_, **__: None)
-    opened.load()
+    opened = loaded(tmp_path / "m")
 
     house = House(opened)
     assert (await house.ask(packed(ONE))).startswith(b"HTTP/1.1 200")
     opened.unload("bn_lenet")
     answer = await house.ask(packed(ONE))
-    assert answer.startswith(b"HTTP/1.1 503 "), "what is remembered of a path is its route, not its model"
+    assert answer.startswith(b"HTTP/1.1 503 "), "the cached route of a path does not contain its model"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import os
@@ -19,6 +18,7 @@ import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
 from support.connections import House, quiet
+from unit.serving.conftest import loaded
 
 from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
 from bnexport.data.preprocessing import Preprocessing
@@ -93,9 +93,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("models")
     for name, model in MODELS.items():
         model.write(folder / name / "1", preprocessing=SMALL.to_json() if name == "image" else None)
-    opened = Repository(folder, ServingSettings(), lambda *_, **__: None)
-    opened.load()
-    return opened
+    return loaded(folder)
 
 
 def item(name: str, array: np.ndarray) -> dict[str, Any]:
@@ -144,10 +142,10 @@ async def test_clients_at_the_same_time_do_not_change_the_answer(repository: Rep
         connection.connection_lost(None)
 
 
-@pytest.mark.parametrize(("name", "largest"), [("four", 0), ("sum", 0), ("pairs", 0), ("factor", 0)])
-def test_the_configuration_of_models_without_batch(repository: Repository, name: str, largest: int) -> None:
+@pytest.mark.parametrize("name", ["four", "sum", "pairs", "factor"])
+def test_the_configuration_of_models_without_batch(repository: Repository, name: str) -> None:
     config = repository.resolve(name).config()
-    assert (config["max_batch_size"], "dynamic_batching" in config) == (largest, False)
+    assert (config["max_batch_size"], "dynamic_batching" in config) == (0, False)
     dims = [[-1 if isinstance(dim, str) else dim for dim in spec.shape] for spec in MODELS[name].signature.inputs]
     assert [tensor["dims"] for tensor in config["input"]] == dims
 
@@ -199,8 +197,7 @@ def test_a_fault_with_one_bundle_keeps_no_other_from_being_served(
     for name in ("bad", "good"):
         MODELS["four"].write(tmp_path / name / "1")
     monkeypatch.setattr(module, "open_served", opened)
-    repository = Repository(tmp_path, ServingSettings(), lambda *_, **__: None)
-    repository.load()
+    repository = loaded(tmp_path)
     assert [name for name, _, entry in repository.each() if entry.served is not None] == ["good"]
     assert repository.problems() == {"bad/1": "ZeroDivisionError: on purpose"}
 
@@ -210,25 +207,23 @@ def test_a_file_whose_name_is_not_utf8_is_reported(tmp_path: Path) -> None:
         MODELS["four"].write(tmp_path / name / "1")
     os.close(os.open(os.fsencode(tmp_path / "bad" / "1") + b"/b\xffd", os.O_CREAT))
     log = JsonLog(stream := io.StringIO())
-    repository = Repository(tmp_path, ServingSettings(), log.event)
-    repository.load()
+    repository = loaded(tmp_path, log.event)
     log.close()
     assert [name for name, _, entry in repository.each() if entry.served is not None] == ["good"]
     orjson.dumps(repository.index())
     assert "b?d is not in the manifest" in json.loads(stream.getvalue().splitlines()[0])["reason"]
 
 
-def test_a_file_that_is_written_over_with_its_old_time_is_noticed(tmp_path: Path) -> None:
+async def test_a_file_that_is_written_over_with_its_old_time_is_noticed(tmp_path: Path) -> None:
     MODELS["four"].write(tmp_path / "four" / "1")
-    repository = Repository(tmp_path, ServingSettings(), lambda *_, **__: None)
-    repository.load()
+    repository = loaded(tmp_path)
     file = tmp_path / "four" / "1" / MODEL_ONNX
     content, times = bytearray(file.read_bytes()), file.stat()
     content[-1] ^= 1
     with file.open("r+b") as opened:
         opened.write(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    asyncio.run(repository.poll())
+    await repository.poll()
     assert "was changed" in repository.problems()["four/1"]
 
 
