@@ -60,7 +60,7 @@ def test_log_lines_of_grpc_calls_are_json(server: Server) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_more_connections_than_there_are_files(models: Path, tmp_path: Path, images: np.ndarray) -> None:
-    """gRPC itself writes nothing into the log then, and takes calls again when there is room."""
+    """gRPC itself writes nothing into the log, and accepts calls again when files are free."""
     few = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *PROGRAM)
     with serving(models, tmp_path / "log", "--grpc-port", "0", program=few) as server, contextlib.ExitStack() as opened:
         held = Path(f"/proc/{server.process.pid}/fd")

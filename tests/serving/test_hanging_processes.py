@@ -1,4 +1,4 @@
-"""Processes that live and do nothing are killed and replaced; those that are only busy are left alone."""
+"""Processes that hang are killed and replaced; processes that are only busy are not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.serving import PATIENCE, ROOT, serving, tensor, until
 
 pytestmark = pytest.mark.slow
 
-#: ``bnexport serve`` whose supervisor loses its patience after 30 looks in 3 seconds.
+#: ``bnexport serve`` whose supervisor gives up after 30 checks in 3 seconds.
 HASTY = """
 import sys
 from bnexport.cli.main import main
@@ -68,7 +68,7 @@ def test_one_that_is_busy_is_left_alone(models: Path, tmp_path: Path, images: np
 
 
 def test_one_that_hangs_does_not_outlive_its_supervisor_either(models: Path, tmp_path: Path) -> None:
-    """It does not hear the signal to stop, but its thread that watches the supervisor ends it."""
+    """It does not handle the signal to stop, but its thread that watches the supervisor ends it."""
     (tmp_path / "hanging.py").write_text(
         "import time\ndef wrap(app):\n    return lambda scope, receive, send: time.sleep(600)\n"
     )

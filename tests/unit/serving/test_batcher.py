@@ -1,4 +1,4 @@
-"""Natural batching with a runner that is as slow as a test wants it."""
+"""Natural batching with a runner whose speed a test sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUICK, SLOW = Cost(0.0, 0.0), Cost(1.0, 0.0)
 
 
 class Doubler(Runner):
-    """Twice its input; notes each batch. Waits for ``gate``, and fails on negative numbers."""
+    """A runner that doubles its input, records each batch, waits for ``gate``, and fails on negative numbers."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.name, self.signature, self.effective_device, self.description = "doubler", SIGNATURE, "cpu", {}
@@ -105,7 +105,7 @@ async def test_other_shapes_and_large_requests_run_apart_and_in_order() -> None:
 
 
 class Joiner(Runner):
-    """Two inputs of any widths, side by side."""
+    """A runner that concatenates two inputs of any widths."""
 
     def __init__(self) -> None:
         specs = [TensorSpec(name, "float32", ("batch", width)) for name, width in (("a", "n"), ("b", "m"), ("y", "w"))]
@@ -193,7 +193,7 @@ async def test_an_engine_that_refuses_one_request_answers_the_others(cost: Cost)
     assert [type(result) for result in results] == [type(None), BundleError, type(None), BundleError, type(None)]
     assert runner.batches == [(5, 2), *[(1, 2)] * 5]
     await asyncio.gather(ask(batcher, 1.0), ask(batcher, 2.0))
-    assert runner.batches[-1] == (2, 2), "what comes after runs together again"
+    assert runner.batches[-1] == (2, 2), "later requests run together again"
     assert batcher.statistics.rows == 7
     await batcher.close()
 

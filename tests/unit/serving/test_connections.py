@@ -13,7 +13,7 @@ from bnexport.serving.repository import Repository
 
 
 async def test_what_follows_an_upgrade_is_the_body_and_then_the_next_request(repository: Repository) -> None:
-    """Java's client asks for HTTP/2 with its first request. A body that is taken for another request would be smuggled."""
+    """Java's client asks for HTTP/2 with its first request. Taking a body for another request would be request smuggling."""
     upgrade = {"connection": "Upgrade", "upgrade": "h2c"}
     hidden = request("/v2/health/live", method="GET")
     live = hidden.replace(b"here", b"here\r\nconnection: upgrade\r\nupgrade: websocket")
@@ -115,7 +115,7 @@ async def test_a_half_closed_client_gets_connection_close(repository: Repository
     assert wire.written.startswith(b"HTTP/1.1 200 ")
     assert b"\r\nconnection: close\r\n" in wire.written
     assert wire.closed
-    assert not connection.eof_received(), "and not longer"
+    assert not connection.eof_received(), "but not longer"
 
 
 async def test_an_idle_connection_is_closed(repository: Repository) -> None:
@@ -133,4 +133,4 @@ async def test_an_idle_connection_is_closed(repository: Repository) -> None:
     await quiet(house)
     connection.sweep(now + connection.timeout_keep_alive + 1)
     assert wire.closed
-    assert wire.written.count(b"HTTP/1.1") == 2, "no word about being slow"
+    assert wire.written.count(b"HTTP/1.1") == 2, "no message about a slow client"

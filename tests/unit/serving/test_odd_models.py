@@ -16,8 +16,8 @@ import orjson
 import pyarrow.parquet as pq
 import pytest
 from onnx import helper, numpy_helper
-from PIL import Image
 from support.connections import House, quiet
+from support.pictures import png
 from unit.serving.conftest import loaded
 
 from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
@@ -178,12 +178,7 @@ def test_many_pictures_for_a_batch_that_does_not_vary(repository: Repository, tm
     assert np.array_equal(logits.astype(np.float32), SMALL.apply(pixels).reshape(11, 16))
 
 
-def png(pixels: np.ndarray) -> bytes:
-    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
-
-
-def test_a_fault_with_one_bundle_keeps_no_other_from_being_served(
+def test_a_fault_with_one_bundle_does_not_keep_the_others_from_being_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bnexport.serving import repository as module
