@@ -185,19 +185,14 @@ class Supervisor:
             self._stop_seen += 1
             first = self._stop_seen == 1
             self._log.event("stopping", at_once=not first)
+            serving = signal.SIGTERM if first else signal.SIGINT
             self._deadline = min(self._deadline, time.monotonic() + self._settings.grace + PATIENCE)
             for seat in self._seats:
                 seat.start_at = None
                 # Each process closes its copy. If this copy stayed open, the system would still send connections to it.
                 self._close_listener(seat)
                 if seat.process is not None:
-                    seat.process.send_signal(self._signal(first=first))
-
-    def _signal(self, *, first: bool) -> signal.Signals:
-        """Return the signal that stops a process: SIGKILL before the announcement."""
-        if not self._announced:
-            return signal.SIGKILL
-        return signal.SIGTERM if first else signal.SIGINT
+                    seat.process.send_signal(serving if self._announced else signal.SIGKILL)
 
     def _start(self, seat: _Seat) -> None:
         """Start a process. A fork would inherit libraries; multiprocessing would import the user's script."""

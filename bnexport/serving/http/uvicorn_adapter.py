@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import math
 import signal
@@ -353,9 +354,8 @@ class DrainingServer(uvicorn.Server):
         """Check ten times a second: deadlines, slow clients, new versions, and the stop."""
         self._state.tick()
         now, loop_now = time.monotonic(), asyncio.get_running_loop().time()
-        for connection in list(self.server_state.connections):
-            if isinstance(connection, LimitedConnection):
-                connection.sweep(loop_now)
+        for connection in self._limited():
+            connection.sweep(loop_now)
         poll = self._poll_seconds
         if poll is not None and self._poll_task is None and now - self._polled >= poll and self._stop_at is None:
             self._poll_task = asyncio.create_task(self._poll())
@@ -410,11 +410,13 @@ class DrainingServer(uvicorn.Server):
         waiting = [client for listener in sockets for client in backlog(listener)]
         for server in self.servers:
             server.close()
+        kind: Any = self.config.http_protocol_class
+        made = functools.partial(kind, config=self.config, server_state=self.server_state, app_state={})
         for client in waiting:
             with contextlib.suppress(OSError):
-                await loop.connect_accepted_socket(self._connection, client, ssl=self.config.ssl)
+                await loop.connect_accepted_socket(made, client, ssl=self.config.ssl)
         end = loop.time() + QUIET
-        while loop.time() < end and not self.force_exit and any(map(_expected, self.server_state.connections)):
+        while loop.time() < end and not self.force_exit and any(each.expected for each in self._limited()):
             await asyncio.sleep(0.01)
 
     async def _close_grpc(self, grace: float | None) -> None:
@@ -427,17 +429,10 @@ class DrainingServer(uvicorn.Server):
             await self._grpc_server.stop(None)
         await stopping
 
-    def _connection(self) -> asyncio.Protocol:
-        kind: Any = self.config.http_protocol_class
-        protocol: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state={})
-        return protocol
+    def _limited(self) -> list[LimitedConnection]:
+        return [each for each in self.server_state.connections if isinstance(each, LimitedConnection)]
 
     async def _keep_expiring(self) -> None:
         while True:
             self._state.tick()
             await asyncio.sleep(0.1)
-
-
-def _expected(connection: object) -> bool:
-    """Return True if a connection waits for its first request, or for the rest of a request's headers."""
-    return isinstance(connection, LimitedConnection) and connection.expected
