@@ -23,8 +23,7 @@ from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.counters import ModelStatistics
 from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, check_labels, image_preprocessing
 from bnexport.serving.protocol.decoding import Decoder
-from bnexport.serving.protocol.encoding import answer
-from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
+from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse, answer
 from bnexport.serving.serving_limits import ServingLimits
 from bnexport.tensors import Array, TensorSpec
 from bnexport.tuned import Choice, tuned_choice, tuning_line

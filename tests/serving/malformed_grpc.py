@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 from support.grpc_calls import HEALTH, SERVICE, infer_request
 
-from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.inference import classes
 
 INFER = SERVICE + "ModelInfer"
 _ONE = np.linspace(0, 1, 784, dtype=np.float32).reshape(1, 1, 28, 28)

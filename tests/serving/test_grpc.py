@@ -17,7 +17,7 @@ from support.grpc_calls import HEALTH, SERVICE, ask, call, channel_to, infer, in
 from support.serving import PATIENCE, Server, close, serving, tensor
 
 from bnexport import __version__
-from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.inference import classes
 from bnexport.serving.grpc.methods import STATUSES
 
 INFER = SERVICE + "ModelInfer"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving.test_serving_processes import counted, killed, running, serving_twice
 from support.grpc_calls import SERVICE, call, channel_to, infer, infer_request
+from support.processes import counted, killed, running, serving_twice
 from support.serving import Server, refused, until
 
-from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.inference import classes
 
 INFER = SERVICE + "ModelInfer"
 CALLS = 24

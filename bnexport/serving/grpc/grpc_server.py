@@ -14,8 +14,7 @@ import grpc.aio
 
 from bnexport.errors import BnexportError, NotServing, RequestError, UsageError
 from bnexport.optional import one_line
-from bnexport.serving.grpc.call import Call, classes, code_of, read_message
-from bnexport.serving.grpc.inference import infer
+from bnexport.serving.grpc.inference import Call, classes, code_of, infer, read_message
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method, watch
 from bnexport.serving.listener import resolved
 from bnexport.serving.protocol.messages import sentence_of

@@ -14,8 +14,7 @@ from google.protobuf.message import DecodeError
 
 from bnexport.errors import RequestError
 from bnexport.proto_messages import HEALTH, INFERENCE
-from bnexport.serving.grpc.call import Call, classes, read_message
-from bnexport.serving.grpc.inference import infer
+from bnexport.serving.grpc.inference import Call, classes, infer, read_message
 from bnexport.serving.state import SERVER_METADATA, ServerState
 from bnexport.validation.limits import shown
 

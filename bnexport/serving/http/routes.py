@@ -16,8 +16,7 @@ from bnexport.serving.http.exchange import BINARY, JSON, TEXT, Exchange, Reply, 
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.prometheus import render
 from bnexport.serving.protocol.decoding import load_json
-from bnexport.serving.protocol.encoding import encode_response
-from bnexport.serving.protocol.messages import InferRequest, InferResponse
+from bnexport.serving.protocol.messages import InferRequest, InferResponse, encode_response
 from bnexport.serving.served_model import ServedModel
 from bnexport.serving.serving_limits import BoundedCache
 from bnexport.serving.state import SERVER_METADATA, ServerState

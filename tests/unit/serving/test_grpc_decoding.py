@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from unit.serving.conftest import LIMITS, TWO, of, sample
 
 from bnexport.errors import RequestError
-from bnexport.serving.grpc.call import classes
-from bnexport.serving.grpc.inference import CONTENTS, decode, encoded, split
+from bnexport.serving.grpc.inference import CONTENTS, classes, decode, encoded, split
 from bnexport.serving.protocol.decoding import Decoder
-from bnexport.serving.protocol.encoding import answer
-from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
+from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse, answer
 from bnexport.tensors import DTYPES
 
 MOST = 2**20

@@ -15,8 +15,15 @@ from unit.serving.conftest import LIMITS, TWO, of, sample
 
 from bnexport.errors import RequestError
 from bnexport.serving.protocol.decoding import Decoder, array_from_json, load_json
-from bnexport.serving.protocol.encoding import answer, classify, encode_response
-from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse, RequestedOutput
+from bnexport.serving.protocol.messages import (
+    DATATYPES,
+    InferRequest,
+    InferResponse,
+    RequestedOutput,
+    answer,
+    classify,
+    encode_response,
+)
 from bnexport.serving.serving_limits import BoundedCache, ServingLimits, limits_from, rows
 from bnexport.tensors import DTYPES, Signature, TensorSpec
 
