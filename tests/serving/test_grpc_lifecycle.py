@@ -105,18 +105,11 @@ def test_what_does_not_come_is_given_up(models: Path, tmp_path: Path) -> None:
             until(lambda: "bnexport_grpc_calls_active 1.0" in server.metrics())
             for _ in range(signals):
                 server.process.send_signal(signal.SIGTERM)
-                until(lambda: server.process.poll() is not None or b"false" in _ready(server))
+                until(server.stopping)
             assert server.process.wait(PATIENCE) == 0
             messages.put(None)
             assert waiting.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert "Traceback" not in server.log.read_text()
-
-
-def _ready(server: Server) -> bytes:
-    try:
-        return server.ask("GET", "/v2/health/ready").body
-    except OSError:
-        return b"false"
 
 
 def test_a_model_is_loaded_again_under_way(models: Path, tmp_path: Path, images, logits) -> None:

@@ -73,13 +73,6 @@ def wrap(app):
 """
 
 
-def stopping(server: Server) -> bool:
-    try:
-        return server.ask("GET", "/v2/health/ready").status == 503
-    except (OSError, http.client.HTTPException):  # it does not listen any more
-        return True
-
-
 @pytest.mark.sampled(4, 3)
 @pytest.mark.parametrize("words", [(), ("--processes", "2")])
 @pytest.mark.parametrize("signals", [1, 2])
@@ -97,7 +90,7 @@ def test_an_engine_that_does_not_come_back_is_not_waited_for(
         until(lambda: "bnexport_http_requests_active 2.0" in server.metrics())
         for _ in range(signals):
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: stopping(server))
+            until(server.stopping)
         assert server.process.wait(PATIENCE) == 0
 
 

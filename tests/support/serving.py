@@ -105,6 +105,13 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         until(lambda: self.ask("GET", "/v2/health/ready").status == 503)
 
+    def stopping(self) -> bool:
+        """Return True if the server is not ready, or does not listen."""
+        try:
+            return self.ask("GET", "/v2/health/ready").status == 503
+        except (OSError, http.client.HTTPException):
+            return True
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(PATIENCE)
