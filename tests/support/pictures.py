@@ -51,7 +51,8 @@ def write_parts(root: Path, *, train: int = 3, test: int = 2, name: str = "val")
     return root
 
 
-def png(image: Image.Image) -> bytes:
+def png(image: Image.Image | np.ndarray, kind: str = "PNG") -> bytes:
+    """Return the bytes of a picture's file."""
     stream = io.BytesIO()
-    image.save(stream, "PNG")
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(stream, kind)
     return stream.getvalue()
