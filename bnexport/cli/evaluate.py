@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from bnexport.cli.options import options_of, values_of
+from bnexport.cli.output import STDOUT, prints_aside, progress_bar, write_json
 from bnexport.evaluating.network_options import EvaluationRequest, RecalibrationRequest
 from bnexport.optional import need_packages
 
@@ -36,7 +37,6 @@ def evaluate(path: Path, confusion: Path | None, json_file: str | None, **option
         from bnexport.reporting.figures import check_suffix
 
         check_suffix(confusion)
-    from bnexport.cli.output import STDOUT, prints_aside, progress_bar, write_json
     from bnexport.evaluating.evaluate import evaluate_path
     from bnexport.reporting.results import print_evaluation
 
@@ -73,7 +73,6 @@ def recalibrate(checkpoint: Path, out: Path | None, as_json: bool, **options: An
     distance of the old statistics from the exact ones, layer by layer, and the accuracy on test images before and after.
     """
     need_packages("bnexport recalibrate", "torch", "safetensors")
-    from bnexport.cli.output import prints_aside, progress_bar
     from bnexport.evaluating.recalibration import recalibrate_checkpoint
     from bnexport.reporting.results import print_recalibration
 

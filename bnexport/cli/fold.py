@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from bnexport.cli.fold_and_export import is_onnx
 from bnexport.cli.options import options_of, values_of
+from bnexport.cli.output import prints_aside
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest
 from bnexport.optional import need_packages
@@ -35,11 +37,8 @@ def command(source: str, out: Path, weights: Path | None, as_json: bool, **optio
     Exit codes: 0 done, 1 the proof failed, 2 bad input.
     """
     need_packages("bnexport fold", "torch", "safetensors")
-    from bnexport.cli.fold_and_export import is_onnx
-    from bnexport.cli.output import prints_aside
     from bnexport.pipeline import fold_weights
-    from bnexport.reporting.results import print_json
-    from bnexport.reporting.tables import literal, make_console, print_fold_report
+    from bnexport.reporting.results import print_fold, print_json
 
     if is_onnx(source):
         raise UsageError(
@@ -52,9 +51,6 @@ def command(source: str, out: Path, weights: Path | None, as_json: bool, **optio
     if as_json:
         print_json({"file": str(out), "fold": result.report.to_json()})
         return 0
-    console = make_console()
-    print_fold_report(result.report, console)
-    if not result.report.folded:
-        console.print(literal("Nothing was folded: the file holds the weights as they were.", console), soft_wrap=True)
-    console.print(literal(f"File: {out} ({out.stat().st_size / 1000:.0f} kB)", console), soft_wrap=True)
+    unchanged = () if result.report.folded else ("Nothing was folded: the file holds the weights as they were.",)
+    print_fold(result.report, out, *unchanged)
     return 0

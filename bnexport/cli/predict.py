@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnexport.cli.output import make_bar
+from bnexport.cli.options import RUNTIME
+from bnexport.cli.output import BarDisplay
 from bnexport.errors import UsageError
 from bnexport.optional import require
-from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.serving.bulk.bulk_request import BulkProgress
 
 if TYPE_CHECKING:
@@ -25,28 +24,17 @@ if TYPE_CHECKING:
 _PAUSE = 10.0
 
 
-class BulkDisplay(BulkProgress):
-    """Listener that prints; use it in a ``with`` block, which ends the bar also after an error."""
+class BulkDisplay(BarDisplay, BulkProgress):
+    """Listener of a bulk job that prints."""
 
     def __init__(self, console: Console | None = None, *, pause: float = _PAUSE) -> None:
         if console is None:
             from rich.console import Console
 
             console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        self._console = console
-        self._bar = make_bar(self._console)
-        self._task = self._bar.add_task("images", total=None, visible=False)
+        super().__init__(console, "images")
         self._pause, self._printed = pause, time.monotonic()
         self._rows = self._done = 0
-
-    def __enter__(self) -> BulkDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def on_tuning(self, line: str) -> None:
         """Print the line."""
@@ -68,7 +56,6 @@ class BulkDisplay(BulkProgress):
             self._console.print(f"{self._done} of {self._rows} images")
 
 
-_RUNTIME = click.Choice([spec.name for spec in RUNNERS])
 #: Options that apply only with --out -> their flags.
 _BULK = {
     "engine": "--engine", "workers": "--workers", "batch_size": "--batch-size", "shard_rows": "--shard-rows",
@@ -80,7 +67,7 @@ _BULK = {
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--runtime", type=_RUNTIME, default="onnxruntime-cpu", show_default=True, metavar="NAME",
+    "--runtime", type=RUNTIME, default="onnxruntime-cpu", show_default=True, metavar="NAME",
     help="Engine and device. bnexport doctor lists them.",
 )  # fmt: skip
 @click.option(

@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.cli.options import RUNTIME
+from bnexport.errors import UsageError
+from bnexport.optional import require
 
 _FILE = click.Path(path_type=Path)
 #: Options that are fields of ServerSettings under the same name.
@@ -64,7 +66,7 @@ class _Seconds(click.FloatRange):
 )
 @click.option(
     "--runtime",
-    type=click.Choice([spec.name for spec in RUNNERS]),
+    type=RUNTIME,
     default="onnxruntime-cpu",
     show_default=True,
     metavar="NAME",
@@ -104,8 +106,6 @@ class _Seconds(click.FloatRange):
 )
 def command(path: Path, **options: Any) -> None:
     """Serve PATH, a bundle or a folder of models, over the Open Inference Protocol v2 until SIGTERM or Ctrl-C."""
-    from bnexport.optional import require
-
     for name in ("uvicorn", "httptools", "orjson", "prometheus_client"):
         require(name, purpose="bnexport serve")
     if options["grpc_port"] is not None:
@@ -122,7 +122,6 @@ def command(path: Path, **options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> Any:
-    from bnexport.errors import UsageError
     from bnexport.serving.http.http_server import ServerSettings
     from bnexport.serving.served_model import ServingSettings
     from bnexport.serving.serving_limits import limits_from

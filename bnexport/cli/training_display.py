@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 
-from bnexport.cli.output import make_bar
+from bnexport.cli.output import BarDisplay
 from bnexport.errors import BadInput
 from bnexport.training.config import LENET, TrainingConfig
 from bnexport.training.listeners import EpochMetrics, TrainingListener
@@ -37,25 +36,14 @@ def quiet_followers() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-class TrainingDisplay(TrainingListener):
-    """Listener that prints; use it in a ``with`` block, which ends the bar also after an error."""
+class TrainingDisplay(BarDisplay, TrainingListener):
+    """Listener of a training that prints."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, markup=False, soft_wrap=True, quiet=not leading())
-        self._bar = make_bar(self._console)
-        self._task = self._bar.add_task("", total=None, visible=False)
+        super().__init__(console or Console(highlight=False, markup=False, soft_wrap=True, quiet=not leading()))
         self._config = TrainingConfig()
         self._epoch = 1
         self._file = ""
-
-    def __enter__(self) -> TrainingDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def on_download(self, file: str, done: int, total: int | None) -> None:
         """Show the bytes on the bar; in a log, name each file once."""

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnexport.cli.options import DatasetName
-from bnexport.cli.output import STDOUT, write_json, write_result
+from bnexport.cli.options import RUNTIME, DatasetName
+from bnexport.cli.output import STDOUT, counting, prints_aside, stages, write_json, write_result
 from bnexport.optional import need_packages, require
 from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
-from bnexport.runtimes.catalogue import RUNNERS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
     "--runtime",
     "runtimes",
     multiple=True,
-    type=click.Choice([spec.name for spec in RUNNERS]),
+    type=RUNTIME,
     metavar="NAME",
-    help=f"Verify on this runtime only. Repeatable. Runtimes: {', '.join(spec.name for spec in RUNNERS)}.  "
+    help=f"Verify on this runtime only. Repeatable. Runtimes: {', '.join(RUNTIME.choices)}.  "
     "[default: all that work here]",
 )
 @click.option(
@@ -112,8 +111,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     float32 (full precision), and in the shipping precision (the one it is served with).
     """
     from bnexport.bundle import Bundle
-    from bnexport.cli.output import prints_aside
-    from bnexport.reporting.tables import literal, make_console, print_environment, print_verification
+    from bnexport.reporting.tables import make_console, print_environment, print_lines, print_verification
     from bnexport.verification.full_check import full_check
 
     if options["html_file"] is not None:
@@ -130,13 +128,12 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
         advice = f"; give {needs} for the full check" if needs else ""
         print_verification(report, console, labels=opened.manifest.labels, advice=advice, verbose=options["verbose"])
         if full:
-            console.print(literal(f"Full check: {full}", console), soft_wrap=True)
+            print_lines(console, f"Full check: {full}", soft_wrap=True)
         print_environment(report.environment, console)
     ctx.exit(0 if report.passed else 1)
 
 
 def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
-    from bnexport.cli.output import stages
     from bnexport.verification.scope import Scope
     from bnexport.verification.verify import verify
 
@@ -162,7 +159,6 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
         report = verify(opened, **common, scope=scope, progress=progress)
     if not options["with_self_test"]:
         return report
-    from bnexport.cli.output import counting
     from bnexport.verification.self_test.tester import self_test
 
     with counting("self-test") as progress:
