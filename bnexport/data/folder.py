@@ -192,19 +192,11 @@ def load_folder(
     """Load a folder of images in the layout of torchvision's ImageFolder.
 
     The layout is ``PATH/train/CLASS/x.png`` with ``PATH/test`` or ``PATH/val`` (``test`` if both exist), or
-    ``PATH/CLASS/x.png`` with a held-out share of each class as the test part. Class names are sorted. Images
-    (PNG, JPEG, BMP, WebP, the first frame of a GIF) are converted as ``data.images.load_images``
-    does for prediction. The pixels are kept in the user's cache, see ``data.decoded.decode_once``. Later calls map that
-    file.
-
-    Args:
-        path: The folder.
-        preprocessing: The model's preprocessing: size and channels (1 or 3).
-        seed: Seed of the split into parts.
-        holdout: Held-out share, between 0 and 1.
-        cache_dir: Folder for the decoded images; default: the user's cache.
-        progress: Called with the number of decoded images and their total number, for each part.
-        on_bad: "skip" leaves out images that can't be read; ``origin`` contains their number.
+    ``PATH/CLASS/x.png`` with the share ``holdout`` of each class as the test part, chosen by ``seed``. Class names are
+    sorted. Images (PNG, JPEG, BMP, WebP, the first frame of a GIF) are converted as ``data.images.load_images`` does for
+    prediction. The pixels are kept in ``cache_dir``, by default the user's cache, see ``data.decoded.decode_once``; later
+    calls map that file. ``progress`` receives the number of decoded images and their total number, for each part.
+    ``on_bad="skip"`` leaves out images that can't be read; ``origin`` contains their number.
 
     Returns:
         Images uint8 (n, channels, height, width), read-only maps of files; labels int64 (n,). Training images are in the order

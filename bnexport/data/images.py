@@ -129,14 +129,8 @@ def pictures_below(
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the images at any depth of a folder, as POSIX path below it and status; hidden entries are ignored.
 
-    Args:
-        root: The folder.
-        endings: Endings of image files, in lower case.
-        seen: The folders listed so far. A second link to a folder is refused, since its images would count twice.
-        below: Names of the folders from the root to the listed one.
-
-    Raises:
-        DataError: A folder or image can't be read, is listed twice or too deep, or is not a plain file.
+    ``seen`` are the folders listed so far: a second link to a folder is refused, since its images would count twice.
+    ``below`` are the names of the folders from the root to the listed one.
     """
     folder, seen = root.joinpath(*below), {} if seen is None else seen
     here = _status(folder)
@@ -174,19 +168,11 @@ def load_images(
 
     Images are turned upright by their EXIF tag, put on black if they are transparent, converted to grey or RGB, and resized to
     the preprocessing's size by bilinear filtering; the aspect ratio is not kept. Pixels are not inverted: the known data sets
-    are light on dark.
-
-    Args:
-        path: A file with one image, or with a stack: .npy uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4),
-            or IDX (n, H, W).
-        preprocessing: The model's preprocessing: size and channels.
+    are light on dark. A stack is .npy uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4), or IDX (n, H, W).
 
     Returns:
         (name, image) of each image: uint8 (height, width) for one channel, else (height, width, channels). The name is the
         file's, with [index] in a stack.
-
-    Raises:
-        DataError: The file is missing, damaged or too large, or has no images.
     """
     file = Path(path)
     start = start_of(file)

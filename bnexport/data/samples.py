@@ -80,7 +80,7 @@ def load_samples(
     labels: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Samples:
-    """Read a user's samples and check that they fit.
+    """Read a user's samples and check that they fit a bundle; errors name the file and the index.
 
     Args:
         path: A .npy file for a network with one input: arrays of its type and shape, or uint8 images, which go through the
@@ -90,10 +90,6 @@ def load_samples(
         preprocessing: The bundle's preprocessing, if it has one.
         labels: Class names of the bundle, if it has some.
         limit: Maximum number of samples, spread evenly over the existing ones.
-
-    Raises:
-        DataError: They are missing, damaged, empty, pickled, not finite, or do not fit; with the file and the index.
-        MissingDependency: They are pictures, and pillow is not installed.
     """
     target = _Target(Path(path), signature, preprocessing, None if labels is None else tuple(labels), limit)
     if target.path.is_dir():

@@ -48,20 +48,13 @@ Batch = Tensor | Sequence[Any]
 
 
 class RunningMoments:
-    """Count, mean and sum of squared deviations per channel of all values added so far, in float64.
-
-    Attributes:
-        count: Values per channel.
-        mean: (channels,).
-        squares: (channels,), the sum of ``(value - mean) ** 2``.
-        calls: Number of calls of ``add``.
-    """
+    """Count, mean and sum of squared deviations per channel of all values added so far, in float64."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.calls = 0
-        self.mean = torch.zeros(1, dtype=torch.float64)
-        self.squares = torch.zeros(1, dtype=torch.float64)
+        self.count = 0  # Values per channel
+        self.calls = 0  # Number of calls of ``add``
+        self.mean = torch.zeros(1, dtype=torch.float64)  # (channels,)
+        self.squares = torch.zeros(1, dtype=torch.float64)  # (channels,), the sum of ``(value - mean) ** 2``
 
     @property
     def var(self) -> Tensor:
@@ -117,21 +110,9 @@ def recalibrate_by_layer(
 ) -> int:
     """Replace the moving statistics of every BatchNorm by the exact ones, by the definition "population".
 
-    Everything else is as in ``recalibrate``; a batch may leave one value per channel to a layer that is called once.
-    The first batch shows which layers are called, and in which order.
-
-    Args:
-        model: Changed in place, its moving statistics only.
-        batches: Called once per layer and once before; returns the same batches each time.
-        device: Device of each batch; None means that of the model's first parameter.
-
-    Returns:
-        The number of layers whose statistics were replaced.
-
-    Raises:
-        DataError: There are no batches.
-        FeedError: A batch leaves one value per channel to a BatchNorm that is called several times.
-        ModelError: Values that are not finite reach a BatchNorm.
+    ``batches`` is called once per layer and once before, and returns the same batches each time. Everything else is as in
+    ``recalibrate``; a batch may leave one value per channel to a layer that is called once. The first batch shows which
+    layers are called, and in which order.
     """
     layers = norm_layers(model)
     results: dict[str, RunningMoments] = {}

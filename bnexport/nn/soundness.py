@@ -23,13 +23,9 @@ _VARIANCES = tuple(names[3] for names in VOCABULARIES)
 def check_sound(model: nn.Module, *, allow_untrained: bool = False, allow_nonfinite: Collection[str] = ()) -> None:
     """Refuse a model whose outputs would be meaningless.
 
-    Parameters and moving statistics must be finite. Another buffer may hold infinities, as the mask of an attention does;
-    ``check_finite_output`` shows whether they reach an output. NaN is refused everywhere.
-
-    Args:
-        model: Any module; read only.
-        allow_untrained: Accept BatchNorm layers that still have the statistics they were created with.
-        allow_nonfinite: Names of parameters that may hold infinities, and of buffers that may hold NaN as well.
+    Parameters and moving statistics must be finite, unless ``allow_nonfinite`` names a parameter with infinities. Another
+    buffer may hold infinities, as the mask of an attention does; ``check_finite_output`` shows whether they reach an
+    output. NaN is refused everywhere, except in buffers that ``allow_nonfinite`` names.
 
     Raises:
         RefusedModel: A tensor has no value (a lazy layer), is not finite or is a negative variance; or a BatchNorm was never
@@ -114,14 +110,9 @@ def has_diverged(model: nn.Module) -> bool:
 
 
 def check_finite_output(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Refuse a model whose infinities reach an output; a model of finite tensors is not run.
+    """Refuse (RefusedModel) a model whose infinities reach an output on an example; a model of finite tensors is not run.
 
-    Args:
-        model: Not changed; a copy is run. A model that fails on the example passes, since the caller's next step reports it.
-        inputs: An example.
-
-    Raises:
-        RefusedModel: The error names the first tensor that holds infinities.
+    A copy is run. A model that fails on the example passes, since the caller's next step reports it.
     """
     if not (names := nonfinite_names(model)):
         return

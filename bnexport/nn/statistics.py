@@ -132,15 +132,11 @@ class LayerStatistics:
 
 
 def layer_statistics(state: Mapping[str, Values], *, module: nn.Module | None = None) -> list[LayerStatistics]:
-    """Read every BatchNorm of a state dict.
+    """Read every BatchNorm of a state dict; ``module`` is the network, if known, which has each layer's eps.
 
     A channel is marked *dead* when its output hardly varies (|gamma| * sqrt(var / (var + eps)) below 1/1000 of the
     layer's largest), *exploding* when its scale is over 30 times the median of the layer's channels that are not dead,
     and *not finite* when a number is NaN or infinite or the variance negative.
-
-    Args:
-        state: Entries of torch's or the scratch BatchNorm.
-        module: The network, if known: it has each layer's eps, which a state dict lacks.
 
     Raises:
         ModelError: The tensors of one layer differ in size.

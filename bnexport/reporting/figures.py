@@ -41,11 +41,9 @@ INK = "#222222"
 def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Draw train loss, train accuracy and test accuracy over the epochs, as the chapter does (d2l.ai, section 8.5).
 
-    Args:
-        history: One row per epoch with ``epoch``, ``train_loss`` (nats), ``train_accuracy`` and ``test_accuracy``
-            (fractions). A missing, None or non-finite value leaves a gap.
-        path: The picture, .png or .svg; written atomically.
-        title: Text above the picture; taken literally.
+    A row of ``history`` has ``epoch``, ``train_loss`` (nats), ``train_accuracy`` and ``test_accuracy`` (fractions); a value
+    that is missing, None or not finite leaves a gap. The picture, .png or .svg, is written atomically. The title is taken
+    literally.
 
     Raises:
         OutputError: ``path`` has another suffix or can't be written.
@@ -121,15 +119,10 @@ _LONGEST = 18  # letters of a class name
 
 
 def confusion_picture(counts: Array, labels: Sequence[str], path: Path, *, title: str) -> None:
-    """Draw each row as shares of its true class: the diagonal is recall, everything else a confusion.
+    """Draw each row of ``counts`` (true class, given class) as shares: the diagonal is recall, everything else a confusion.
 
-    The colour follows the square root of the share, so that a confusion of 1 % is visible next to a diagonal of 90 %.
-
-    Args:
-        counts: Integers (classes, classes): row the true class, column the given one.
-        labels: Class names; taken literally.
-        path: The picture, .png or .svg; written atomically.
-        title: Text above the picture; taken literally.
+    The colour follows the square root of the share, so that a confusion of 1 % is visible next to a diagonal of 90 %. The
+    picture, .png or .svg, is written atomically. Labels and title are taken literally.
 
     Raises:
         OutputError: ``path`` has another suffix or can't be written.

@@ -91,14 +91,9 @@ def render_report(
 ) -> str:
     """Return the page as text; the same arguments give the same bytes.
 
-    Args:
-        manifest: Name, signature, labels; its ``fold``, ``verification`` and ``environment`` are not read.
-        fold: The fold report; None if the bundle has none.
-        verification: The verdict.
-        environment: Hardware and versions.
-        commands: Shell commands that repeat the verification.
-        run_command: The base of each run's command; "" is the first of ``commands``.
-        samples: Error and margin per sample by run, whose distribution the page shows.
+    The manifest's ``fold``, ``verification`` and ``environment`` are not read. ``commands`` repeat the verification;
+    ``run_command`` is the base of each run's command ("" is the first of ``commands``). ``samples`` has error and margin per
+    sample by run, whose distribution the page shows.
     """
     lines, account = runs(verification), fold or FoldReport((), 0)
     counted = total_flips(group.flips for group in groups(verification) if group.flips is not None)
@@ -141,13 +136,9 @@ def render_report(
 
 
 def verification_page(bundle: Bundle, report: VerificationReport, *, command: str, run_command: str = "") -> str:
-    """Return the page of a later verification, which may have run on another machine.
+    """Return the page of a later verification, which may have run on another machine; ``command`` repeats it.
 
-    Args:
-        bundle: The verified bundle; its manifest has the model's facts and the fold report.
-        report: The verdict.
-        command: Command that repeats the verification.
-        run_command: The command without the options of a run; "" is ``command``.
+    ``run_command`` is the command without the options of a run; "" is ``command``.
     """
     fold = bundle.manifest.fold
     return render_report(

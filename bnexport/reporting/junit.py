@@ -14,14 +14,10 @@ _TIME = "0"
 
 
 def junit(report: VerificationReport, *, name: str) -> bytes:
-    """Return one test suite: a test case per comparison and per fault of the self-test; failures have their reason.
+    """Return one test suite ``name``: a test case per comparison and per fault of the self-test; failures have their reason.
 
     A part that did not run is a skipped case. If a report fails without a failed case (a stage is missing), a failed case
     is added, so that CI systems do not count the report as passed.
-
-    Args:
-        report: The verdict.
-        name: Name of the suite: the bundle's path as the user gave it.
     """
     cases = [*(_case(row) for row in report.rows), *map(_fault, report.findings.self_test or ()), *_skipped(report)]
     if not report.passed and all(case.find("failure") is None for case in cases):

@@ -59,13 +59,7 @@ class RunDirectory:
         self.model_path = self.path / MODEL
 
     def examine(self, config: TrainingConfig, *, resume: bool, force: bool) -> SavedEpoch | None:
-        """Return the last whole epoch of the run to resume, or None to start from the beginning; nothing is written.
-
-        Raises:
-            OutputError: The path is taken, is not a run, or can't be read.
-            UsageError: The resumed run was started with other options.
-            ModelError: The checkpoint is damaged.
-        """
+        """Return the last whole epoch of the run to resume, or None to start from the beginning; nothing is written."""
         if not resume:
             # An empty folder may be a mounted volume, which can't be replaced but can be filled.
             if not self.path.is_dir() or self._entries():

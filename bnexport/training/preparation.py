@@ -50,7 +50,6 @@ def build_network(config: TrainingConfig, classes: int, preprocessing: Preproces
 
     Raises:
         ModelError: It can't be built, does not accept such images, or returns another number of scores.
-        MissingDependency: The package that defines it is not installed.
     """
     facts = network_facts(config, classes, preprocessing)
     with seeded(config.seed):
@@ -132,14 +131,7 @@ def prepare(
     data_dir: str | Path | None,
     listener: TrainingListener,
 ) -> Prepared:
-    """Load the data, and build the network and its optimiser.
-
-    Raises:
-        DataError, NetworkError: See ``data.datasets.load_dataset``.
-        ModelError: The network can't be built, the saved weights do not fit it, or its BatchNorm can't be synchronised.
-        UsageError: A batch is too small for a BatchNorm.
-        RuntimeUnavailable: float16 was requested on a CPU.
-    """
+    """Load the data, and build the network and its optimiser; the errors are those of ``training_run.train``."""
     if config.amp == "float16" and world.device.type != "cuda":
         raise RuntimeUnavailable(
             "--amp float16 needs a CUDA device", remedy="Use --amp bfloat16, which works on a CPU too, or leave it out"
