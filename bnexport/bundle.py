@@ -32,7 +32,6 @@ from bnexport.tensor_proto import read_tensor
 from bnexport.tensors import Array, Signature, TensorSpec
 from bnexport.validation.json_text import check_keys, parse_json
 from bnexport.validation.limits import count_elements, limit, refusing, shown
-from bnexport.validation.onnx_file import validate_tensor
 from bnexport.validation.paths import check_twins, name_problem, place_problem
 
 FORMAT = "bnexport-bundle"
@@ -260,28 +259,18 @@ class Bundle:
         Raises:
             BundleError: A file is missing or is not a tensor.
         """
-        signature = self.manifest.signature
-        for name in [f"{GOLDEN}/{kind}_{i}.pb" for kind, specs in _sides(signature) for i in range(len(specs))]:
-            self._validate_tensor(name)
-        return (
-            {s.name: self._tensor(f"{GOLDEN}/input_{i}.pb") for i, s in enumerate(signature.inputs)},
-            {s.name: self._tensor(f"{GOLDEN}/output_{i}.pb") for i, s in enumerate(signature.outputs)},
+        inputs, outputs = (
+            {spec.name: self._tensor(f"{GOLDEN}/{kind}_{number}.pb") for number, spec in enumerate(specs)}
+            for kind, specs in _sides(self.manifest.signature)
         )
-
-    def _validate_tensor(self, name: str) -> None:
-        path = self.file(name)
-        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
-            try:
-                if path.stat().st_size > limit("onnx-bytes"):
-                    raise Refusal("has more than 2 GB, which protobuf can't read")
-                validate_tensor(path.read_bytes())
-            except OSError as error:
-                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+        return inputs, outputs
 
     def _tensor(self, name: str) -> Array:
         path = self.file(name)
         with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
             try:
+                if path.stat().st_size > limit("onnx-bytes"):
+                    raise Refusal("has more than 2 GB, which protobuf can't read")
                 return read_tensor(path.read_bytes())[1]
             except OSError as error:
                 raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error

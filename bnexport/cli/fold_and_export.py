@@ -1,4 +1,4 @@
-"""``bnexport fold-and-export``: a network into a bundle, or an ONNX file into a file or a bundle."""
+"""``bnexport fold-and-export``: a network or an ONNX file into a bundle; ``bnexport fold``: its folded weights as one file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bnexport.cli.options import export_request, given_options, options_of
+from bnexport.cli.options import export_request, given_options, options_of, values_of
 from bnexport.cli.output import prints_aside, stages
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest
@@ -141,3 +141,44 @@ def command(
             result = fold_and_export(source, out, weights=weights, request=request, progress=progress)
     print_export(result.fold, result.verification, result.bundle, as_json=as_json, verbose=verbose)
     return 0 if result.bundle is not None else 1
+
+
+@click.command(
+    "fold", epilog="Example: bnexport fold torchvision:resnet18 --weights resnet18.pth --out folded.safetensors"
+)
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Safetensors file to write.")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="Weights of the network: safetensors or a torch state dict."
+)
+@options_of(ExportRequest, last="inputs")
+@options_of(ExportRequest, first="allow_untrained", last="allow_untrained")
+@options_of(ExportRequest, first="allow_nonfinite", last="allow_nonfinite")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the fold report as JSON.")
+def fold(source: str, out: Path, weights: Path | None, as_json: bool, **options: Any) -> int:
+    """Fold BatchNorm inside a network and write the folded weights, under the network's own names.
+
+    SOURCE is a source of fold-and-export, except an ONNX file. The fold is proved on the network itself in float64. The
+    file appears whole or not at all. bnexport.load_folded loads it into a network.
+
+    Exit codes: 0 done, 1 the proof failed, 2 bad input.
+    """
+    need_packages("bnexport fold", "torch", "safetensors")
+    from bnexport.pipeline import fold_weights
+    from bnexport.reporting.results import print_fold, print_json
+
+    if is_onnx(source):
+        raise UsageError(
+            f"{source} is an ONNX file, which has no modules",
+            remedy=f"Fold it with bnexport fold-and-export {source} --out FILE.onnx",
+        )
+    request = ExportRequest(**values_of(ExportRequest, options))
+    with prints_aside():
+        result = fold_weights(source, out, weights=weights, request=request)
+    if as_json:
+        print_json({"file": str(out), "fold": result.report.to_json()})
+        return 0
+    unchanged = () if result.report.folded else ("Nothing was folded: the file holds the weights as they were.",)
+    print_fold(result.report, out, *unchanged)
+    return 0

@@ -25,12 +25,12 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Export": {
         "fold-and-export": ("bnexport.cli.fold_and_export", "Fold BatchNorm, export, verify: write one bundle."),
-        "fold": ("bnexport.cli.fold", "Fold BatchNorm inside a network: write its folded weights."),
+        "fold": ("bnexport.cli.fold_and_export:fold", "Fold BatchNorm inside a network: write its folded weights."),
     },
     "Check": {
         "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
         "evaluate": ("bnexport.cli.evaluate:evaluate", "Measure accuracy on test images, class by class."),
-        "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
+        "inspect": ("bnexport.cli.evaluate:inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
         "benchmark": ("bnexport.cli.benchmark", "Find the fastest runtime whose answers are right."),
         "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),
         "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from bnexport.data.dataset_table import Images, Labels
+
 TRAIN_COUNT = 6000
 TEST_COUNT = 1000
 SIZE = 28
@@ -41,30 +43,28 @@ STROKES: dict[int, tuple[str, ...]] = {
 _CHUNK = 64  # images drawn at once: their pixel arrays stay in the processor's cache
 
 
-def training_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def training_set() -> tuple[Images, Labels]:
     """Return TRAIN_COUNT images (n, 28, 28) and their labels (n,), the same at every call."""
     return _copy(*_drawn(TRAIN_COUNT, seed=1))
 
 
-def test_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def test_set() -> tuple[Images, Labels]:
     """Return TEST_COUNT images (n, 28, 28) and their labels (n,), drawn with another seed."""
     return _copy(*_drawn(TEST_COUNT, seed=2))
 
 
 @functools.cache
-def _drawn(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _drawn(count: int, *, seed: int) -> tuple[Images, Labels]:
     """Draw a set once per process: it takes about a second, and a verification uses it several times."""
     return draw(count, seed=seed)
 
 
-def _copy(
-    images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _copy(images: Images, labels: Labels) -> tuple[Images, Labels]:
     """Return copies, so that a caller may change its images."""
     return images.copy(), labels.copy()
 
 
-def draw(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def draw(count: int, *, seed: int) -> tuple[Images, Labels]:
     """Draw digits with the labels 0 to 9 in turn: uint8 (count, 28, 28), white on black, and int64 (count,)."""
     generator = np.random.Generator(np.random.PCG64(seed))
     labels = np.arange(count, dtype=np.int64) % len(STROKES)
@@ -77,7 +77,7 @@ def draw(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
     return images, labels
 
 
-def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
+def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> Images:
     """Return ``count`` drawings of one digit."""
 
     def between(low: float, high: float, *shape: int) -> Floats:
@@ -93,7 +93,7 @@ def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> npt.N
     pen, softness = between(0.8, 1.7, 1), between(0.6, 1.4, 1)  # half the width and the blur of the edge, in pixels
     ink = np.clip((pen + softness / 2 - np.sqrt(distance)) / softness, 0.0, 1.0)
     grey = ink * between(170, 255, 1) + between(-1, 1, SIZE * SIZE) * between(0, 28, 1)
-    pixels: npt.NDArray[np.uint8] = np.clip(np.floor(grey + 0.5), 0, 255).astype(np.uint8)
+    pixels: Images = np.clip(np.floor(grey + 0.5), 0, 255).astype(np.uint8)
     return pixels.reshape(count, SIZE, SIZE)
 
 

@@ -30,8 +30,10 @@ The forward passes run in strict float32, also on a GPU whose training steps rou
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -169,18 +171,11 @@ def _calls(
     """Return the calls per forward pass of each called layer, in the order of first calls, from the first batch."""
     calls: dict[str, int] = {}
 
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
+    def count(name: str, *_: Any) -> None:
+        calls[name] = calls.get(name, 0) + 1
 
-        return hook
-
-    handles = [layer.layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
-    try:
+    with _before_calls(layers, count):
         _pass({}, model, itertools.islice(batches, 1), device, training=[])
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
@@ -219,24 +214,29 @@ def _estimation_mode(model: nn.Module, training: Sequence[nn.Module]) -> Iterato
             module.training = mode
 
 
+def _watching(layers: dict[str, NormView], moments: dict[str, RunningMoments]) -> AbstractContextManager[None]:
+    """Add every input of every layer to its moments, inside the block."""
+
+    def add(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        X = args[0] if args else next(iter(kwargs.values()))
+        count = X.numel() // max(X.shape[1], 1)
+        if count < 2 and layer.training:
+            raise FeedError(
+                f"a batch leaves {count} value(s) per channel to {name}, but it needs at least 2",
+                remedy="Use larger batches, or drop the last partial one",
+            )
+        moments[name].add(X)
+
+    return _before_calls(layers, add)
+
+
 @contextlib.contextmanager
-def _watching(layers: dict[str, NormView], moments: dict[str, RunningMoments]) -> Iterator[None]:
-    """Add every input of every layer to its moments."""
-
-    def watch(name: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            X = args[0] if args else next(iter(kwargs.values()))
-            count = X.numel() // max(X.shape[1], 1)
-            if count < 2 and layer.training:
-                raise FeedError(
-                    f"a batch leaves {count} value(s) per channel to {name}, but it needs at least 2",
-                    remedy="Use larger batches, or drop the last partial one",
-                )
-            moments[name].add(X)
-
-        return hook
-
-    handles = [layer.layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+def _before_calls(layers: dict[str, NormView], hook: Callable[..., None]) -> Iterator[None]:
+    """Call a function with a layer's name, the layer and its arguments before each call of the layer, inside the block."""
+    handles = [
+        layer.layer.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield
     finally:
