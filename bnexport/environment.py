@@ -98,10 +98,7 @@ def _memory_limits() -> Iterator[int]:
     """
     for folder in _control_groups("memory"):
         files = [line.split()[1] for line in _lines(folder / "memory.stat") if line.startswith("inactive_file ")]
-        for limit, used in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             words = [*_lines(folder / limit), *_lines(folder / used)]
             if len(words) == 2 and all(word.isdigit() for word in words):
                 yield max(0, int(words[0]) - int(words[1]) + sum(map(int, files)))

@@ -41,7 +41,7 @@ _OF_BUNDLES = (
 
 
 def is_onnx(source: str) -> bool:
-    """Return whether a source is an ONNX file: by its name, or by its first bytes (a protobuf's IR version)."""
+    """Return True if a source is an ONNX file: by its name, or by its first bytes (a protobuf's IR version)."""
     path = Path(source)
     if path.suffix == ".onnx":
         return True

@@ -203,7 +203,7 @@ def config_option(table: str) -> Callable[..., Any]:
 
 
 def was_given(context: click.Context, name: str) -> bool:
-    """Return whether the user gave an option: on the command line, in a configuration file, or in the environment."""
+    """Return True if the user gave an option: on the command line, in a configuration file, or in the environment."""
     return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 

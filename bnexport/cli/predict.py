@@ -87,9 +87,7 @@ _BULK = {
     help="With --out: number of sessions with one thread each.  [default: tuned.json, or one per core; GPU: 1]",
 )
 @click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="With --out: images per call.  [default: tuned.json, or 256]",
+    "--batch-size", type=click.IntRange(min=1), help="With --out: images per call.  [default: tuned.json, or 256]"
 )
 @click.option("--shard-rows", type=click.IntRange(min=1), help="With --out: number of rows per file.  [default: 10000]")
 @click.option("--column", help="With --out: column of Parquet and .npz files that holds the images.  [default: image]")

@@ -55,7 +55,8 @@ def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Pat
         listener = display if tensorboard is None or not leading() else Both(display, EventFiles(tensorboard))
         result = train(config, out=out, resume=resume, force=force, data_dir=data_dir, progress=listener)
         if leading():
-            learning_curves(result.history, out / CURVES, title=_title(config))
+            name = f"BN-LeNet ({config.norm})" if config.model == LENET else config.model
+            learning_curves(result.history, out / CURVES, title=f"{name} on {config.dataset}")
             display.show_result(result, written=(result.model, result.checkpoint, out / CURVES))
 
 
@@ -68,8 +69,3 @@ def _config(context: click.Context, out: Path, resume: bool, options: dict[str, 
         return TrainingConfig(**values)
     given = {name: value for name, value in values.items() if was_given(context, name)}
     return RunDirectory(out).config_to_resume(given)
-
-
-def _title(config: TrainingConfig) -> str:
-    name = f"BN-LeNet ({config.norm})" if config.model == LENET else config.model
-    return f"{name} on {config.dataset}"

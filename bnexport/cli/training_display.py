@@ -21,7 +21,7 @@ _MOST_VALUES = 16
 
 
 def leading() -> bool:
-    """Return whether this process writes and prints: it is alone, or torchrun's first."""
+    """Return True if this process writes and prints: it is alone, or torchrun's first."""
     return asked_rank() == 0
 
 
@@ -57,9 +57,11 @@ class TrainingDisplay(BarDisplay, TrainingListener):
         """Print the data set, the network, the configuration and the device."""
         self._config, self._epoch = config, first_epoch
         self._console.print(f"{config.dataset}: {origin}")
+        schedule = f", warm-up {config.warmup_epochs:g} epochs" if config.warmup_epochs else ""
+        schedule += f", {config.schedule}" if config.schedule != "constant" else ""
         network = f"BN-LeNet, norm {config.norm}" if config.model == LENET else config.model
         self._console.print(
-            f"{network}, {config.epochs} epochs, {config.optimizer}, lr {config.lr:g}{_schedule(config)}, "
+            f"{network}, {config.epochs} epochs, {config.optimizer}, lr {config.lr:g}{schedule}, "
             f"batch {config.batch_size}, seed {config.seed}, on {device}"
         )
         if first_epoch > config.epochs:
@@ -107,11 +109,6 @@ class TrainingDisplay(BarDisplay, TrainingListener):
         lines += [f"written: {path}" for path in written]
         for line in lines:
             self._console.print(line)
-
-
-def _schedule(config: TrainingConfig) -> str:
-    warmup = f", warm-up {config.warmup_epochs:g} epochs" if config.warmup_epochs else ""
-    return warmup + (f", {config.schedule}" if config.schedule != "constant" else "")
 
 
 def _row(values: Sequence[float]) -> str:

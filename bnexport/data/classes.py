@@ -97,8 +97,7 @@ def check_dataset(
         raise UsageError(f"the data set {dataset!r} is unknown", remedy=dataset_remedy(dataset))
     if preprocessing is None:
         raise UsageError(
-            f"the images of {dataset} can't be used: the preprocessing of the network is unknown",
-            remedy=remedy,
+            f"the images of {dataset} can't be used: the preprocessing of the network is unknown", remedy=remedy
         )
     check_classes(labels, dataset_labels(dataset, data_dir=data_dir), dataset=dataset, scores=scores)
     load_test_images(dataset, data_dir=data_dir, preprocessing=Preprocessing.from_json(preprocessing))

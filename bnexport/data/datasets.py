@@ -77,22 +77,14 @@ def load_dataset(
 
 
 def load_test_images(
-    name: str,
-    *,
-    data_dir: str | Path | None = None,
-    download: bool = False,
-    preprocessing: Preprocessing | None = None,
+    name: str, *, data_dir: str | Path | None = None, download: bool = False, preprocessing: Preprocessing | None = None
 ) -> tuple[Images, Labels]:
     """Load the test part as ``load_dataset`` does; training files may be missing, and training images are not decoded."""
     return _load_part(name, "test", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 
 def load_train_images(
-    name: str,
-    *,
-    data_dir: str | Path | None = None,
-    download: bool = False,
-    preprocessing: Preprocessing | None = None,
+    name: str, *, data_dir: str | Path | None = None, download: bool = False, preprocessing: Preprocessing | None = None
 ) -> tuple[Images, Labels]:
     """Load the training part as ``load_dataset`` does; test files may be missing, and test images are not decoded."""
     return _load_part(name, "train", data_dir=data_dir, download=download, preprocessing=preprocessing)

@@ -65,8 +65,7 @@ def _read(stream: BinaryIO, file: Path, max_bytes: int) -> Array:
     size = math.prod(shape) * dtype.itemsize
     if size > max_bytes:
         raise DataError(
-            f"{file} declares {size} bytes, above the limit of {max_bytes}",
-            remedy="Check the origin of the file",
+            f"{file} declares {size} bytes, above the limit of {max_bytes}", remedy="Check the origin of the file"
         )
     content = stream.read(size + 1)
     if len(content) < size:

@@ -124,8 +124,7 @@ class Preprocessing:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"the preprocessing can't be read: {one_line(error)}",
-                remedy="Write the bundle or the checkpoint again",
+                f"the preprocessing can't be read: {one_line(error)}", remedy="Write the bundle or the checkpoint again"
             ) from error
 
 

@@ -70,7 +70,7 @@ class StalenessReport:
         return max(STALE_ABOVE, _SAMPLING / math.sqrt(max(self.images, 1)))
 
     def is_stale(self, layer: LayerStaleness) -> bool:
-        """Return whether a layer's error is above the threshold, or NaN."""
+        """Return True if a layer's error is above the threshold, or NaN."""
         return not layer.error <= self.threshold
 
     @property

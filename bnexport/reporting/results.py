@@ -290,7 +290,7 @@ def print_audit(report: AuditReport, *, as_json: bool = False, console: Console 
             literal("control" if row.control else row.verdict, console, style=_STYLES[row.verdict]),
             row.tool,
             NOTHING if row.batch_norms is None else str(row.batch_norms),
-            error_of(row),
+            "inf" if row.error == math.inf else number(row.error),  # inf: answers that can't be compared
             number(report.bound) if row.verdict in ("right", "wrong") and not row.control else NOTHING,
         )
     console.print(table)
@@ -329,11 +329,6 @@ def print_int8_audit(report: Int8Audit, *, as_json: bool = False, console: Conso
     print_lines(console, *notes, style="dim")
     print_environment(environment(), console)
     print_lines(console, report.summary(), style=_STYLES["wrong" if report.wrong else "right"], soft_wrap=True)
-
-
-def error_of(row: AuditRow) -> str:
-    """Return the error as a cell: "inf" for answers that can't be compared."""
-    return "inf" if row.error == math.inf else number(row.error)
 
 
 def explanation(row: AuditRow) -> str:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -29,10 +29,6 @@ from bnexport.reporting.summary import (
     runs,
 )
 from bnexport.verification.verdict import NOTHING, FaultResult, VerificationReport, number, word
-
-if TYPE_CHECKING:
-    from bnexport.verification.verdict import Flips, VerificationReport
-
 
 #: Outcome of a fault -> its words in a sentence, in the order of the tables: missed faults first.
 FAULT_OUTCOMES: dict[str, str] = {
@@ -313,6 +309,7 @@ def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
     table = ReportTable(console, word_column(""), runtime, *map(number_column, heads))
     for run in lines:
         kernels = run.kernels
+        flipped = kernels.flips if kernels else None
         table.add(
             word(run.passed),
             run.name,
@@ -320,8 +317,8 @@ def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
             _stage_cell(run, tuple(KERNEL_STAGES)),
             number(kernels.ratio if kernels else None),
             _stage_cell(run, ("batch-size", "repeat")),
-            _changed(kernels.flips if kernels else None),
-            certified(kernels.flips if kernels else None),
+            NOTHING if flipped is None else str(flipped.explained + flipped.unexplained),
+            certified(flipped),
         )
     console.print(table)
     print_lines(console, *LEGEND, *_bounds(lines), style="dim")
@@ -348,10 +345,6 @@ def _bounds(lines: Sequence[ReportedRun]) -> list[str]:
             low, high = number(bounds[0]), number(bounds[-1])
             found.append(f"{stage}: {meaning}; max error at most {low if low == high else f'{low} to {high}'}")
     return found
-
-
-def _changed(flips: Flips | None) -> str:
-    return NOTHING if flips is None else str(flips.explained + flips.unexplained)
 
 
 def _found(report: VerificationReport, lines: Sequence[ReportedRun]) -> list[str]:

@@ -164,10 +164,7 @@ def prepare(
         restore_optimizer(optimizer, saved.optimizer)
     train, test = (
         make_part(prepared(images, preprocessing), labels, preprocessing, world.device)
-        for images, labels in (
-            (dataset.train_images, dataset.train_labels),
-            (dataset.test_images, dataset.test_labels),
-        )
+        for images, labels in ((dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels))
     )
     scaler = saved.scaler if saved is not None else {}
     return Prepared(config, dataset, preprocessing, model, optimizer, train, test, world, scaler, unused)
