@@ -203,15 +203,13 @@ class Bundle:
         path = self.path / name
         if name not in self.manifest.files or not path.is_file():
             raise BundleError(f"{self.path} has no {name}", remedy=_REBUILD)
-        if (problem := self._place_problem(name)) is not None:
+        try:
+            problem = place_problem(self.path, name)
+        except OSError as error:
+            problem = _unreadable(name, error)
+        if problem is not None:
             raise BundleError(f"{self.path}: {problem}", remedy=_REBUILD)
         return path
-
-    def _place_problem(self, name: str) -> str | None:
-        try:
-            return place_problem(self.path, name)
-        except OSError as error:
-            return _unreadable(name, error)
 
     def problem(self, name: str) -> str | None:
         """Return why a listed file is not the written one; None if its size and SHA-256 match."""

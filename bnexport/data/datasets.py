@@ -52,7 +52,7 @@ def load_dataset(
         download: Download missing files.
         progress: Called with a file's name, the bytes so far and the total bytes (None if unknown).
         preprocessing: The model's preprocessing: images of a folder are decoded to its size and channels. Other images are
-            unchanged; ``data.prepare.prepared`` fits them.
+            unchanged; ``data.images.prepared`` fits them.
         on_picture: Called with the number of decoded images and their total number.
 
     Returns:

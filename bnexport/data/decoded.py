@@ -22,9 +22,8 @@ import numpy as np
 
 from bnexport import interrupts
 from bnexport.data.dataset_table import Images
-from bnexport.data.images import read_picture_file
+from bnexport.data.images import channels_first, read_picture_file
 from bnexport.data.locate import cache_folder
-from bnexport.data.prepare import channels_first
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, OutputError
 from bnexport.files import output_errors, staged_directory

@@ -1,4 +1,4 @@
-"""Reading of image files, .npy files and IDX files as pixel arrays that fit a model's preprocessing.
+"""Image files, .npy files, IDX files and arrays of images as pixel arrays that fit a model's preprocessing.
 
 An IDX file (LeCun, Cortes and Burges, "The MNIST database") has two zero bytes, a byte for the element type, a byte for the
 number of dimensions, each dimension as a big-endian 32-bit number, then the elements, big-endian, in C order.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from bnexport.data.dataset_table import Images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
 from bnexport.files import Refusal
@@ -313,3 +314,37 @@ def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
     if picture.size != size:
         picture = picture.resize(size, module.Resampling.BILINEAR)
     return np.asarray(picture).copy()
+
+
+def prepared(images: Images, preprocessing: Preprocessing) -> Images:
+    """Fit images to a model, bit for bit as ``load_images`` does for the same images in PNG files.
+
+    The images are uint8 (n, H, W), or (n, C, H, W) with 1 or 3 channels. Grey is repeated to RGB, RGB is converted to grey by
+    Pillow's weights (ITU-R 601-2: 0.299, 0.587, 0.114), and images are resized by bilinear filtering. The result, uint8
+    (n, channels, height, width), is in memory, so a large set should be fitted in batches; it is a view of images that fit.
+
+    Raises:
+        DataError: The array has another type or shape, or the model has neither 1 nor 3 channels.
+    """
+    planes = images[:, np.newaxis] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or planes.ndim != 4 or planes.shape[1] not in (1, 3) or 0 in planes.shape[1:]:
+        raise DataError(
+            f"the images are an array of {images.dtype.name} and shape {images.shape}",
+            remedy="Give uint8 of shape (n, H, W) or (n, C, H, W) with 1 or 3 channels",
+        )
+    wanted = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    if planes.shape[1:] == wanted:
+        return planes
+    if planes.shape[1] == 1 and wanted == (3, *planes.shape[2:]):
+        return np.repeat(planes, 3, axis=1)
+    fitted = np.empty((len(planes), *wanted), np.uint8)
+    for index, image in enumerate(planes):
+        fitted[index] = channels_first(
+            fit_array(image[0] if len(image) == 1 else image.transpose(1, 2, 0), preprocessing)
+        )
+    return fitted
+
+
+def channels_first(image: Images) -> Images:
+    """Return a view of (H, W) or (H, W, C) as (C, H, W)."""
+    return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)

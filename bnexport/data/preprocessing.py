@@ -68,7 +68,7 @@ class Preprocessing:
             float32 (n, channels, height, width), a new array.
 
         Raises:
-            DataError: The element type or shape is another one (``data.prepare`` fits images to the shape), or ambiguous: 3x3
+            DataError: The element type or shape is another one (``data.images`` fits images to the shape), or ambiguous: 3x3
                 pixels with 3 channels.
         """
         _check_bytes(images)

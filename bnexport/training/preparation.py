@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.data.datasets import Dataset, load_dataset
-from bnexport.data.prepare import prepared
+from bnexport.data.images import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import cpu_name
 from bnexport.errors import BnexportError, ModelError, RuntimeUnavailable, UsageError

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bnexport.data.images import load_images
-from bnexport.data.prepare import prepared
+from bnexport.data.images import load_images, prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
 
