@@ -1,4 +1,4 @@
-"""What a new user does with networks of their own: one clear sentence, the right exit code, nothing left behind."""
+"""Mistakes of a new user with their own networks: one clear sentence, the right exit code, nothing left behind."""
 
 from __future__ import annotations
 
@@ -199,9 +199,9 @@ def test_the_verdict_outlives_the_reader(here: Path, options: tuple[str, ...]) -
     bundle = Bundle.open("models/net/1")
     command = [sys.executable, "-m", "bnexport", "verify", "models/net/1", "--runtime", "onnxruntime-cpu", *options]
     assert _without_reader(command) == 0
-    (bundle.path / "stranger").write_text("x")
+    (bundle.path / "unlisted").write_text("x")
     assert _without_reader(command) == 1
-    (bundle.path / "stranger").unlink()
+    (bundle.path / "unlisted").unlink()
     seal(bundle.path, bundle.manifest)
 
 

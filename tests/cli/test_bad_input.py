@@ -30,7 +30,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def bad(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command that must fail; gives its exit code and what it said on stderr."""
+    """Return a function that runs a command that must fail: its exit code and standard error."""
 
     def invoke(*arguments: object) -> tuple[int, str]:
         code = run([str(item) for item in arguments])
@@ -298,9 +298,9 @@ def test_names_in_files_do_not_steer_the_terminal(bad: Run, tmp_path: Path, capf
 
 def test_unknown_fault_is_one_sentence(bad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_arguments: object, **_options: object) -> None:
-        raise RuntimeError("something\nnobody thought of")
+        raise RuntimeError("something\nunexpected")
 
     monkeypatch.setattr("bnexport.loading.inspection.inspect_path", broken)
     code, message = bad("inspect", "x")
     assert code == 70
-    assert "something nobody thought of" in message
+    assert "something unexpected" in message

@@ -199,7 +199,7 @@ def test_a_verification_at_chance_is_a_fail(home: Home, exported: Bundle, tmp_pa
     assert accepted.accuracy["accepted"] is True
 
 
-# What was asked for is met, or refused
+# A request is met, or refused
 
 
 @pytest.mark.parametrize(

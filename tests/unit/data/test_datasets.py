@@ -136,7 +136,7 @@ def test_the_order_of_the_places(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("BNEXPORT_DATA", str(place(tmp_path / "variable")))
     assert "variable" in load_dataset("mnist").origin
     assert "given" in load_dataset("mnist", data_dir=place(tmp_path / "given")).origin
-    # An incomplete place is passed over, but never one that was asked for by name.
+    # An incomplete place is passed over, except a place that the caller named.
     (tmp_path / "variable" / "MNIST" / "raw" / NAMES[0]).unlink()
     assert "cache" in load_dataset("mnist").origin
     (tmp_path / "given" / "MNIST" / "raw" / NAMES[0]).unlink()

@@ -20,7 +20,7 @@ def pixels(*shape, seed=0):
 
 
 def from_files(folder, images, preprocessing):
-    """What prediction makes of (n, H, W) or (n, C, H, W), each stored as a PNG."""
+    """Return the pixels that prediction reads from (n, H, W) or (n, C, H, W), each image stored as a PNG."""
     rows = []
     for index, image in enumerate(images):
         picture = image if image.ndim == 2 else image[0] if len(image) == 1 else image.transpose(1, 2, 0)

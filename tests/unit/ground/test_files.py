@@ -208,11 +208,11 @@ def test_a_folder_that_appeared_meanwhile_is_not_replaced_without_force(tmp_path
         with staged_directory(tmp_path / "1") as stage:
             (stage / "a").write_text("mine")
             (tmp_path / "1").mkdir()
-            (tmp_path / "1" / "a").write_text("somebody else's")
+            (tmp_path / "1" / "a").write_text("another user's")
 
     with pytest.raises(OutputError, match="exists already"):
         write()
-    assert content_of(tmp_path) == {"1/a": "somebody else's"}
+    assert content_of(tmp_path) == {"1/a": "another user's"}
 
 
 def test_force_replaces_folders_alone(tmp_path):

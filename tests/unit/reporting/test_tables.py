@@ -139,7 +139,7 @@ def test_failures_are_named_with_their_reasons(failing: VerificationReport) -> N
     assert all(line.startswith("FAIL ") for line in lines[1:3]), "the causes follow the verdict"
     table = [line.strip("|").split() for line in lines if line.startswith("|FAIL")]
     assert [row[0] for row in table] == ["FAIL", "FAIL"]
-    assert all("FAIL" in row[2:] for row in table), "the stage that failed says so"
+    assert all("FAIL" in row[2:] for row in table), "the stage that failed shows it"
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

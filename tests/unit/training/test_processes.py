@@ -111,7 +111,7 @@ def test_synchronised_processes_train_what_one_does(together, alone):
 
 
 def test_the_accuracy_is_that_of_the_saved_statistics(together):
-    """Without synchronised BatchNorm each process has moving statistics of its own; the first one's are saved."""
+    """Without synchronised BatchNorm each process has separate moving statistics; the first one's are saved."""
     from test_run import Preprocessing, bn_lenet
 
     folder, found, _, _ = together
@@ -205,7 +205,7 @@ class Finalised:
 
 kept = Finalised()
 atexit.register(print, "exit function")
-print("said", end=" ")
+print("printed", end=" ")
 if sys.argv[1] == "plainly":
     raise SystemExit(3)
 end_process(3)
@@ -214,7 +214,7 @@ end_process(3)
 
 @pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(
-    ("way", "shown"), [("plainly", "said exit function\nfinalised\n"), ("", "said exit function\n")]
+    ("way", "shown"), [("plainly", "printed exit function\nfinalised\n"), ("", "printed exit function\n")]
 )
 def test_a_process_of_several_ends_without_finalising_python_and_loses_nothing(way, shown):
     """Finalisation is what aborts a process whose gloo threads still let go of tensors (a race that no test can force)."""
@@ -239,7 +239,7 @@ def test_lost_output_is_a_failure(code, ended):
 
 @pytest.mark.parametrize(("size", "rank", "ended"), [("1", "0", []), ("2", "0", [2]), ("2", "1", [2])])
 def test_the_command_line_ends_so_where_several_train(monkeypatch, capsys, size, rank, ended):
-    """Whoever follows leaves with the same code and without a word."""
+    """The other processes end with the same code and print nothing."""
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.setenv("RANK", rank)
     codes = []
