@@ -13,7 +13,7 @@ def text_table(heads: Sequence[str], rows: Rows, *, numbers: Sequence[str] = ())
 
     Columns whose head is in ``numbers`` are aligned to the right. Characters that would steer a terminal become "?".
     """
-    cells = [[_printable(cell) for cell in row] for row in (heads, *rows)]
+    cells = [[printable(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
 
@@ -36,5 +36,6 @@ def html_table(heads: Sequence[str], rows: Rows, *, numbers: Sequence[str] = ())
     return f"<table><thead>{line(heads, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return a text without characters that control a terminal: each becomes "?"."""
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -6,7 +6,6 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -15,6 +14,7 @@ from bnexport import __version__, interrupts
 from bnexport.errors import BadInput, BnexportError, ProofError, Unavailable
 from bnexport.files import forget_reader
 from bnexport.optional import one_line
+from bnexport.plain_table import printable
 
 #: Section of the help -> command -> (module that holds it, one line of help). "module:name" names the click command in the
 #: module; without a name it is ``command``. The module is imported when the command runs.
@@ -139,7 +139,8 @@ def run(arguments: list[str] | None = None) -> int:
         click.echo("Interrupted. Files already complete are kept; nothing is half-written.", err=True)
         return EXIT_INTERRUPTED
     except BnexportError as error:
-        click.echo("\n".join(_sentences(error)), err=True)
+        for text in filter(None, (f"Error: {error.message}", error.remedy)):
+            click.echo(_ended(text), err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
     except MemoryError:
         click.echo("Error: out of memory.\nTry a smaller batch or model.", err=True)
@@ -158,18 +159,9 @@ def run(arguments: list[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _sentences(error: BnexportError) -> Iterator[str]:
-    yield f"Error: {_ended(error.message)}"
-    if error.remedy:
-        yield _ended(error.remedy)
-
-
 def _ended(text: str) -> str:
-    """Return a sentence with a full stop, unless it ends with "?", "!" or "...".
-
-    Names come from untrusted files, so characters that control the terminal are replaced by "?".
-    """
-    text = "".join(char if char.isprintable() else "?" for char in text)
+    """Return a sentence, which may contain names of untrusted files, with a full stop unless it ends with "?" or "!"."""
+    text = printable(text)
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 

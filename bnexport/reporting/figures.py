@@ -17,6 +17,7 @@ import numpy as np
 
 from bnexport.errors import OutputError
 from bnexport.files import write_atomically
+from bnexport.plain_table import printable
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
@@ -168,5 +169,5 @@ def _write_counts(axes: Axes, counts: Array, shares: Array) -> None:
 
 
 def _short(label: str) -> str:
-    plain = "".join(char if char.isprintable() else "?" for char in label)
+    plain = printable(label)
     return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 3].rstrip() + "..."

@@ -16,6 +16,7 @@ from rich.text import Text
 from bnexport.environment import describe
 from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldOutcome, FoldReport, FoldRow
+from bnexport.plain_table import printable
 from bnexport.reporting.summary import (
     KERNEL_STAGES,
     ReportedRun,
@@ -462,6 +463,5 @@ def print_lines(console: Console, *texts: str, style: str | None = None, soft_wr
 
 def literal(value: str, console: Console, *, style: str | None = None) -> Text:
     """Return literal text in the console's encoding, without characters that control the terminal."""
-    printable = "".join(char if char.isprintable() else "?" for char in value)
-    safe = printable.encode(console.encoding, "replace").decode(console.encoding)
+    safe = printable(value).encode(console.encoding, "replace").decode(console.encoding)
     return Text(safe, style=STYLES.get(safe, "") if style is None else style)
