@@ -3,23 +3,19 @@ import hashlib
 import http.server
 import os
 import stat
-import struct
 import sys
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.pictures import idx
 
 from bnexport.data import dataset_table, locate
 from bnexport.data.datasets import dataset_labels, load_dataset, load_test_images, load_train_images
 from bnexport.errors import DataError, NetworkError, OutputError, UsageError
 
 NAMES = [file.name for file in (*dataset_table.DATASETS["mnist"].train, *dataset_table.DATASETS["mnist"].test)]
-
-
-def idx(array):
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 def contents(seed=0, labels=10):

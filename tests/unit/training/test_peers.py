@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_processes import HERE, ROOT, environment, free_port
-from test_reliability import wait_until
+from test_processes import free_port
+from test_reliability import HERE, ROOT, environment, wait_until
 
 SIZE = 3
 

@@ -28,9 +28,9 @@ TRAIN = [sys.executable, "-m", "bnexport", "train", "--dataset", "digits", "--de
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 
-def environment():
+def environment(**more):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **more}
 
 
 def bnexport_train(*options, limit=None, timeout=120):
