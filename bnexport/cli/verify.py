@@ -137,12 +137,18 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
     from bnexport.verification.scope import Scope
     from bnexport.verification.verify import verify
 
+    module: nn.Module | None = None
+    if options["source"] is not None:
+        require("torch", purpose="--source")
+        from bnexport.evaluating.network import network_of_bundle
+
+        module = network_of_bundle(opened, options["source"])
     common = {
         "runtimes": options["runtimes"] or None,
         "dataset": options["dataset"],
         "data_dir": options["data_dir"],
         "samples": options["samples"],
-        "module": _module(opened, options["source"]),
+        "module": module,
         "seed": options["seed"],
     }
     scope = Scope(
@@ -164,15 +170,6 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
     with counting("self-test") as progress:
         low = scope.allow_low_accuracy
         return report.with_self_test(self_test(opened, **common, allow_low_accuracy=low, progress=progress))
-
-
-def _module(bundle: Bundle, source: str | None) -> nn.Module | None:
-    if source is None:
-        return None
-    require("torch", purpose="--source")
-    from bnexport.evaluating.network import network_of_bundle
-
-    return network_of_bundle(bundle, source)
 
 
 def _write_files(report: VerificationReport, opened: Bundle, path: Path, options: dict[str, Any]) -> None:
