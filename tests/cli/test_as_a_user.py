@@ -121,12 +121,6 @@ def test_pixels_cast_in_forward_can_be_exported(here: Path) -> None:
     assert export("pixels", shape="3x8x8:uint8") == 0
 
 
-def test_a_data_set_without_preprocessing_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export("net", "--dataset", "digits", "--format", "onnx") == 2
-    assert "Pass --mean and --std" in capsys.readouterr().err
-    assert not Path("models").exists()
-
-
 def test_an_input_as_an_output(here: Path) -> None:
     assert export("through", shape="5") == 0
 
