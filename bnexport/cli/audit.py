@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bnexport.auditing.tool_table import TOOLS
-from bnexport.cli.options import given_options, numbers, options_of, read_model_options
+from bnexport.cli.options import PATH, given_options, numbers, options_of, read_model_options
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest
 from bnexport.optional import need_packages
@@ -20,11 +20,7 @@ _OF_INT8 = ("reference", "samples", "mean", "std", "repair", "force")
 
 @click.command("audit", epilog="Example: bnexport audit net.int8.onnx --reference net.onnx --samples photos.npy")
 @click.argument("source")
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path),
-    help="Weights file, bundle or run directory with the weights of the network.",
-)
+@click.option("--weights", type=PATH, help="Weights file, bundle or run directory with the weights of the network.")
 @options_of(ExportRequest, last="inputs")
 @click.option(
     "--tool",
@@ -37,21 +33,16 @@ _OF_INT8 = ("reference", "samples", "mean", "std", "repair", "force")
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed of the inputs."
 )
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="Float32 ONNX file of an int8 file. Int8 files only."
-)
+@click.option("--reference", type=PATH, help="Float32 ONNX file of an int8 file. Int8 files only.")
 @click.option(
     "--samples",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Inputs as .npy or .npz file, or a folder of images with --mean and --std. Int8 files only.",
 )
 @click.option("--mean", help="Mean per channel of pixels from 0 to 1, as 0.485,0.456,0.406. Int8 files only.")
 @click.option("--std", help="Standard deviation per channel, as 0.229,0.224,0.225. Int8 files only.")
 @click.option(
-    "--repair",
-    type=click.Path(path_type=Path),
-    metavar="OUT.onnx",
-    help="File to write, with weights that can't saturate. Int8 files only.",
+    "--repair", type=PATH, metavar="OUT.onnx", help="File to write, with weights that can't saturate. Int8 files only."
 )
 @click.option("--force", is_flag=True, help="Replace an existing file of --repair.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

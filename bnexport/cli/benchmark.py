@@ -11,7 +11,7 @@ import click
 
 from bnexport.benchmarking.request import ALL, BATCHES, QUICK_BATCHES, QUICK_SECONDS, SECONDS, BenchmarkRequest
 from bnexport.benchmarking.spread import LEAST_ROUNDS, ROUNDS
-from bnexport.cli.options import RUNTIME
+from bnexport.cli.options import PATH, RUNTIME
 from bnexport.cli.output import STDOUT, prints_aside, stages, write_json, write_result
 from bnexport.errors import OutputError, UsageError
 from bnexport.optional import need_packages
@@ -25,10 +25,10 @@ def _listed(counts: tuple[int, ...]) -> str:
 
 
 @click.command("benchmark", epilog="Example: bnexport benchmark models/bn_lenet/1 --quick")
-@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE.onnx",
     help="ONNX file to run in ONNX Runtime's own session as the first rows. It is not verified.",
 )

@@ -7,22 +7,17 @@ from typing import Any
 
 import click
 
-from bnexport.cli.options import options_of, values_of
+from bnexport.cli.options import PATH, options_of, values_of
 from bnexport.cli.output import STDOUT, prints_aside, progress_bar, write_json
 from bnexport.evaluating.network_options import EvaluationRequest, InspectionRequest, RecalibrationRequest
 from bnexport.optional import need_packages
 
 
 @click.command("evaluate", epilog="Example: bnexport evaluate models/bn_lenet/1 --confusion confusion.png")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @options_of(EvaluationRequest, first="dataset")
 @options_of(EvaluationRequest, last="labels")
-@click.option(
-    "--confusion",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Draw the confusion matrix into this .png or .svg file.",
-)
+@click.option("--confusion", type=PATH, metavar="FILE", help="Draw the confusion matrix into this .png or .svg file.")
 @click.option(
     "--json", "json_file", metavar="FILE", help="Write the whole result as JSON. - prints it instead of the table."
 )
@@ -56,13 +51,8 @@ def evaluate(path: Path, confusion: Path | None, json_file: str | None, **option
 
 
 @click.command("recalibrate", epilog="Example: bnexport recalibrate runs/bn_lenet --samples 10000")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Checkpoint to write.  [default: *.recalibrated.safetensors]",
-)
+@click.argument("checkpoint", type=PATH)
+@click.option("--out", type=PATH, metavar="FILE", help="Checkpoint to write.  [default: *.recalibrated.safetensors]")
 @options_of(RecalibrationRequest, first="definition")
 @options_of(RecalibrationRequest, last="labels")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -83,7 +73,7 @@ def recalibrate(checkpoint: Path, out: Path | None, as_json: bool, **options: An
 
 
 @click.command("inspect", epilog="Example: bnexport inspect runs/bn_lenet --statistics")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @click.option(
     "--statistics", is_flag=True, help="Compare the moving statistics with exact ones on 1024 training images."
 )

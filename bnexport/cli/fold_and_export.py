@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bnexport.cli.options import export_request, given_options, options_of, values_of
+from bnexport.cli.options import PATH, export_request, given_options, options_of, values_of
 from bnexport.cli.output import prints_aside, stages
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest
@@ -91,16 +91,9 @@ def _fold_file(source: str, out: Path, options: dict[str, Any], *, as_json: bool
 @click.command("fold-and-export", epilog="Example: bnexport fold-and-export runs/bn_lenet --out models/bn_lenet/1")
 @click.argument("source")
 @click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Bundle to write: models/<name>/<version>, or FILE.onnx for an ONNX file.",
+    "--out", required=True, type=PATH, help="Bundle to write: models/<name>/<version>, or FILE.onnx for an ONNX file."
 )
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path),
-    help="Weights file, bundle or run directory with the weights of the network.",
-)
+@click.option("--weights", type=PATH, help="Weights file, bundle or run directory with the weights of the network.")
 @options_of(ExportRequest, last="rename_classes")
 @click.option(
     "--mean", help="Mean per channel of pixels from 0 to 1, as 0.485,0.456,0.406. predict and serve then accept images."
@@ -147,10 +140,8 @@ def command(
     "fold", epilog="Example: bnexport fold torchvision:resnet18 --weights resnet18.pth --out folded.safetensors"
 )
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Safetensors file to write.")
-@click.option(
-    "--weights", type=click.Path(path_type=Path), help="Weights of the network: safetensors or a torch state dict."
-)
+@click.option("--out", required=True, type=PATH, help="Safetensors file to write.")
+@click.option("--weights", type=PATH, help="Weights of the network: safetensors or a torch state dict.")
 @options_of(ExportRequest, last="inputs")
 @options_of(ExportRequest, first="allow_untrained", last="allow_untrained")
 @options_of(ExportRequest, first="allow_nonfinite", last="allow_nonfinite")

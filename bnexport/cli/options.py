@@ -21,7 +21,8 @@ from bnexport.exporting.request import ExportRequest, image_preprocessing, parse
 from bnexport.optional import one_line
 from bnexport.runtimes.catalogue import RUNNERS
 
-#: Type of the options that name runtimes.
+#: Types of the options that name files and folders, and runtimes.
+PATH = click.Path(path_type=Path)
 RUNTIME = click.Choice([spec.name for spec in RUNNERS])
 
 
@@ -169,9 +170,9 @@ class _Kind:
 _KINDS: dict[str, _Kind] = {
     "int": _Kind({"type": int}),
     "float": _Kind({"type": float}),
-    "Path": _Kind({"type": click.Path(path_type=Path)}),
+    "Path": _Kind({"type": PATH}),
     "tuple[str, ...]": _Kind({"multiple": True}),
-    "tuple[str, ...] | None": _Kind({"type": click.Path(path_type=Path)}, lambda path, _: read_labels(path)),
+    "tuple[str, ...] | None": _Kind({"type": PATH}, lambda path, _: read_labels(path)),
     "tuple[float, ...]": _Kind({}, numbers),
     "tuple[float, ...] | None": _Kind({}, numbers),
     "Mapping": _Kind({"multiple": True}, lambda texts, _: read_model_options(texts)),
@@ -193,7 +194,7 @@ def config_option(table: str) -> Callable[..., Any]:
 
     return click.option(
         "--config",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="FILE",
         is_eager=True,
         expose_value=False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnexport.cli.options import RUNTIME
+from bnexport.cli.options import PATH, RUNTIME
 from bnexport.cli.output import BarDisplay
 from bnexport.errors import UsageError
 from bnexport.optional import require
@@ -64,8 +64,8 @@ _BULK = {
 
 
 @click.command("predict", epilog="Example: bnexport predict models/bn_lenet/1 shirt.png")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
+@click.argument("images", nargs=-1, required=True, type=PATH)
 @click.option(
     "--runtime", type=RUNTIME, default="onnxruntime-cpu", show_default=True, metavar="NAME",
     help="Engine and device. bnexport doctor lists them.",
@@ -73,9 +73,7 @@ _BULK = {
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object per image; with --out, one for the whole job."
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write Parquet files into this folder instead of printing."
-)
+@click.option("--out", type=PATH, help="Write Parquet files into this folder instead of printing.")
 @click.option(
     "--engine",
     type=click.Choice(("local", "ray")),

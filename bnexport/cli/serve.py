@@ -8,11 +8,10 @@ from typing import Any
 
 import click
 
-from bnexport.cli.options import RUNTIME
+from bnexport.cli.options import PATH, RUNTIME
 from bnexport.errors import UsageError
 from bnexport.optional import require
 
-_FILE = click.Path(path_type=Path)
 #: Options that are fields of ServerSettings under the same name.
 _PLAIN = (
     "host", "port", "grpc_port", "reuse_port", "grace", "poll", "access_log", "token_file", "middleware", "allow_load",
@@ -42,7 +41,7 @@ class _Seconds(click.FloatRange):
 
 
 @click.command("serve", epilog="Example: bnexport serve models --port 8000 --processes 4")
-@click.argument("path", type=_FILE)
+@click.argument("path", type=PATH)
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0 means every address."
 )
@@ -96,9 +95,9 @@ class _Seconds(click.FloatRange):
     show_default=True,
     help="Seconds in which running requests may finish at the end.",
 )
-@click.option("--token-file", type=_FILE, help="File with a token that every client must send.")
-@click.option("--tls-cert", type=_FILE, help="Certificate of the server (PEM), with --tls-key.")
-@click.option("--tls-key", type=_FILE, help="Key of the certificate (PEM).")
+@click.option("--token-file", type=PATH, help="File with a token that every client must send.")
+@click.option("--tls-cert", type=PATH, help="Certificate of the server (PEM), with --tls-key.")
+@click.option("--tls-key", type=PATH, help="Key of the certificate (PEM).")
 @click.option("--allow-load", is_flag=True, help="Let clients load and unload models.")
 @click.option("--access-log/--no-access-log", default=True, show_default=True, help="Print one JSON line per request.")
 @click.option(

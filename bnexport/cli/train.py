@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bnexport.cli.options import config_option, options_of, values_of, was_given
+from bnexport.cli.options import PATH, config_option, options_of, values_of, was_given
 from bnexport.optional import need_packages
 from bnexport.training.config import LENET, TrainingConfig
 
@@ -19,17 +19,10 @@ from bnexport.training.config import LENET, TrainingConfig
 )
 @config_option("train")
 @options_of(TrainingConfig, last="dataset")
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder of data sets: it contains FashionMNIST/raw.",
-)
+@click.option("--data-dir", type=PATH, metavar="DIR", help="Folder of data sets: it contains FashionMNIST/raw.")
 @options_of(TrainingConfig, first="model")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bn_lenet"), help="Run directory to write.")
-@click.option(
-    "--tensorboard", type=click.Path(path_type=Path), metavar="DIR", help="Folder for TensorBoard event files."
-)
+@click.option("--out", type=PATH, default=Path("runs/bn_lenet"), help="Run directory to write.")
+@click.option("--tensorboard", type=PATH, metavar="DIR", help="Folder for TensorBoard event files.")
 @click.option(
     "--resume", is_flag=True, help="Resume after the last finished epoch, with the options of the stopped run."
 )

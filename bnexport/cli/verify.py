@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnexport.cli.options import RUNTIME, DatasetName
+from bnexport.cli.options import PATH, RUNTIME, DatasetName
 from bnexport.cli.output import STDOUT, counting, prints_aside, stages, write_json, write_result
 from bnexport.optional import need_packages, require
 from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="verify", epilog="Example: bnexport verify models/bn_lenet/1 --html report.html")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option(
     "--runtime",
     "runtimes",
@@ -62,13 +62,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--data-dir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of the data set's files. Nothing is downloaded.  [default: BNEXPORT_DATA, then the cache]",
 )
 @click.option(
-    "--samples",
-    type=click.Path(path_type=Path),
-    help="Your own inputs instead of the data set's images: .npy, .npz, or a folder of images.",
+    "--samples", type=PATH, help="Your own inputs instead of the data set's images: .npy, .npz, or a folder of images."
 )
 @click.option("--max-samples", type=click.IntRange(min=1), help="Largest number of samples of each kind.")
 @click.option(
