@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from bnexport.errors import BundleError, FeedError
-from bnexport.files import Refusal, sha256, write_atomically
+from bnexport.files import Refusal, input_errors, sha256, write_atomically
 from bnexport.optional import one_line, require
 from bnexport.tensor_proto import read_tensor
 from bnexport.tensors import Array, Signature, TensorSpec
@@ -180,7 +180,7 @@ class Bundle:
         """
         folder = Path(path)
         file = folder / MANIFEST
-        try:
+        with input_errors(file, BundleError, remedy=_REBUILD):
             if not folder.is_dir():
                 what = "is a file, not a bundle's directory" if folder.exists() else "does not exist"
                 raise BundleError(f"{folder} {what}", remedy="Give a directory written by bnexport fold-and-export")
@@ -191,8 +191,6 @@ class Bundle:
             with refusing(f"{file} can't be read: it", BundleError, remedy=_REBUILD), file.open("rb") as opened:
                 most = limit("manifest-bytes")
                 value = parse_json(opened.read(most + 1), max_bytes=most)
-        except OSError as error:
-            raise BundleError(f"{file} can't be read: {one_line(error)}", remedy=_REBUILD) from error
         manifest = Manifest.from_json(value)
         if value.get("digest") != _digest(value):
             raise BundleError(f"{file} was changed after it was written (its digest does not match)", remedy=_REBUILD)
@@ -265,13 +263,11 @@ class Bundle:
 
     def _tensor(self, name: str) -> Array:
         path = self.file(name)
-        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
-            try:
-                if path.stat().st_size > limit("onnx-bytes"):
-                    raise Refusal("has more than 2 GB, which protobuf can't read")
-                return read_tensor(path.read_bytes())[1]
-            except OSError as error:
-                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+        odd = refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD)
+        with odd, input_errors(path, BundleError, remedy=_REBUILD):
+            if path.stat().st_size > limit("onnx-bytes"):
+                raise Refusal("has more than 2 GB, which protobuf can't read")
+            return read_tensor(path.read_bytes())[1]
 
 
 def _unreadable(name: str, error: OSError) -> str:

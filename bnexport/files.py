@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bnexport import interrupts
-from bnexport.errors import OutputError
+from bnexport.errors import BadInput, OutputError
 from bnexport.optional import one_line
 
 
@@ -119,6 +119,15 @@ def output_errors(path: Path) -> Iterator[None]:
             f"{path} can't be written: {one_line(error)}",
             remedy="Free some space or choose a folder that this user may write; existing files are unchanged",
         ) from error
+
+
+@contextlib.contextmanager
+def input_errors(what: object, kind: type[BadInput], *, remedy: str) -> Iterator[None]:
+    """Convert an OSError inside the block to ``kind``: "WHAT can't be read: ..."."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what} can't be read: {one_line(error)}", remedy=remedy) from error
 
 
 def _swap_in(stage: Path, path: Path) -> None:

@@ -16,7 +16,8 @@ from bnexport.data.decoded import Decoded, OnBad, PictureFile, PictureProgress, 
 from bnexport.data.images import ENDINGS, folder_entries, pictures_below
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
-from bnexport.optional import need_packages, one_line
+from bnexport.files import input_errors
+from bnexport.optional import need_packages
 
 TRAIN = "train"
 #: Names of the test part's folder; the first existing one is used.
@@ -126,10 +127,8 @@ def check_apart(layout: FolderLayout, train: Sequence[PictureFile], test: Sequen
 
 
 def _same(first: Path, second: Path) -> bool:
-    try:
+    with input_errors(f"{first} or {second}", DataError, remedy="Check permissions"):
         return filecmp.cmp(first, second, shallow=False)
-    except OSError as error:
-        raise DataError(f"{first} or {second} can't be read: {one_line(error)}", remedy="Check permissions") from error
 
 
 def _rank(name: str, seed: int) -> bytes:

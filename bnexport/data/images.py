@@ -21,7 +21,7 @@ import numpy as np
 from bnexport.data.dataset_table import Images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
-from bnexport.files import Refusal
+from bnexport.files import Refusal, input_errors
 from bnexport.optional import no_warnings, one_line, require
 from bnexport.tensors import Array
 from bnexport.validation.archives import NPY_MAGIC, check_header
@@ -108,15 +108,10 @@ def folder_entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     folders: list[Path] = []
     files: list[Path] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(folder / entry.name)
-    except OSError as error:
-        raise DataError(
-            f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions and its links"
-        ) from error
+    with input_errors(folder, DataError, remedy="Check its permissions and its links"), os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.name.startswith("."):
+                (folders if entry.is_dir() else files).append(folder / entry.name)
     return folders, files
 
 
@@ -152,12 +147,8 @@ def pictures_below(
 
 
 def _status(path: Path) -> os.stat_result:
-    try:
+    with input_errors(path, DataError, remedy="Check its permissions, or remove a broken link"):
         return path.stat()
-    except OSError as error:
-        raise DataError(
-            f"{path} can't be read: {one_line(error)}", remedy="Check its permissions, or remove a broken link"
-        ) from error
 
 
 def load_images(
