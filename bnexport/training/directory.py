@@ -26,7 +26,7 @@ from bnexport.errors import ModelError, OutputError
 from bnexport.files import output_errors, refuse_existing, write_atomically
 from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.optional import one_line
-from bnexport.training.config import TrainingConfig
+from bnexport.training.config import START_ANEW, TrainingConfig
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
@@ -159,8 +159,7 @@ class RunDirectory:
             return TrainingConfig.from_json(training["config"]), saved
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{file} has no readable description of its training: {one_line(error)}",
-                remedy="Start anew with --force",
+                f"{file} has no readable description of its training: {one_line(error)}", remedy=START_ANEW
             ) from error
 
     def _read_config(self) -> TrainingConfig | None:
@@ -178,9 +177,7 @@ class RunDirectory:
                 ) from None
             return None
         except (OSError, ValueError) as error:
-            raise OutputError(
-                f"{self.path / CONFIG} can't be read: {one_line(error)}", remedy="Start anew with --force"
-            ) from error
+            raise OutputError(f"{self.path / CONFIG} can't be read: {one_line(error)}", remedy=START_ANEW) from error
 
     def _write_metrics(self, history: list[dict[str, Any]]) -> None:
         write_atomically(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in history).encode())

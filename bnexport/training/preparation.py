@@ -24,7 +24,7 @@ from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.synced_batch_norm import synchronised
 from bnexport.optional import one_line
 from bnexport.reproducibility import seeded
-from bnexport.training.config import LENET, TrainingConfig
+from bnexport.training.config import LENET, START_ANEW, TrainingConfig
 from bnexport.training.data_parts import DataPart, make_part
 from bnexport.training.directory import CHECKPOINT, SavedEpoch
 from bnexport.training.listeners import TrainingListener
@@ -154,7 +154,7 @@ def prepare(
             model.load_state_dict(saved.state)
         except RuntimeError as error:
             message = f"{CHECKPOINT} does not fit the network: {one_line(error)}"
-            raise ModelError(message, remedy="Start anew with --force") from error
+            raise ModelError(message, remedy=START_ANEW) from error
     unused = world.size > 1 and leaves_parameters_unused(model, preprocessing)
     model.to(world.device)
     if config.sync_batch_norm and world.size > 1:
