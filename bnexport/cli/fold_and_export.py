@@ -11,7 +11,7 @@ from bnexport.cli.options import PATH, export_request, given_options, options_of
 from bnexport.cli.output import prints_aside, stages
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest
-from bnexport.optional import collection_paused, need_packages
+from bnexport.optional import need_packages
 
 #: Option of fold-and-export that does not apply to an ONNX file -> reason.
 _REFUSED: dict[str, str] = {
@@ -120,9 +120,8 @@ def command(
         _refuse_options(out)
         if out.suffix == ".onnx":
             return _fold_file(source, out, options, as_json=as_json)
-    with collection_paused:
-        from bnexport.pipeline import fold_and_export
-        from bnexport.reporting.results import print_export
+    from bnexport.pipeline import fold_and_export
+    from bnexport.reporting.results import print_export
 
     request = export_request(**options)
     with stages(quiet=quiet) as progress, prints_aside():
