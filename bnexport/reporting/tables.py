@@ -304,7 +304,7 @@ def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
     """Print one line per runtime and settings. A stage that failed has FAIL in place of its number."""
     if not lines:
         return
-    heads = ("\ngolden\nvectors", "\nmax\nerror", "x\npredicted\nnoise", "across\nbatch\nsizes")
+    heads = ["\ngolden\nvectors", "\nmax\nerror", "x\npredicted\nnoise", "across\nbatch\nsizes"]
     heads += ("\nlabels\nchanged", "labels\nproven\nstable")
     runtime = text_column("\n\nruntime", min_width=17)
     table = ReportTable(console, word_column(""), runtime, *map(number_column, heads))
