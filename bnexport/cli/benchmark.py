@@ -120,7 +120,7 @@ def _outputs(options: dict[str, Any]) -> dict[str, str | None]:
     """Return the files to write; refuse two results in one file, and a picture that is not an SVG."""
     files = {name: options[name] for name in ("json_file", "html_file", "plot_file")}
     seen: set[Path] = set()
-    for file in filter(None, files.values()):
+    for file in filter(None, reversed(files.values())):  # the first of two is named
         if (place := Path(file).resolve()) in seen:
             raise UsageError(f"two results would be written to {file}", remedy="Give each a separate file")
         seen.add(place)
