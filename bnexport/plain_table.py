@@ -11,10 +11,7 @@ Rows = Sequence[Sequence[str]]
 def text_table(heads: Sequence[str], rows: Rows, *, numbers: Sequence[str] = ()) -> str:
     """Return a table as text: a line of heads, a line of dashes, one line per row.
 
-    Args:
-        heads: Heads of the columns.
-        rows: One text per column. Characters that would steer a terminal become "?".
-        numbers: Heads of the columns that are aligned to the right.
+    Columns whose head is in ``numbers`` are aligned to the right. Characters that would steer a terminal become "?".
     """
     cells = [[printable(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

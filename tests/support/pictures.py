@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.tensors import Array
 
 GREY = Preprocessing(1, 6, 5)
 COLOURS = Preprocessing(3, 6, 5, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -49,6 +51,21 @@ def write_parts(root: Path, *, train: int = 3, test: int = 2, name: str = "val")
     for part, count in (("train", train), (name, test)):
         write_pictures(root, *(f"{part}/{label}/{index}.png" for label in ("cat", "dog") for index in range(count)))
     return root
+
+
+def bomb(side: int = 60_000) -> bytes:
+    """Return a PNG whose header promises side x side pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+
+
+def idx(array: Array, code: int = 8) -> bytes:
+    """Return an array as an IDX file of the element type ``code``."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.tobytes()
 
 
 def png(image: Image.Image | np.ndarray, kind: str = "PNG") -> bytes:
