@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,18 @@ def test_bad_input_is_one_sentence(
     shown = capsys.readouterr()
     assert words in shown.err
     assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("options", [[], ["--runtime", "onnxruntime-cpu"]])
+def test_a_missing_onnxruntime_exits_with_its_remedy(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run(["benchmark", str(bundle.path), *options]) == 3
+    shown = capsys.readouterr()
+    assert "bnexport benchmark needs onnxruntime-gpu[cuda,cudnn], which is not installed" in shown.err
+    assert "pip install onnxruntime-gpu[cuda,cudnn]" in " ".join(shown.err.split())
     assert shown.out == ""
 
 
