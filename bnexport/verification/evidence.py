@@ -15,10 +15,10 @@ import numpy as np
 from bnexport.bundle import GOLDEN, MODEL_ONNX, WEIGHTS, Bundle
 from bnexport.data.samples import Samples
 from bnexport.errors import BnexportError, MissingDependency, Unavailable, UsageError
-from bnexport.onnx_files.models import multiplications, read_model
+from bnexport.onnx_files.models import read_model, work_of
 from bnexport.optional import require
 from bnexport.tensors import check_feeds
-from bnexport.verification.budget import Budget, budget_of
+from bnexport.verification.budget import Budget, Work, budget_of
 from bnexport.verification.forecast import Forecast
 from bnexport.verification.format_proof import TORCH_PROOFS, format_rows
 from bnexport.verification.full_check import judge_accuracy
@@ -64,7 +64,7 @@ class Evidence:
     #: model.onnx as read, of an int8 bundle its float32 original; None when it can't be read here
     model: ModelProto | None
     int8: ModelProto | None  # model.onnx of an int8 bundle; None for others
-    cost: int  # Multiplications per sample
+    work: Work  # The work of one sample
     budget: Budget  # Number of samples of each kind
     golden: Case | None  # The golden vectors; None when they can't be read
     cases: tuple[Case, ...]  # The batches of stages 2 and 3, real images first
@@ -135,8 +135,8 @@ def prepare(
     rows += [*model_rows, *int8_rows, *reference_rows]
     if samples is not None and reference is None:
         _refuse_samples(description)
-    cost = _cost(bundle, golden, model)
-    budget = budget_of(cost, thorough=scope.thorough, most=scope.max_samples, given=samples is not None)
+    work = _work(bundle, golden, model)
+    budget = budget_of(work, thorough=scope.thorough, most=scope.max_samples, given=samples is not None)
     answered = _Answered()
     if golden is not None and reference is not None:
         given = golden.batch.feeds
@@ -156,7 +156,7 @@ def prepare(
         problems=problems,
         model=model,
         int8=int8,
-        cost=cost,
+        work=work,
         budget=budget,
         golden=golden,
         cases=cases,
@@ -184,7 +184,7 @@ def file_checks(evidence: Evidence, *, read: Collection[str]) -> tuple[list[Row]
     if not cases:
         return rows, skipped
     fronts = [forecast.front(case) for case in cases]
-    short = evidence.cost * sum(front.batch.n for front in fronts) <= _SHORT_PROOF
+    short = evidence.work.multiplications * sum(front.batch.n for front in fronts) <= _SHORT_PROOF
     if evidence.model is not None:
         rows += proof_rows(evidence.bundle, evidence.int8 or evidence.model, cases, forecast)
     if is_int8(evidence.bundle.manifest):
@@ -216,7 +216,7 @@ def coverage(evidence: Evidence, rows: Sequence[Row]) -> str:
     if not rows:
         text = f"inputs: {kinds}"
     text += f"; float64 proofs: {proof}"
-    more = budget_of(evidence.cost, thorough=True, given=True)
+    more = budget_of(evidence.work, thorough=True, given=True)
     times = more.synthetic / evidence.budget.synthetic
     return text if times < 1.05 else f"{text}; --thorough compares {times:.1f} times as many synthetic samples"
 
@@ -314,12 +314,16 @@ def _refuse_samples(reference: str) -> None:
     )
 
 
-def _cost(bundle: Bundle, golden: Case | None, model: ModelProto | None) -> int:
-    """Return the multiplications per sample; estimated from the file's size where its content does not give them."""
-    if model is not None:
-        sizes = {} if golden is None else {name: x.shape[1:] for name, x in golden.batch.feeds.items()}
-        return max(1, multiplications(model, sizes))
-    return max(1, int(bundle.manifest.files.get(MODEL_ONNX, {}).get("size", 0)))
+def _work(bundle: Bundle, golden: Case | None, model: ModelProto | None) -> Work:
+    """Return the work per sample; multiplications are estimated from the file's size where its content can't be read."""
+    arrays = () if golden is None else (*golden.batch.feeds.values(), *golden.expected.values())
+    kept = sum(array.nbytes // max(len(array), 1) for array in arrays)
+    if model is None:
+        return Work(int(bundle.manifest.files.get(MODEL_ONNX, {}).get("size", 0)), kept, kept)
+    cost, values = work_of(
+        model, {} if golden is None else {name: x.shape[1:] for name, x in golden.batch.feeds.items()}
+    )
+    return Work(cost, kept, max(values, kept))
 
 
 def _recorded(bundle: Bundle) -> dict[str, float]:

@@ -24,8 +24,6 @@ from bnexport.verification.prediction import compatible, detect
 from bnexport.verification.stages import compare, failed
 from bnexport.verification.verdict import REAL, FlippedSample, Row
 
-_CHUNK = 1024
-
 
 @dataclass(frozen=True)
 class RuntimeRun:
@@ -95,12 +93,11 @@ class _RuntimeRun:
 
     def outputs(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
         """Return the outputs of a batch that may be larger than the device's memory."""
-        n = len(next(iter(feeds.values())))
-        if n <= _CHUNK or not self.varies:
+        n, step = len(next(iter(feeds.values()))), self.evidence.budget.call
+        if n <= step or not self.varies:
             return self.runner.run(feeds)
         parts = [
-            self.runner.run({name: array[at : at + _CHUNK] for name, array in feeds.items()})
-            for at in range(0, n, _CHUNK)
+            self.runner.run({name: array[at : at + step] for name, array in feeds.items()}) for at in range(0, n, step)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -207,11 +204,11 @@ class _RuntimeRun:
         return Row("batch-size", name, "batch 0", passed=True, reason=f"shape {shapes}")
 
     def repeat(self) -> list[Row]:
-        """Compare two runs of the same samples of the first batch, at most one chunk of them."""
+        """Compare two runs of the same samples of the first batch, at most one call of them."""
         if self.lead is None:
             return []
         whole = self.lead.batch
-        batch = whole.head(min(_CHUNK, self.evidence.budget.repeat)) if self.varies else whole
+        batch = whole.head(self.evidence.budget.repeat) if self.varies else whole
         try:
             first, second = self.runner.run(batch.feeds), self.runner.run(batch.feeds)
         except BnexportError as error:

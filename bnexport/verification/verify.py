@@ -256,7 +256,9 @@ def _int8(evidence: Evidence, scope: Scope) -> tuple[Int8Findings | None, dict[s
     record = record_of(evidence.bundle.manifest)
     batch = evidence.cases[0].batch
     try:
-        found = layer_report(evidence.model, evidence.int8, record, batch, cost=evidence.cost, thorough=scope.thorough)
+        found = layer_report(
+            evidence.model, evidence.int8, record, batch, cost=evidence.work.multiplications, thorough=scope.thorough
+        )
     except Exception as error:  # numpy raises any class inside an operator
         return None, {"noise of int8 by layer": f"it can't be evaluated: {one_line(error, 120)}"}
     return found, {}

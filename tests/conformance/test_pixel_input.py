@@ -229,11 +229,11 @@ def test_float16_keeps_every_pixel(made: Callable[[str], Bundle]) -> None:
 
 
 def test_the_inputs_of_the_verification_are_pixels(made: Callable[[str], Bundle]) -> None:
-    from bnexport.verification.budget import budget_of
+    from bnexport.verification.budget import Work, budget_of
     from bnexport.verification.inputs import build_suite
 
     bundle = made("float32")
-    suite = build_suite(bundle.manifest, bundle.golden()[0], data_dir=None, seed=0, budget=budget_of(10**6))
+    suite = build_suite(bundle.manifest, bundle.golden()[0], data_dir=None, seed=0, budget=budget_of(Work(10**6)))
     found = {batch.name: batch.feeds["input"] for batch in suite.batches}
     assert {array.dtype for array in found.values()} == {np.dtype(np.uint8)}
     assert len(np.unique(found["noise"])) == 256
