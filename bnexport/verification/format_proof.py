@@ -31,8 +31,7 @@ def weights_row(model: ModelProto, name: str, tensors: Sequence[Tensor]) -> Row:
 
     A tensor is identified by its type, its number of elements and its bits; or else by the bits in sorted order,
     so that a transposed tensor matches. The other stages check the order of elements. Equal tensors (biases of zeros) may be
-    stored once, as TorchScript does. A bias of zeros may be missing: the ONNX exporter writes one for some layers without a
-    bias.
+    stored once, as TorchScript does. A bias of zeros may be missing: the ONNX exporter adds one to some layers.
     """
     from onnx import numpy_helper
 
@@ -67,27 +66,13 @@ def _key(kind: str, array: Array, *, ordered: bool) -> tuple[str, int, bytes]:
     return kind, array.size, hashlib.sha256(np.sort(bits).data if ordered else bits.data).digest()
 
 
-def no_rounding(_case: Case, *, always: bool = False) -> float | None:  # noqa: ARG001 -- a Rounding
-    """Return None: the fixed bound holds."""
-    return None
-
-
 def format_rows(
-    bundle: Bundle,
-    name: str,
-    cases: Sequence[Case],
-    *,
-    model: ModelProto | None,
-    rounding: Rounding = no_rounding,
+    bundle: Bundle, name: str, cases: Sequence[Case], *, model: ModelProto | None, rounding: Rounding
 ) -> list[Row]:
     """Prove model.pt or model.pt2: its weights are those of model.onnx, and it computes in float64 what the original computes.
 
-    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case, of which there may
-    be none.
-    ``rounding`` is ``Forecast.rounding``, the bound where the fixed one does not cover rounding (half precision).
-
-    Raises:
-        Unavailable: torch is missing.
+    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case. There may be no
+    case. Unavailable if torch is missing.
     """
     require("torch", purpose=f"the proof of {name}")
     from bnexport.runtimes.torch_float64 import TorchFile, TorchFloat64Evaluator

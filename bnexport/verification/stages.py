@@ -31,18 +31,13 @@ def judge(stage: str, found: Measurement, *, bound: float, predicted: float | No
     if found.problem:
         return False, found.problem
     if not found.error <= bound:  # NaN fails
+        of = f"error {found.error:.1e} of scale is"
         if predicted and bound > TOLERANCES[stage].bound:
-            times = found.error / predicted
-            return False, f"error {found.error:.1e} of scale is {times:.3g} x the predicted noise, allowed {FACTOR:g} x"
-        return False, f"error {found.error:.1e} of scale is above {bound:.0e} ({stage})"
+            return False, f"{of} {found.error / predicted:.3g} x the predicted noise, allowed {FACTOR:g} x"
+        return False, f"{of} above {bound:.0e} ({stage})"
     if found.flips is not None and found.flips.unexplained:
         return False, f"{found.flips.unexplained} labels flipped that the margin certifies"
     return True, ""
-
-
-def bound_of(stage: str, predicted: float | None) -> float:
-    """Return the stage's own bound, or the precision's effect on this model where that is more."""
-    return max(TOLERANCES[stage].bound, FACTOR * (predicted or 0.0))
 
 
 def compare(
@@ -55,15 +50,14 @@ def compare(
     scales: Mapping[str, float] | None = None,
     predicted: float | None = None,
 ) -> Row:
-    """Measure, then judge by the stage's tolerance, or by the predicted noise if any.
+    """Measure, then judge by the stage's own bound, or by the precision's effect on this model where that is more.
 
     A prediction that is not finite (the precision overflows on this model) fails for every measurement.
     """
-    if predicted is not None and predicted == float("inf"):
-        return failed(
-            stage, subject, case, "this precision can't hold the values of this network: its emulation overflows"
-        )
-    bound = bound_of(stage, predicted)
+    if predicted == float("inf"):
+        reason = "this precision can't hold the values of this network: its emulation overflows"
+        return failed(stage, subject, case, reason)
+    bound = max(TOLERANCES[stage].bound, FACTOR * (predicted or 0.0))
     found = measure(candidate, expected, bound=bound, scales=scales)
     passed, reason = judge(stage, found, bound=bound, predicted=predicted)
     row = Row(stage, subject, case, passed, reason, n=found.n, bound=bound, predicted=predicted)
@@ -86,8 +80,8 @@ def integrity_rows(bundle: Bundle, problems: Mapping[str, str | None]) -> list[R
 def proof_rows(bundle: Bundle, model: ModelProto, cases: Sequence[Case], forecast: Forecast) -> list[Row]:
     """Stage 1: compare model.onnx in float64 with the reference, on the front of each case.
 
-    The file's declarations are compared with the manifest first. In half precision the weights alone carry more rounding
-    than the fixed bound allows. The effect of that rounding on this model is measured, and is the bound.
+    The file's declarations are compared with the manifest first. In half precision the rounding of the weights alone exceeds
+    the fixed bound. Its effect on this model is measured, and is the bound.
     """
     problem = declaration_problem(model, bundle.manifest)
     declared = Row("declaration", MODEL_ONNX, "signature", problem is None, problem or "", n=1)
@@ -117,7 +111,7 @@ def float64_rows(
 ) -> list[Row]:
     """Return one row of the stage "file-proof" per case; ``found`` has the outputs in float64, or why there are none.
 
-    ``device`` is what evaluated the file, and ``rounding`` is ``Forecast.rounding``.
+    ``device`` is what evaluated the file.
     """
     rows = []
     for case, outputs in zip(cases, found, strict=True):
