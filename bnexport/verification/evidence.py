@@ -101,7 +101,7 @@ class Evidence:
         if not any(map(has_labels, self.cases[0].expected.values())):
             return ()
         return (
-            "the inputs are synthetic: the number of labels that change on noise is not that of real samples; "
+            "the inputs are synthetic: other numbers of labels change on noise than on real samples; "
             "give real ones with --dataset",
         )
 
@@ -120,13 +120,7 @@ def prepare(
     samples: Samples | None = None,
     scope: Scope,
 ) -> Evidence:
-    """Read the files, evaluate the original on every input, and record what fails on the way; for the arguments see ``verify``.
-
-    Raises:
-        DataError: ``data_dir`` does not hold the data set, or the samples are too few.
-        ModelError: ``module`` can't be evaluated in float64.
-        UsageError: There are samples, but no original to compare with.
-    """
+    """Read the files, evaluate the original on every input, and record what fails. Arguments: see ``verify``."""
     problems = {name: bundle.problem(name) for name in bundle.manifest.files}  # once: hashing a gigabyte takes seconds
     golden, rows = _golden(bundle, problems)
     model, model_rows, skipped, waived = _model(bundle, problems, proved_file(bundle))
@@ -248,7 +242,7 @@ def _model(
         return read_model(bundle.file(name)), [], {}, {}
     except MissingDependency:
         rows, waived = _proof_at_export(bundle)
-        return None, rows, {"weights": "whether all formats hold the same weights: onnx is not installed"}, waived
+        return None, rows, {"weights": "the weights of the formats were not compared: onnx is not installed"}, waived
     except BnexportError as error:
         return None, [failed("file-proof", name, "open", error.message)], {}, {}
 
@@ -258,7 +252,7 @@ def _proof_at_export(bundle: Bundle) -> tuple[list[Row], dict[str, str]]:
     text = "the float64 proof was not repeated here: onnx is not installed"
     error = _error_at_export(bundle)
     if error is None:
-        reason = f"{text}; the manifest holds no proof from export that passes"
+        reason = f"{text}, and the manifest has no proof from export that passes"
         return [failed("file-proof", MODEL_ONNX, "open", reason)], {}
     return [], {"file-proof": f"{text}; at export it was {error:.1e} of scale (manifest, whose digest holds)"}
 
@@ -301,15 +295,10 @@ def _find_reference(
 
 
 def _refuse_samples(reference: str) -> None:
-    """Refuse samples without a reference.
-
-    Raises:
-        MissingDependency: The original network needs torch.
-        UsageError: Only its author has its code.
-    """
+    """Refuse samples without a reference: MissingDependency without torch, UsageError if only its author has its code."""
     require("torch", purpose="--samples, which needs the original network in float64,")
     raise UsageError(
-        f"--samples has nothing to be compared with: the bundle has no original network here ({reference})",
+        f"--samples needs the original network, which is missing here (reference: {reference})",
         remedy="Give the original network with --source FILE.py:FACTORY",
     )
 
@@ -342,7 +331,7 @@ class _Answered:
     """Inputs with the original's answers; the attributes are those of ``Evidence``."""
 
     cases: tuple[Case, ...] = ()
-    inputs: str = "golden vectors alone: nothing else represents the original network here"
+    inputs: str = "golden vectors alone: the original network is missing here"
     labels: Any = None
     empty: bool = False
     rows: Sequence[Row] = ()
@@ -400,7 +389,7 @@ def _other_sizes(
             return [(batch, found)], [failed("strict", "reference", "the smallest size", least.message)]
         return [(batch, found), (smallest, least)], []
     if refused:
-        return [], [failed("strict", "reference", "another size", f"no other size could be tried: {refused}")]
+        return [], [failed("strict", "reference", "another size", f"the original takes no other size: {refused}")]
     return [], []
 
 
@@ -440,5 +429,5 @@ def _first_image_rows(before: Any, now: Sequence[float]) -> list[Row]:
         return []  # made by another version
     error = max(abs(one - other) for one, other in zip(before, now, strict=True))
     passed = error <= _SAME_IMAGE * (abs(before[0]) + before[1])
-    reason = "" if passed else "the first image becomes another input than at export: other preprocessing or images"
+    reason = "" if passed else "the first image is another input than at export: other preprocessing or images"
     return [Row("accuracy", "reference", "first image", passed, reason, n=1)]
