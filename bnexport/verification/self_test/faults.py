@@ -47,9 +47,8 @@ if TYPE_CHECKING:
     from bnexport.runtimes.base import Runner, RunSettings
 
 
-#: Bytes of a number -> the highest bit of its mantissa, which changes it by up to a half; bfloat16 has its own.
-_HIGH_BIT = {2: 9, 4: 22, 8: 51}
-_HIGH_BIT_OF_BFLOAT16 = 6
+#: Type -> the highest bit of its mantissa, which changes a number by up to a half.
+_HIGH_BIT = {"float16": 9, "bfloat16": 6, "float32": 22, "float64": 51}
 #: Numbers shorter than this are found by chance.
 _FEWEST_BYTES = 16
 
@@ -126,19 +125,13 @@ def _flip_one_of(copy: Copy, name: str, arrays: list[Array], *, high: bool) -> s
             if len(raw) >= _FEWEST_BYTES and (at := content.find(raw)) >= 0:
                 number = np.frombuffer(raw, array.dtype)
                 place = at + int(np.abs(number.astype(np.float64)).argmax()) * array.itemsize
-                bit = _bit(array, high=high)
+                bit = _HIGH_BIT.get(array.dtype.name, 0) if high else 0
                 changed = bytearray(content)
                 changed[place + bit // 8] ^= 1 << (bit % 8)  # every format is little-endian
                 path.write_bytes(changed)  # torch does not compare the check sums of its archives
                 copy.seal()
                 return name
     raise NotTried(f"the numbers of {name} do not lie in it one after the other")
-
-
-def _bit(array: Array, *, high: bool) -> int:
-    if not high:
-        return 0
-    return _HIGH_BIT_OF_BFLOAT16 if array.dtype.name == "bfloat16" else _HIGH_BIT[array.itemsize]
 
 
 def put_nan(copy: Copy) -> str:
