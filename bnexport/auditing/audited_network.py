@@ -75,13 +75,13 @@ def audited_network(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: i
     probes = tuple(probe for probe in drawn if _runs(copied, probe, required=batch_of(probe) == BATCHES[0]))
     wide = private_copy(copied, "cpu", torch.float64)
     expected = tuple(_answer(wide, probe) for probe in probes)
-    scales, again = common_scales(expected), _answer(wide, probes[0])
+    again = _answer(wide, probes[0])
     if deviation(list(again.values()), expected[0], common_scales((again, expected[0]))).error > _REPEAT:
         raise ModelError(
             "the network's outputs change from call to call, so they can't be compared",
             remedy="Remove random numbers and state between calls from its forward",
         )
-    return AuditedNetwork(copied, probes, expected, scales, untrained)
+    return AuditedNetwork(copied, probes, expected, common_scales(expected), untrained)
 
 
 def call(module: Any, probe: tuple[Tensor, ...]) -> list[Array]:

@@ -229,7 +229,7 @@ def export(job: ToolInput, *, optimize: bool) -> onnx.ModelProto:
 
 
 def _exported(job: ToolInput, shapes: Any, *, optimize: bool) -> onnx.ModelProto:
-    options = {"dynamo": True, "optimize": optimize, "external_data": False, "verbose": False}
+    options: dict[str, Any] = {"dynamo": True, "optimize": optimize, "external_data": False, "verbose": False}
     program: Any = torch.onnx.export(job.module, job.example, dynamic_shapes=shapes, **options)
     if not optimize:
         # Otherwise a convolution's missing bias is a computed zero, and other tools do not find the BatchNorm after it.

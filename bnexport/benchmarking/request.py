@@ -44,7 +44,7 @@ class BenchmarkRequest:
 
     def __post_init__(self) -> None:
         if not self.bundles:
-            raise UsageError("no bundle was given", remedy="Give at least one bundle")
+            raise UsageError("no bundle is given", remedy="Give at least one")
         for first, second in itertools.combinations(self.bundles, 2):
             if first.resolve() == second.resolve():
                 raise UsageError(f"{first} and {second} are the same bundle", remedy="Give each bundle once")
@@ -52,15 +52,15 @@ class BenchmarkRequest:
             raise UsageError(f"--against {self.against} is not a file", remedy="Give an ONNX file")
         if self.rounds is not None and self.rounds < LEAST_ROUNDS:
             raise UsageError(
-                f"{self.rounds} rounds show no difference, because their range misses the true ratio too often",
+                f"--rounds is {self.rounds}, too few for the interval of a ratio",
                 remedy=f"Give --rounds {LEAST_ROUNDS} or more",
             )
         if not 0 < self.variant_seconds < 1e6:
-            raise UsageError(f"--seconds {self.seconds} is not a time to measure", remedy="Give seconds, as 2")
+            raise UsageError(f"--seconds is {self.seconds}", remedy="Give more than 0 and less than 1,000,000 seconds")
         for flag, counts in (("batch", self.batches), ("threads", self.threads), ("sessions", self.sessions)):
             for count in counts:
                 if isinstance(count, int) and count < 1:
-                    raise UsageError(f"--{flag} {count} measures nothing", remedy="Give at least 1")
+                    raise UsageError(f"--{flag} is {count}", remedy="Give at least 1")
         for name in self.runtimes:
             runner_spec(name)
 
@@ -117,22 +117,17 @@ class BenchmarkRequest:
         for flag, counts in (("threads", threads), ("sessions", sessions)):
             if counts[-1] > cores:
                 raise UsageError(
-                    f"--{flag} {counts[-1]} is more than the {_cores(cores)} of this process, "
-                    "so they would wait for each other",
+                    f"--{flag} is {counts[-1]}, but this process has {cores} core{'' if cores == 1 else 's'}",
                     remedy=f"Give at most {cores}",
                 )
         pairs = tuple((count, number) for number in sessions for count in threads if count * number <= cores)
         if not pairs:
             raise UsageError(
                 f"{sessions[0]} sessions of {threads[0]} threads need {sessions[0] * threads[0]} cores, "
-                f"this process has {cores}",
+                f"but this process has {cores}",
                 remedy="Give fewer threads or sessions",
             )
         return pairs
-
-
-def _cores(count: int) -> str:
-    return f"{count} core{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +229,6 @@ def variants_of(
             ]
     if not any(variant.subject.file is None for variant in found):
         why = next(iter(left.values()), "no runtime works here")
-        raise BundleError(f"nothing can be measured: {why}", remedy="bnexport doctor lists the runtimes")
+        raise BundleError(f"nothing can be measured: {why}", remedy="Run bnexport doctor to list the runtimes")
     # One batch size after the other: their rows are compared.
     return sorted(found, key=lambda variant: variant.batch), left

@@ -36,7 +36,6 @@ from bnexport.runtimes.onnxruntime_session import load_engine
 from bnexport.runtimes.replay import incomparable, largest_error, scale
 from bnexport.tensors import Array
 
-_MODULE = "bnexport.benchmarking.worker"
 Feeds = Mapping[str, Array]
 Run = Callable[[Feeds], Mapping[str, Array]]
 #: Every so many timed calls get the golden inputs, whose answers are compared after the measurement.
@@ -164,12 +163,8 @@ class Worker:
     def __init__(self, name: str, request: Mapping[str, Any]) -> None:
         self._name = name
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the process
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            _MODULE,
-        ]  # -P: a file of the working directory must not replace a package
+        # -P: a file of the working directory must not replace a package.
+        command = [sys.executable, "-P", "-m", "bnexport.benchmarking.worker"]
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
@@ -178,7 +173,7 @@ class Worker:
         except OSError as error:
             self._stderr.close()
             raise RuntimeUnavailable(
-                f"{name} can't start a process: {one_line(error)}", remedy="Close other programs"
+                f"{name} can't start a process: {one_line(error)}", remedy="End other processes"
             ) from error
         try:
             #: "import" and "load" in seconds, "description"; "first" (seconds) and "memory" (bytes) by batch size, as text
@@ -200,7 +195,7 @@ class Worker:
             self._process.kill()
             how = how_ended(self._process.wait())
             raise RuntimeUnavailable(
-                f"the process of {self._name} ended: {how}", remedy="Measure fewer sessions or smaller batches"
+                f"the process of {self._name} ended: {how}", remedy="Give fewer sessions or smaller batches"
             ) from error
         if "error" in answer:
             raise RuntimeUnavailable(answer["error"], remedy=answer["remedy"])
@@ -255,7 +250,9 @@ def _open_bare(file: Path, manifest: Manifest, threads: int) -> tuple[Run, dict[
     session = ort.InferenceSession(read_screened(file), options, providers=["CPUExecutionProvider"])
     theirs, ours = [item.name for item in session.get_inputs()], [spec.name for spec in manifest.signature.inputs]
     if len(theirs) != len(ours):
-        raise RuntimeUnavailable(f"{file} takes {len(theirs)} inputs, the bundle {len(ours)}", remedy="Give its model")
+        raise RuntimeUnavailable(
+            f"{file} takes {len(theirs)} inputs, but the bundle {len(ours)}", remedy="Give the bundle's own model"
+        )
     names = dict(zip(ours, theirs, strict=True))
 
     def run(feeds: Feeds) -> Mapping[str, Array]:
@@ -298,7 +295,7 @@ def main() -> None:
     """Load what the first message names, then measure one batch size per message."""
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes of the terminal; the parent ends this one
+    )  # Ctrl-C reaches every process of the terminal; the parent ends this one
     sys.stdout.flush()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # an engine's prints must not mix with the messages

@@ -325,16 +325,16 @@ def test_variants_are_files_runtimes_batches_threads_and_sessions(monkeypatch: p
     ("changes", "words"),
     [
         ({"runtimes": ("tensorflow",)}, "the runtime 'tensorflow' is unknown"),
-        ({"batches": (0,)}, "--batch 0 measures nothing"),
-        ({"threads": (0,)}, "--threads 0 measures nothing"),
-        ({"sessions": (0,)}, "--sessions 0 measures nothing"),
-        ({"sessions": (9,)}, "--sessions 9 is more than the 2 cores of this process"),
-        ({"threads": (3,)}, "--threads 3 is more than the 2 cores"),
+        ({"batches": (0,)}, "--batch is 0"),
+        ({"threads": (0,)}, "--threads is 0"),
+        ({"sessions": (0,)}, "--sessions is 0"),
+        ({"sessions": (9,)}, "--sessions is 9, but this process has 2 cores"),
+        ({"threads": (3,)}, "--threads is 3, but this process has 2 cores"),
         ({"threads": (2,), "sessions": (2,)}, "2 sessions of 2 threads need 4 cores"),
-        ({"rounds": 4}, "4 rounds show no difference"),
-        ({"seconds": 0.0}, "is not a time to measure"),
-        ({"seconds": math.nan}, "is not a time to measure"),
-        ({"bundles": ()}, "no bundle was given"),
+        ({"rounds": 4}, "--rounds is 4, too few"),
+        ({"seconds": 0.0}, "--seconds is 0.0"),
+        ({"seconds": math.nan}, "--seconds is nan"),
+        ({"bundles": ()}, "no bundle is given"),
         ({"bundles": (REFERENCE, REFERENCE / "." / ".." / "1")}, "are the same bundle"),
         ({"against": REFERENCE / "none.onnx"}, "none.onnx is not a file"),
     ],
@@ -457,7 +457,7 @@ def test_the_order_changes_from_round_to_round_and_repeats_with_the_seed(
 
 def test_too_little_memory_is_refused_before_the_process_starts(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: 5 * 10**7)
-    with pytest.raises(UsageError, match=r"needs about 10\d MB of memory, 50 MB are free"):
+    with pytest.raises(UsageError, match=r"needs about 10\d MB of memory, but 50 MB are free"):
         fake()
 
 
@@ -465,7 +465,7 @@ def test_what_can_not_be_loaded_is_listed_and_nothing_at_all_is_an_error(fake: F
     report = fake({"refuse": ("torch-cpu",)}, runtimes=("torch-cpu", "onnxruntime-cpu"))
     assert report.left == {"A torch-cpu": "it is broken here"}
     assert {item.variant.runtime for item in report.results} == {"onnxruntime-cpu"}
-    with pytest.raises(RuntimeUnavailable, match="no variant could be loaded: it is broken here"):
+    with pytest.raises(RuntimeUnavailable, match="no runtime could load its file: it is broken here"):
         fake({"refuse": ("onnxruntime-cpu",)})
     with pytest.raises(UsageError, match="can't be run: it is broken here"):
         fake({"refuse": (BARE,)}, against=REFERENCE / "model.onnx")
