@@ -286,7 +286,7 @@ def how_ended(code: int) -> str:
         return f"exit code {code}"
     with contextlib.suppress(ValueError):
         name = signal.Signals(-code).name
-        return f"killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+        return f"killed by {name}" + (", perhaps because memory was full" if name == "SIGKILL" else "")
     return f"killed by signal {-code}"
 
 

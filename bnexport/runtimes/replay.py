@@ -46,12 +46,14 @@ def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
     answers = runner.run(inputs)
     for name, values in expected.items():
         if (problem := incomparable(name, answers[name], values)) is not None:
-            raise BundleError(f"{bundle.path}: {runner.name} on the golden vectors: {problem}", remedy=REBUILD)
+            raise BundleError(
+                f"{bundle.path}: {runner.name} can't be compared on the golden vectors: {problem}", remedy=REBUILD
+            )
     error = max(largest_error(answers[name], values) for name, values in expected.items())
     if not error <= bound:  # NaN fails
         raise BundleError(
             f"{bundle.path}: {runner.name} answers the golden vectors with an error of {error:.1e} of scale, "
-            f"more than {bound:.1e}",
+            f"but at most {bound:.1e} is allowed",
             remedy="Run bnexport verify on the bundle on this machine; it reports which stage fails",
         )
     return Replay(len(next(iter(expected.values()))), error, bound)

@@ -150,7 +150,7 @@ def test_a_child_that_dies_is_one_sentence(bundle: Bundle, device: str, kind: ty
         runner.effective_device = device
         os.kill(runner.process, signal.SIGKILL)
         for _ in range(2):  # and says so again
-            with pytest.raises(kind, match="killed by SIGKILL, perhaps for want of memory") as caught:
+            with pytest.raises(kind, match="killed by SIGKILL, perhaps because memory was full") as caught:
                 runner.run({"input": X})
             assert type(caught.value) is kind
             assert "\n" not in caught.value.message
