@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.onnx_builder import model_of
 
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal
 from bnexport.errors import BundleError, UsageError
@@ -23,7 +24,7 @@ FEEDS = {"input": np.random.default_rng(0).random((6, 1, 28, 28), dtype=np.float
 
 
 def emulated(precision: str) -> RunnerSpec:
-    """An engine that computes in one precision whatever it is asked for."""
+    """An engine that computes in one precision, whatever its settings are."""
     return RunnerSpec("gpu", "cpu", MODEL_ONNX, lambda bundle, *_: EmulatedRunner(bundle, precision), lambda _: None)
 
 
@@ -80,15 +81,7 @@ def write(
 ) -> Bundle:
     dtype = str(more.get("dtype", "float32"))
     element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", element, ["batch", *shape])],
-        [helper.make_tensor_value_info("y", element, None)],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), folder / MODEL_ONNX)
+    onnx.save(model_of(nodes, ["batch", *shape], weights, element=element), folder / MODEL_ONNX)
     out = TensorSpec("y", dtype, tuple(more.get("out", ("batch", 4))))  # type: ignore[arg-type]
     signature = Signature((TensorSpec("x", dtype, ("batch", *shape)),), (out,))
     return seal(folder, Manifest("small", 1, signature, {"source": "test"}))
@@ -182,7 +175,7 @@ def test_runners_that_can_not_be_compared_by_layer_are_refused(bundle: Bundle) -
         layer_drift(bundle, ORT, STRICT, {"input": FEEDS["input"][:, :, :3]}, precision="float32")
 
     def refuses(_bundle: Bundle, *_rest: object) -> Runner:
-        raise BundleError("this engine fuses everything", remedy="Ask another")
+        raise BundleError("this engine fuses everything", remedy="Choose another")
 
     with pytest.raises(BundleError, match="fuses everything"):
         layer_drift(
