@@ -93,7 +93,7 @@ def test_real_half_precision_is_predicted_and_recognised(name: str, precision: s
     inputs = case.inputs(batch=64)
     folded = bnexport.fold(case.model(), inputs).model
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a traced graph has no training mode that torch could know of
+        warnings.simplefilter("ignore")  # torch can't find out the training mode of a traced graph
         program = torch.onnx.export(folded, inputs, dynamo=True, verbose=False, external_data=False, optimize=False)
     source = program.model_proto.SerializeToString()
     evaluator = Float64Evaluator(source)
@@ -209,7 +209,7 @@ def test_other_weights_are_judged_by_size(exact: Outputs, emulated: dict[str, Ou
     seen = detect(other, exact, emulated, same_weights=False)
     assert seen.precision == "tf32"
     assert seen.cosine is None
-    assert "float16" in seen.sentence  # as large, and honest about it
+    assert "float16" in seen.sentence  # its error is as large
     assert compatible("tf32", seen)
     assert not compatible("float32", seen)
     far = noisy(exact, emulated, "bfloat16", 20)
@@ -256,7 +256,7 @@ def test_where_tf32_hardly_differs_a_noisy_float32_is_still_float32() -> None:
         ("float32", "float32", True),
         ("float32", "tf32-convolutions", False),
         ("float32", "tf32", False),
-        ("tf32", "float32", True),  # the report tells that TF32 was not in effect
+        ("tf32", "float32", True),  # the report states that TF32 was not in effect
         ("tf32", "tf32-convolutions", True),
         ("tf32", "tf32-cut", True),
         ("tf32", "float16", False),
