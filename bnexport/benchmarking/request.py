@@ -142,7 +142,7 @@ class Subject:
     @property
     def precision(self) -> str:
         """Return the precision of the stored weights: "float32", "int8"."""
-        return "as in the file" if self.file else str(self.manifest.onnx.get("precision", "float32"))
+        return "as in the file" if self.file else self.manifest.precision
 
     @property
     def manifest(self) -> Manifest:

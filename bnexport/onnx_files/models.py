@@ -154,7 +154,7 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
     for item in model.metadata_props:  # a file that was not stamped yet has none
         if facts.get(item.key, item.value) != item.value:
             return f"the file's metadata {item.key!r} is not the value in the manifest"
-    return _precision_problem(model, str(manifest.onnx.get("precision", "float32")))
+    return _precision_problem(model, manifest.precision)
 
 
 def _precision_problem(model: ModelProto, precision: str) -> str | None:

@@ -70,12 +70,12 @@ def golden_bound(manifest: Manifest, runtime: str) -> float:
     """
     engine = runtime.rpartition("-")[0]
     found = [float(row["bound"]) for row in _golden_rows(manifest) if str(row["subject"]).rpartition("-")[0] == engine]
-    if manifest.onnx.get("precision", "float32") == "float32":
+    if manifest.precision == "float32":
         return max(GOLDEN_BOUND, *(bound for bound in (*found, 0.0) if bound <= _WIDEST_FLOAT32))
-    widest = _WIDEST_INT8 if manifest.onnx["precision"] == "int8" else WIDEST_BOUND
+    widest = _WIDEST_INT8 if manifest.precision == "int8" else WIDEST_BOUND
     if not found or not 0 < max(found) <= widest:
         raise BundleError(
-            f"the bundle {manifest.name!r} is in {manifest.onnx['precision']} and was not verified on {engine} at export",
+            f"the bundle {manifest.name!r} is in {manifest.precision} and was not verified on {engine} at export",
             remedy="Export it again where bnexport can verify it on that engine",
         )
     return max(GOLDEN_BOUND, *found)

@@ -32,7 +32,7 @@ from bnexport.verification.inputs import (
     other_sized_batches,
     smallest_batch,
 )
-from bnexport.verification.int8 import int8_file_rows, int8_notes, is_int8, record_of, within
+from bnexport.verification.int8 import int8_file_rows, int8_notes, record_of, within
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.scope import Scope
@@ -84,8 +84,8 @@ class Evidence:
 
     @property
     def precision(self) -> str:
-        """Return the precision of the files: "float32", "float16", "bfloat16"."""
-        return stored_precision(self.bundle)
+        """Return the precision of the weights in the files."""
+        return self.bundle.manifest.precision
 
     def changed(self, name: str) -> str | None:
         """Return the reason why a file must not be opened; None for a file whose hash holds."""
@@ -106,11 +106,6 @@ class Evidence:
         )
 
 
-def stored_precision(bundle: Bundle) -> str:
-    """Return the precision of a bundle's files: "float32", "float16", "bfloat16"."""
-    return str(bundle.manifest.onnx.get("precision", "float32"))
-
-
 def prepare(
     bundle: Bundle,
     module: nn.Module | None,
@@ -124,7 +119,7 @@ def prepare(
     problems = {name: bundle.problem(name) for name in bundle.manifest.files}  # once: hashing a gigabyte takes seconds
     golden, rows = _golden(bundle, problems)
     model, model_rows, skipped, waived = _model(bundle, problems, proved_file(bundle))
-    int8, int8_rows = _model(bundle, problems)[:2] if is_int8(bundle.manifest) else (None, [])
+    int8, int8_rows = _model(bundle, problems)[:2] if bundle.manifest.precision == "int8" else (None, [])
     reference, description, reference_rows = _find_reference(bundle, module, problems)
     rows += [*model_rows, *int8_rows, *reference_rows]
     if samples is not None and reference is None:
@@ -141,7 +136,7 @@ def prepare(
     varies = all(isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
     sizes = next((case.batch for case in cases if case.batch.name in ("noise", "golden")), None)
     forecast = Forecast(
-        model, cases=cases, budget=budget, varies=varies, stored=stored_precision(bundle), recorded=_recorded(bundle),
+        model, cases=cases, budget=budget, varies=varies, stored=bundle.manifest.precision, recorded=_recorded(bundle),
         int8=int8, pixels=bundle.manifest.takes_pixels,
     )  # fmt: skip
     return Evidence(
@@ -181,7 +176,7 @@ def file_checks(evidence: Evidence, *, read: Collection[str]) -> tuple[list[Row]
     short = evidence.work.multiplications * sum(front.batch.n for front in fronts) <= _SHORT_PROOF
     if evidence.model is not None:
         rows += proof_rows(evidence.bundle, evidence.int8 or evidence.model, cases, forecast)
-    if is_int8(evidence.bundle.manifest):
+    if evidence.precision == "int8":
         rows += int8_file_rows(evidence.bundle, evidence.model, evidence.int8)
     for name in TORCH_PROOFS:
         if evidence.changed(name) is not None:
@@ -270,7 +265,7 @@ def _error_at_export(bundle: Bundle) -> float | None:
     if not known or len(known) < len(errors):
         return None
     worst = max(known)
-    return worst if worst <= bounds.get(stored_precision(bundle), worst) else None
+    return worst if worst <= bounds.get(bundle.manifest.precision, worst) else None
 
 
 def _find_reference(

@@ -44,11 +44,6 @@ _DRAWS = 10
 _TIMES, _SIGNIFICANT = 2.0, 0.01
 
 
-def is_int8(manifest: Manifest) -> bool:
-    """Return whether a bundle's model.onnx is an int8 file."""
-    return manifest.onnx.get("precision") == "int8"
-
-
 def record_of(manifest: Manifest) -> Mapping[str, Any]:
     """Return the record of a quantisation (``quantize.Int8Result.record``); empty for other bundles."""
     found = manifest.onnx.get("quantization")

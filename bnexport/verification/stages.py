@@ -98,7 +98,7 @@ def proof_rows(bundle: Bundle, model: ModelProto, cases: Sequence[Case], forecas
 
 def proved_file(bundle: Bundle) -> str:
     """Return the file that is compared with the original in float64: model.onnx, or the float32 original of an int8 file."""
-    return MODEL_FLOAT32 if bundle.manifest.onnx.get("precision") == "int8" else MODEL_ONNX
+    return MODEL_FLOAT32 if bundle.manifest.precision == "int8" else MODEL_ONNX
 
 
 def float64_rows(

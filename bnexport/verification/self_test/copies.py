@@ -131,7 +131,7 @@ def folded_weights(network: nn.Module, example: tuple[Tensor, ...], manifest: Ma
         from bnexport.exporting.half import PRECISIONS
         from bnexport.folding.pixel_input import pixel_module
 
-        stored = PRECISIONS[str(manifest.onnx.get("precision", "float32"))]
+        stored = PRECISIONS[manifest.precision]
         folded = pixel_module(folded, Preprocessing.from_json(manifest.preprocessing), stored)
     return dict(folded.state_dict())
 

@@ -477,7 +477,7 @@ def faults_of(bundle: Bundle) -> tuple[Fault, ...]:
 
 def _only_float32(copy: Copy) -> str:
     """Change no file: the fault is in the engine."""
-    if (stored := copy.subject.bundle.manifest.onnx.get("precision", "float32")) != "float32":
+    if (stored := copy.subject.bundle.manifest.precision) != "float32":
         raise NotTried(f"the bundle is {stored}, for which no engine computes in float32")
     return ""
 
