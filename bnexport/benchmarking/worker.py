@@ -12,7 +12,6 @@ import importlib
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,7 +30,7 @@ from bnexport.onnx_files.models import read_screened
 from bnexport.optional import one_line
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.isolation import child_environment, how_ended, receive, send
+from bnexport.runtimes.isolation import how_ended, receive, send, start_child
 from bnexport.runtimes.onnxruntime_session import load_engine
 from bnexport.runtimes.replay import incomparable, largest_error, scale
 from bnexport.tensors import Array
@@ -163,18 +162,7 @@ class Worker:
     def __init__(self, name: str, request: Mapping[str, Any]) -> None:
         self._name = name
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the process
-        # -P: a file of the working directory must not replace a package.
-        command = [sys.executable, "-P", "-m", "bnexport.benchmarking.worker"]
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-                env=child_environment("float32"),
-            )  # fmt: skip
-        except OSError as error:
-            self._stderr.close()
-            raise RuntimeUnavailable(
-                f"{name} can't start a process: {one_line(error)}", remedy="End other processes"
-            ) from error
+        self._process = start_child("bnexport.benchmarking.worker", name, self._stderr)
         try:
             #: "import" and "load" in seconds, "description"; "first" (seconds) and "memory" (bytes) by batch size, as text
             self.loaded = self._exchange(request)[0]

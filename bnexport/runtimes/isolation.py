@@ -141,7 +141,7 @@ class IsolatedRunner(Runner):
         self._dead: BnexportError | None = None
         self._turn = threading.Lock()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the child
-        self._child = _start(self.name, settings.precision, self._stderr)
+        self._child = start_child(_CHILD, self.name, self._stderr, settings.precision)
         self._stop = weakref.finalize(self, _stop, self._child, self._stderr)
         request = {
             "runtime": name,
@@ -226,10 +226,10 @@ def _names(row: Variable, name: str) -> bool:
     return name.startswith(row.name[:-1]) if row.name.endswith("*") else name == row.name
 
 
-def _start(name: str, precision: str, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start a child; fork would copy loaded libraries, and multiprocessing would import the user's script."""
+def start_child(module: str, name: str, stderr: IO[bytes], precision: str = "float32") -> subprocess.Popen[bytes]:
+    """Start a module as a child; fork would copy loaded libraries, and multiprocessing would import the user's script."""
     # -P: a file of the working directory must not replace a package.
-    command = [sys.executable, "-P", "-m", _CHILD]
+    command = [sys.executable, "-P", "-m", module]
     try:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=child_environment(precision)
@@ -237,7 +237,8 @@ def _start(name: str, precision: str, stderr: IO[bytes]) -> subprocess.Popen[byt
     except (OSError, ValueError) as error:
         stderr.close()
         raise RuntimeUnavailable(
-            f"{name} can't start a separate process: {one_line(error)}", remedy="Run it without isolation"
+            f"{name} can't start a separate process: {one_line(error)}",
+            remedy="End other processes, or run it without isolation",
         ) from error
 
 
