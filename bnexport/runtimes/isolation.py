@@ -237,9 +237,20 @@ def start_child(module: str, name: str, stderr: IO[bytes], precision: str = "flo
     except (OSError, ValueError) as error:
         stderr.close()
         raise RuntimeUnavailable(
-            f"{name} can't start a separate process: {one_line(error)}",
-            remedy="End other processes, or run it without isolation",
+            f"{name} can't start a separate process: {one_line(error)}", remedy="End other processes"
         ) from error
+
+
+def child_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Return the pipes of a child for messages; printed text goes to standard error from now on, and Ctrl-C is ignored.
+
+    Ctrl-C reaches all processes of the terminal; the parent ends its children.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout.flush()
+    private = os.dup(1)
+    os.dup2(2, 1)
+    return sys.stdin.buffer, os.fdopen(private, "wb")
 
 
 def _stop(child: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
