@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import os
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -30,7 +27,7 @@ from bnexport.onnx_files.models import read_screened
 from bnexport.optional import one_line
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.isolation import how_ended, receive, send, start_child
+from bnexport.runtimes.isolation import child_pipes, how_ended, receive, send, start_child
 from bnexport.runtimes.onnxruntime_session import load_engine
 from bnexport.runtimes.replay import incomparable, largest_error, scale
 from bnexport.tensors import Array
@@ -281,13 +278,7 @@ def _load(request: Mapping[str, Any], manifest: Manifest) -> tuple[list[Run], di
 
 def main() -> None:
     """Load what the first message names, then measure one batch size per message."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of the terminal; the parent ends this one
-    sys.stdout.flush()
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # an engine's prints must not mix with the messages
-    requests = sys.stdin.buffer
+    requests, answers = child_pipes()
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has ended
         try:
             request, _ = receive(requests)

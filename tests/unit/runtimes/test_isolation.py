@@ -278,8 +278,8 @@ def test_threads_get_their_own_answers(bundle: Bundle) -> None:
 
 def test_what_an_engine_prints_does_not_get_between_the_messages() -> None:
     code = (
-        "import os; from bnexport.runtimes.isolated_child import _private_output\n"
-        "answers = _private_output(); print('noise', flush=True); os.system('echo more noise')\n"
+        "import os; from bnexport.runtimes.isolation import child_pipes\n"
+        "_, answers = child_pipes(); print('noise', flush=True); os.system('echo more noise')\n"
         "answers.write(b'clean'); answers.close()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
