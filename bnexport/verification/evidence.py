@@ -300,13 +300,13 @@ def _refuse_samples(reference: str) -> None:
 
 def _work(bundle: Bundle, golden: Case | None, model: ModelProto | None) -> Work:
     """Return the work per sample; multiplications are estimated from the file's size where its content can't be read."""
-    arrays = () if golden is None else (*golden.batch.feeds.values(), *golden.expected.values())
-    kept = sum(array.nbytes // max(len(array), 1) for array in arrays)
+    feeds = {} if golden is None else golden.batch.feeds
+    kept = 0
+    if golden is not None:
+        kept = sum(array.nbytes for array in (*feeds.values(), *golden.expected.values())) // max(golden.batch.n, 1)
     if model is None:
         return Work(int(bundle.manifest.files.get(MODEL_ONNX, {}).get("size", 0)), kept, kept)
-    cost, values = work_of(
-        model, {} if golden is None else {name: x.shape[1:] for name, x in golden.batch.feeds.items()}
-    )
+    cost, values = work_of(model, {name: array.shape[1:] for name, array in feeds.items()})
     return Work(cost, kept, max(values, kept))
 
 
