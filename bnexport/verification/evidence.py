@@ -20,7 +20,6 @@ from bnexport.optional import require
 from bnexport.tensors import check_feeds
 from bnexport.verification.budget import Budget, Work, budget_of
 from bnexport.verification.forecast import Forecast
-from bnexport.verification.format_proof import TORCH_PROOFS, format_rows
 from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.inputs import (
     Batch,
@@ -36,7 +35,7 @@ from bnexport.verification.int8 import int8_file_rows, int8_notes, record_of, wi
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.scope import Scope
-from bnexport.verification.stages import compare, failed, proof_rows, proved_file
+from bnexport.verification.stages import TORCH_PROOFS, compare, failed, format_rows, proof_rows, proved_file
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import REAL, Row
 

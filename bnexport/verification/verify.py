@@ -19,13 +19,12 @@ from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.tensors import Array
 from bnexport.verification.drift import diagnose
 from bnexport.verification.evidence import GOLDEN_ALONE, Evidence, coverage, file_checks, prepare
-from bnexport.verification.format_proof import TORCH_PROOFS
 from bnexport.verification.full_check import GOLDEN_ONLY, on_dataset
 from bnexport.verification.int8 import layer_report, record_of
 from bnexport.verification.reference import is_known
 from bnexport.verification.runs import RuntimeRun, run_runtime
 from bnexport.verification.scope import Scope
-from bnexport.verification.stages import failed, integrity_rows
+from bnexport.verification.stages import TORCH_PROOFS, failed, integrity_rows
 from bnexport.verification.verdict import (
     Findings,
     FlippedSample,

@@ -26,11 +26,10 @@ from bnexport.onnx_files.models import read_model
 from bnexport.runtimes import torch_float64
 from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 from bnexport.tensors import Array, Signature
-from bnexport.verification.format_proof import format_rows
 from bnexport.verification.inputs import Batch
 from bnexport.verification.inputs import Case as ComparedCase
 from bnexport.verification.reference import Reference
-from bnexport.verification.stages import float64_rows
+from bnexport.verification.stages import float64_rows, format_rows
 from bnexport.verification.verdict import Row
 
 FILES = (MODEL_TORCHSCRIPT, MODEL_EXPORTED)
@@ -186,7 +185,7 @@ def test_without_torch_the_report_states_it(
     def missing(name: str, *, purpose: str) -> None:
         raise MissingDependency(f"{purpose} needs {name}", remedy="Install it")
 
-    monkeypatch.setattr("bnexport.verification.format_proof.require", missing)
+    monkeypatch.setattr("bnexport.verification.stages.require", missing)
     with pytest.raises(MissingDependency, match=r"the proof of model\.pt needs torch"):
         rows_of(bundle, MODEL_TORCHSCRIPT, [images.head(2)])
 
