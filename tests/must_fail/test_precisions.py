@@ -185,8 +185,7 @@ def test_a_finer_precision_than_requested_passes_and_is_reported(
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [pytest.param(fault, marks=[] if fault in FAST else pytest.mark.slow) for fault in WRONG_WEIGHTS],
+    "fault", [pytest.param(fault, marks=[] if fault in FAST else pytest.mark.slow) for fault in WRONG_WEIGHTS]
 )
 def test_a_wrong_fold_fails_whatever_the_precision(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
