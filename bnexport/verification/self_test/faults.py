@@ -131,7 +131,7 @@ def _flip_one_of(copy: Copy, name: str, arrays: list[Array], *, high: bool) -> s
                 path.write_bytes(changed)  # torch does not compare the check sums of its archives
                 copy.seal()
                 return name
-    raise NotTried(f"the numbers of {name} do not lie in it one after the other")
+    raise NotTried(f"{name} does not store its numbers one after the other")
 
 
 def put_nan(copy: Copy) -> str:
@@ -195,7 +195,7 @@ def permute_labels(copy: Copy) -> str:
     """Move every label of the manifest by one class."""
     labels = copy.subject.bundle.manifest.labels
     if not labels or len(set(labels)) < 2:
-        raise NotTried("the bundle has no labels that could be mixed up")
+        raise NotTried("the bundle has no two different labels")
     copy.seal(labels=(*labels[1:], labels[0]))
     return MANIFEST
 
@@ -225,7 +225,7 @@ def _preprocessing(copy: Copy) -> Mapping[str, Any]:
         raise NotTried("there are no labelled images here, without which the fault can't be detected")
     recorded = manifest.verification.get("accuracy")
     if not isinstance(recorded, dict) or recorded.get("dataset") != accuracy["dataset"]:
-        raise NotTried("the bundle records no accuracy on these samples that could be compared")
+        raise NotTried("the bundle records no accuracy on these samples")
     return manifest.preprocessing
 
 
