@@ -248,7 +248,7 @@ def test_each_fault_fails_in_the_proof_and_on_the_runtime(
 ) -> None:
     bundle = made("float32")
     copied = Copy(FaultTarget(bundle, residual(), 1e-6, {}), copy_bundle(bundle, tmp_path / "net" / "1"))
-    spoil_pixels(PIXEL_FAULTS[fault])(copied)
+    spoil_pixels(copied, PIXEL_FAULTS[fault])
     scope = Scope(("float32",), max_samples=8, drift=False)
     report = verify(Bundle.open(copied.folder), module=residual(), runtimes=[RUNTIME], scope=scope)
     assert {"file-proof", "strict", "golden"} <= {row.stage for row in report.failures}

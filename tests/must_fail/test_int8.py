@@ -67,7 +67,7 @@ def verified(bundle: Bundle) -> VerificationReport:
 def spoiled(bundle: Bundle, tmp_path: Path, fault: str) -> Bundle:
     """Return a copy with one of INT8_FAULTS, whose hashes hold."""
     copied = Copy(FaultTarget(bundle, residual(), 1e-6, {}), copy_bundle(bundle, tmp_path / "net" / "1"))
-    spoil_int8(INT8_FAULTS[fault])(copied)
+    spoil_int8(copied, INT8_FAULTS[fault])
     return Bundle.open(copied.folder)
 
 

@@ -53,37 +53,29 @@ _HIGH_BIT = {"float16": 9, "bfloat16": 6, "float32": 22, "float64": 51}
 _FEWEST_BYTES = 16
 
 
-def flip_anywhere(name: str) -> Callable[[Copy], str]:
+def flip_anywhere(copy: Copy, name: str) -> str:
     """Flip one bit in the middle of a file; the old seal stays."""
-
-    def put(copy: Copy) -> str:
-        path = copy.folder / MANIFEST if name == MANIFEST else copy.file(name)
-        content = bytearray(path.read_bytes())
-        if not content:
-            raise NotTried(f"{name} is empty")
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        return name
-
-    return put
+    path = copy.folder / MANIFEST if name == MANIFEST else copy.file(name)
+    content = bytearray(path.read_bytes())
+    if not content:
+        raise NotTried(f"{name} is empty")
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return name
 
 
-def flip_weight(name: str, *, high: bool) -> Callable[[Copy], str]:
-    """Flip the lowest or a ``high`` bit (of the mantissa) of the largest number of the last weight, and seal the copy again.
+def flip_weight(copy: Copy, name: str, bit: str) -> str:
+    """Flip the "lowest" or a "high" bit (of the mantissa) of the largest number of the last weight, and seal the copy again.
 
     The file is model.onnx, model.pt or model.pt2. The effect of a number in the middle of a network may end in a dead channel;
     the last layer's reaches the outputs.
     """
+    from onnx import numpy_helper
 
-    def put(copy: Copy) -> str:
-        from onnx import numpy_helper
-
-        copy.file(name)
-        arrays = [numpy_helper.to_array(tensor) for tensor in trained_tensors(copy.model(copy.folded_file))]
-        file = copy.folded_file if name == MODEL_ONNX else name
-        return _flip_one_of(copy, file, _weights_last_first(arrays), high=high)
-
-    return put
+    copy.file(name)
+    arrays = [numpy_helper.to_array(tensor) for tensor in trained_tensors(copy.model(copy.folded_file))]
+    file = copy.folded_file if name == MODEL_ONNX else name
+    return _flip_one_of(copy, file, _weights_last_first(arrays), high=bit == "high")
 
 
 def flip_unfolded_weight(copy: Copy) -> str:
@@ -99,15 +91,11 @@ def flip_unfolded_weight(copy: Copy) -> str:
     return _flip_one_of(copy, WEIGHTS, _weights_last_first([tensor.numpy() for tensor in kept]), high=True)
 
 
-def flip_golden(kind: str) -> Callable[[Copy], str]:
+def flip_golden(copy: Copy, name: str) -> str:
     """Flip a high bit of the largest golden input or output (of an integer, the lowest), and seal the copy again."""
-
-    def put(copy: Copy) -> str:
-        inputs, outputs = copy.subject.golden
-        array = next(iter((inputs if kind == "input" else outputs).values()))
-        return _flip_one_of(copy, f"{GOLDEN}/{kind}_0.pb", [array], high=array.dtype.kind == "f")
-
-    return put
+    inputs, outputs = copy.subject.golden
+    array = next(iter((inputs if "input" in name else outputs).values()))
+    return _flip_one_of(copy, name, [array], high=array.dtype.kind == "f")
 
 
 def _weights_last_first(arrays: list[Array]) -> list[Array]:
@@ -242,19 +230,15 @@ def _preprocess(copy: Copy, changes: Mapping[str, Any]) -> str:
     return MANIFEST
 
 
-def spoil_int8(change: Callable[[Int8File], str]) -> Callable[[Copy], str]:
+def spoil_int8(copy: Copy, change: Callable[[Int8File], str]) -> str:
     """Change numbers of an int8 model.onnx, and seal the copy again."""
-
-    def put(copy: Copy) -> str:
-        record = record_of(copy.subject.bundle.manifest)
-        if not record:
-            raise NotTried(f"{MODEL_ONNX} is not an int8 file")
-        file = Int8File(copy.model(MODEL_FLOAT32), copy.model(), record)
-        where = change(file)
-        copy.write_model(file.int8_model)
-        return f"{where} in {MODEL_ONNX}"
-
-    return put
+    record = record_of(copy.subject.bundle.manifest)
+    if not record:
+        raise NotTried(f"{MODEL_ONNX} is not an int8 file")
+    file = Int8File(copy.model(MODEL_FLOAT32), copy.model(), record)
+    where = change(file)
+    copy.write_model(file.int8_model)
+    return f"{where} in {MODEL_ONNX}"
 
 
 def _store(file: Int8File, name: str, array: Array) -> None:
@@ -430,19 +414,15 @@ def _fold_mean(file: PixelFile) -> str:
     return layer.name or str(layer.output[0])
 
 
-def spoil_pixels(change: Callable[[PixelFile], str]) -> Callable[[Copy], str]:
+def spoil_pixels(copy: Copy, change: Callable[[PixelFile], str]) -> str:
     """Change the part of an ONNX file that converts pixels, and seal the copy again."""
-
-    def put(copy: Copy) -> str:
-        manifest = copy.subject.bundle.manifest
-        if not manifest.takes_pixels or manifest.preprocessing is None:
-            raise NotTried("the files take no pixels, so they contain no preprocessing")
-        model = copy.model(copy.folded_file)
-        where = change(PixelFile(model, float(manifest.preprocessing["scale"])))
-        copy.write_model(model, copy.folded_file)
-        return f"{where} in {copy.folded_file}"
-
-    return put
+    manifest = copy.subject.bundle.manifest
+    if not manifest.takes_pixels or manifest.preprocessing is None:
+        raise NotTried("the files take no pixels, so they contain no preprocessing")
+    model = copy.model(copy.folded_file)
+    where = change(PixelFile(model, float(manifest.preprocessing["scale"])))
+    copy.write_model(model, copy.folded_file)
+    return f"{where} in {copy.folded_file}"
 
 
 #: Fault of the preprocessing inside a file -> the change that makes it.
@@ -472,7 +452,8 @@ class Fault:
 def faults_of(bundle: Bundle) -> tuple[Fault, ...]:
     """Return FAULTS, and one flipped bit in each file of a bundle."""
     names = (*bundle.manifest.files, MANIFEST)
-    return (*FAULTS, *(Fault("one flipped bit", name, "integrity", flip_anywhere(name)) for name in names))
+    bits = (Fault("one flipped bit", name, "integrity", partial(flip_anywhere, name=name)) for name in names)
+    return (*FAULTS, *bits)
 
 
 def _only_float32(copy: Copy) -> str:
@@ -491,25 +472,22 @@ _TF32 = RunnerSpec("emulated", "cpu", MODEL_ONNX, _open_tf32, lambda _device: No
 #: Model file -> what evaluates it in float64.
 _MODELS: dict[str, Evaluate] = {
     MODEL_ONNX: evaluate_onnx,
-    MODEL_TORCHSCRIPT: evaluate_torch(MODEL_TORCHSCRIPT),
-    MODEL_EXPORTED: evaluate_torch(MODEL_EXPORTED),
+    MODEL_TORCHSCRIPT: partial(evaluate_torch, name=MODEL_TORCHSCRIPT),
+    MODEL_EXPORTED: partial(evaluate_torch, name=MODEL_EXPORTED),
 }
 
 FAULTS: tuple[Fault, ...] = (
     *(Fault(row.name, MODEL_ONNX, "file-proof", partial(spoil_norm, fault=row), evaluate_onnx) for row in NORM_FAULTS),
     Fault("NaN in a weight", MODEL_ONNX, "file-proof", put_nan, evaluate_onnx),
     *(
-        Fault("high bit of a weight, sealed again", name, "file-proof", flip_weight(name, high=True), evaluate)
-        for name, evaluate in _MODELS.items()
-    ),
-    *(
-        Fault("lowest bit of a weight, sealed again", name, "weights", flip_weight(name, high=False), evaluate)
+        Fault(f"{bit} bit of a weight, sealed again", name, stage, partial(flip_weight, name=name, bit=bit), evaluate)
+        for bit, stage in (("high", "file-proof"), ("lowest", "weights"))
         for name, evaluate in _MODELS.items()
     ),
     Fault("high bit, sealed again", WEIGHTS, "golden-reference", flip_unfolded_weight, evaluate_weights),
     *(
-        Fault("high bit, sealed again", f"{GOLDEN}/{kind}_0.pb", "golden", flip_golden(kind), evaluate_onnx)
-        for kind in ("input", "output")
+        Fault("high bit, sealed again", name, "golden", partial(flip_golden, name=name), evaluate_onnx)
+        for name in (f"{GOLDEN}/input_0.pb", f"{GOLDEN}/output_0.pb")
     ),
     Fault("TF32 left on in strict mode", "emulated runtime", "precision", _only_float32, evaluate_tf32, _TF32),
     Fault("pixels 0 to 255 for 0 to 1", MANIFEST, "accuracy", scale_pixels, many=True),
@@ -518,9 +496,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault("another output type", MODEL_ONNX, "declaration", retype_output),
     Fault("another opset claimed", MANIFEST, "declaration", claim_opset),
     Fault("labels permuted", MANIFEST, "declaration", permute_labels),
-    *(Fault(name, MODEL_ONNX, "quantization", spoil_int8(change)) for name, change in INT8_FAULTS.items()),
     *(
-        Fault(name, MODEL_ONNX, "file-proof", spoil_pixels(change), evaluate_onnx)
+        Fault(name, MODEL_ONNX, "quantization", partial(spoil_int8, change=change))
+        for name, change in INT8_FAULTS.items()
+    ),
+    *(
+        Fault(name, MODEL_ONNX, "file-proof", partial(spoil_pixels, change=change), evaluate_onnx)
         for name, change in PIXEL_FAULTS.items()
     ),
 )
