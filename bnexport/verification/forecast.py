@@ -297,7 +297,8 @@ class Forecast:
             return None
         if precision not in self._engines:
             self._engines[precision] = None  # of a file that can't be emulated
-            self._engines[precision] = (IntegerEmulator if precision in WAYS else Emulator)(source, precision)
+            own = precision in WAYS
+            self._engines[precision] = IntegerEmulator(source, precision) if own else Emulator(source, precision)
         return self._engines[precision]
 
 

@@ -45,7 +45,8 @@ def measure(
         if (problem := incomparable(name, candidate[name], expected)) is not None:
             return Measurement(n=len(expected) if expected.ndim else 0, problem=problem)
         parts.append(_distance(candidate[name], expected, _scale_of(name, expected, scales)))
-    worst, flips = max(parts, key=lambda part: part.error), None
+    worst = max(parts, key=lambda part: part.error)
+    flips: Flips | None = None
     if (name := labelled(reference)) is not None:
         scores = reference[name]
         flips = count_flips(candidate[name], scores, bound=bound, of=_scale_of(name, scores, scales))
