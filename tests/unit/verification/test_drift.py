@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,9 +24,13 @@ STRICT = RunSettings()
 FEEDS = {"input": np.random.default_rng(0).random((6, 1, 28, 28), dtype=np.float32)}
 
 
+def engine(opener: Callable[..., Runner]) -> RunnerSpec:
+    return RunnerSpec("odd", "cpu", MODEL_ONNX, opener, lambda _: None)
+
+
 def emulated(precision: str) -> RunnerSpec:
     """An engine that computes in one precision, whatever its settings are."""
-    return RunnerSpec("gpu", "cpu", MODEL_ONNX, lambda bundle, *_: EmulatedRunner(bundle, precision), lambda _: None)
+    return engine(lambda bundle, *_: EmulatedRunner(bundle, precision))
 
 
 def test_a_real_engine_in_strict_float32_stays_with_its_prediction(bundle: Bundle) -> None:
@@ -46,32 +51,25 @@ def test_tf32_left_on_is_seen_from_the_first_layer_that_multiplies(bundle: Bundl
     assert [layer.error for layer in expected] == pytest.approx([layer.predicted for layer in expected])
 
 
-class _FaultyLayer(Runner):
-    """An engine with one wrong kernel: whatever follows from ``layer`` is wrong with it."""
+def faulty(layer: str, by: float) -> RunnerSpec:
+    """An engine with one wrong kernel, that of ``layer``: it changes the weight in the copy that it gets."""
 
-    def __init__(self, bundle: Bundle, layer: str, by: float) -> None:
+    def opened(bundle: Bundle, *_: object) -> Runner:
         model = onnx.load(bundle.file(MODEL_ONNX))
         node = next(node for node in model.graph.node if layer in node.output)
         weight = next(item for item in model.graph.initializer if item.name == node.input[1])
-        array = numpy_helper.to_array(weight) * np.float32(by)
-        weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(by), weight.name))
         onnx.save(model, bundle.path / MODEL_ONNX)
-        self._inner = ORT.open(bundle)
-        self.name, self.effective_device, self.description = "faulty", "cpu", {}
-        self.signature = bundle.manifest.signature
+        return ORT.open(bundle)
 
-    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self._inner.run(feeds)
+    return engine(opened)
 
 
 @pytest.mark.parametrize("wrong", range(5))
 @pytest.mark.parametrize("by", [1.01, np.nan])
 def test_the_first_layer_that_leaves_is_the_faulty_one(bundle: Bundle, wrong: int, by: float) -> None:
     names = [layer.layer for layer in layer_drift(bundle, ORT, STRICT, FEEDS, precision="float32")]
-    spec = RunnerSpec(
-        "faulty", "cpu", MODEL_ONNX, lambda opened, *_: _FaultyLayer(opened, names[wrong], by), lambda _: None
-    )
-    drift = layer_drift(bundle, spec, STRICT, FEEDS, precision="float32")
+    drift = layer_drift(bundle, faulty(names[wrong], by), STRICT, FEEDS, precision="float32")
     assert next(at for at, layer in enumerate(drift) if layer.left) == wrong
     json.dumps([asdict(layer) for layer in drift], allow_nan=False)
 
@@ -140,10 +138,7 @@ def test_a_layer_whose_emulation_is_exact_may_still_round(tmp_path: Path) -> Non
     bundle = write(tmp_path, [helper.make_node("MatMul", ["x", "m"], ["y"])], {"m": np.eye(4, dtype=np.float32)}, (4,))
     feeds = {"x": np.random.default_rng(3).standard_normal((3, 4)).astype(np.float32)}
     for by, left in ((1 + 1e-6, False), (1 + 1e-4, True)):
-        spec = RunnerSpec(
-            "odd", "cpu", MODEL_ONNX, lambda opened, *_, by=by: _FaultyLayer(opened, "y", by), lambda _: None
-        )
-        (layer,) = layer_drift(bundle, spec, STRICT, feeds, precision="float32")
+        (layer,) = layer_drift(bundle, faulty("y", by), STRICT, feeds, precision="float32")
         assert (layer.predicted, layer.left) == (0, left)
 
 
@@ -178,9 +173,7 @@ def test_runners_that_can_not_be_compared_by_layer_are_refused(bundle: Bundle) -
         raise BundleError("this engine fuses everything", remedy="Choose another")
 
     with pytest.raises(BundleError, match="fuses everything"):
-        layer_drift(
-            bundle, RunnerSpec("odd", "cpu", MODEL_ONNX, refuses, lambda _: None), STRICT, FEEDS, precision="float32"
-        )
+        layer_drift(bundle, engine(refuses), STRICT, FEEDS, precision="float32")
 
 
 def test_the_opener_of_emulations_fits(bundle: Bundle) -> None:
