@@ -492,9 +492,8 @@ def _judged(
 ) -> tuple[tuple[float | None, float | None], dict[str, Difference], list[AuditCheck]]:
     """Judge saturation by the labels, and kernels by their distance from the emulation, or else from the second kernels.
 
-    Returns:
-        The bounds of the kernels' rms and largest error, the differences, and the checks. ``predicted``: the disagreement of
-        right kernels was emulated. Otherwise the rms has a fixed bound, and the largest error has none.
+    Return the bounds of the kernels' rms and largest error, the differences, and the checks. Unless the disagreement of right
+    kernels was emulated (``predicted``), the rms has a fixed bound, and the largest error has none.
     """
     differences: dict[str, Difference] = {}
     checks: list[AuditCheck] = []

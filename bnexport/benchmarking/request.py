@@ -88,11 +88,7 @@ class BenchmarkRequest:
         )
 
     def batches_of(self, subject: Subject) -> tuple[int, ...]:
-        """Return the batch sizes of a bundle, in rising order.
-
-        Raises:
-            UsageError: The file has a fixed batch size, and another one was requested.
-        """
+        """Return the batch sizes of a bundle, in rising order; UsageError if another one than its fixed size was requested."""
         wanted = self.batches or (QUICK_BATCHES if self.quick else BATCHES)
         if (fixed := subject.fixed_batch) is None:
             return tuple(sorted(set(wanted)))
@@ -104,11 +100,7 @@ class BenchmarkRequest:
         return (fixed,)
 
     def ways(self) -> tuple[tuple[int, int], ...]:
-        """Return the pairs of threads and sessions whose product the cores allow.
-
-        Raises:
-            UsageError: A value, or every pair, is more than the cores.
-        """
+        """Return the pairs of threads and sessions that the cores allow; UsageError if there are too few cores."""
         cores = available_cores()
         threads, sessions = (
             sorted({cores if count == ALL else int(count) for count in counts})
@@ -195,11 +187,7 @@ class Variant:
 
 
 def subjects_of(request: BenchmarkRequest) -> tuple[Subject, ...]:
-    """Open the bundles, and put the file of ``--against`` before them.
-
-    Raises:
-        BundleError: A folder is not a bundle.
-    """
+    """Open the bundles (BundleError), and put the file of ``--against`` before them."""
     labels = (chr(ord("A") + number) if number < 26 else f"A{number}" for number in itertools.count())
     found = [Subject(label, str(path), Bundle.open(path)) for label, path in zip(labels, request.bundles, strict=False)]
     bare = [] if request.against is None else [Subject("-", str(request.against), found[0].bundle, request.against)]
@@ -211,9 +199,7 @@ def variants_of(
 ) -> tuple[list[Variant], dict[str, str]]:
     """Return the variants in the order of the table, and runtime -> why it is left out.
 
-    Raises:
-        BundleError: No runtime can read a file of the bundles.
-        UsageError: See ``batches_of`` and ``ways``.
+    BundleError if no runtime can read a file of the bundles; UsageError as in ``batches_of`` and ``ways``.
     """
     found, left = [], {}
     for subject in subjects:

@@ -145,15 +145,12 @@ def measure(
 
 
 class Worker:
-    """The parent's side of one process. Open with ``with``; it ends with the block.
+    """The parent's side of one process; it ends with the ``with`` block. RuntimeUnavailable if it can't open its file.
 
     Args:
         name: The runtime, for messages.
-        request: Keys of ``_sessions``: "bundle" and "manifest", or "file"; "runtime", "threads", "sessions", "batches" (in
-            rising order), and "inputs", the folder that ``save_inputs`` wrote.
-
-    Raises:
-        RuntimeUnavailable: Python can't be started, or the process can't open its file.
+        request: "bundle" and "manifest", or "file"; "runtime", "threads", "sessions", "batches" (in rising order), and
+            "inputs", the folder that ``save_inputs`` wrote.
     """
 
     def __init__(self, name: str, request: Mapping[str, Any]) -> None:

@@ -132,12 +132,7 @@ class Forecast:
         return case.head(min(case.batch.n, n, n if most is None else most))
 
     def exact(self, case: Case) -> Outputs:
-        """Return the file's outputs in float64 for the front of a batch: output name -> (n, ...).
-
-        Raises:
-            BundleError: The file can't be evaluated.
-            ProofError: The evaluation left float64.
-        """
+        """Return the file's outputs in float64 for the front of a batch; errors are those of ``Float64Evaluator``."""
         if case.batch.name not in self._exact:
             assert self._model is not None, "the model must be readable"
             self._evaluator = self._evaluator or Float64Evaluator(self._model)

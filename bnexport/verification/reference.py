@@ -53,11 +53,7 @@ class Reference:
         self._module = private_copy(module, "cpu", torch.float64)
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Evaluate in float64: input name -> (n, ...) to output name -> (n, ...).
-
-        Raises:
-            ModelError: The module can't run in float64, or gives other outputs than the signature's.
-        """
+        """Evaluate in float64, input name -> (n, ...) to output name -> (n, ...); ModelError if the module can't."""
         size = len(feeds[self._signature.inputs[0].name])
         # A batch dimension that is fixed can't be cut; an empty batch still has to go through once.
         elements = sum(array.size for array in feeds.values()) // max(size, 1)

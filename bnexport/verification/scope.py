@@ -16,7 +16,7 @@ class Scope:
     """Settings that each runtime is run with. Every combination is a separate run.
 
     Raises:
-        UsageError: A value that is not known, or no value at all.
+        UsageError: A value is unknown, or no value is given.
     """
 
     #: Precisions of the kernels: "float32" (stage 2), "tf32" (stage 3). None: float32, and each runtime's serving
