@@ -55,7 +55,7 @@ def on_dataset(
     check_dataset(
         manifest.dataset,
         preprocessing=manifest.preprocessing if len(manifest.signature.inputs) == 1 else None,
-        remedy="Run bnexport fold-and-export again with --mean and --std",
+        remedy="Export it again: bnexport fold-and-export with --mean and --std",
         data_dir=place,
         labels=manifest.classes,
         scores=score_count(manifest.signature),
