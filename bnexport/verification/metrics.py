@@ -47,9 +47,9 @@ def measure(
         parts.append(_distance(candidate[name], expected, _scale_of(name, expected, scales)))
     worst = max(parts, key=lambda part: part.error)
     flips: Flips | None = None
-    if (name := labelled(reference)) is not None:
-        scores = reference[name]
-        flips = count_flips(candidate[name], scores, bound=bound, of=_scale_of(name, scores, scales))
+    if (scored := labelled(reference)) is not None:
+        scores = reference[scored]
+        flips = count_flips(candidate[scored], scores, bound=bound, of=_scale_of(scored, scores, scales))
     return Measurement(worst.error, max(part.max_abs for part in parts), worst.rms, worst.n, "", flips)
 
 
