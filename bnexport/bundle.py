@@ -99,6 +99,11 @@ class Manifest:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     @property
+    def precision(self) -> str:
+        """Precision of the weights in the files: a key of STORED_PRECISIONS."""
+        return str(self.onnx.get("precision", "float32"))
+
+    @property
     def takes_pixels(self) -> bool:
         """True if the input of the files is uint8 pixels, channels first, and the files convert them."""
         return self.onnx.get("input_type") == "uint8"

@@ -33,8 +33,10 @@ _FLAGS = (
 )  # fmt: skip
 #: Option -> argument in Python, if the names differ in more than hyphens.
 _ARGUMENTS = {"model-option": "model_options", "format": "formats"}
-#: An option, its value in capitals or digits, and the command before it; value and command are optional.
-_OPTION = re.compile(r"(?P<command>bnexport [a-z-]+ )?--(?P<name>[a-z][a-z-]*[a-z])(?P<value> (?=[A-Z0-9]|folder:))?")
+#: An option, its value in capitals, digits or quotes, and the command before it; value and command are optional.
+_OPTION = re.compile(
+    r"(?P<command>bnexport [a-z-]+ )?--(?P<name>[a-z][a-z-]*[a-z])" r"""(?P<value> (?=[A-Z0-9'"]|folder:))?"""
+)
 
 
 def _in_python(text: str) -> str:

@@ -21,7 +21,7 @@ from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.folding.pixel_input import pixel_model
 from bnexport.onnx_files.float64 import widen_array
-from bnexport.onnx_files.models import multiplications
+from bnexport.onnx_files.models import work_of
 from bnexport.onnx_files.normalisation import upgraded
 from bnexport.pipeline import Source, onnx_facts, publish, with_int8
 from bnexport.progress import Progress, silent
@@ -29,7 +29,7 @@ from bnexport.quantization.int8_plan import OLDEST_OPSET
 from bnexport.quantization.moments import Seen, seen_in_file
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import Array, Signature, TensorSpec
-from bnexport.verification.budget import budget_of
+from bnexport.verification.budget import Work, budget_of
 from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.golden import golden_inputs, real_images
 from bnexport.verification.inputs import Case, build_suite, score_count
@@ -175,8 +175,9 @@ def _judged(
         return report
     golden, _ = bundle.golden()
     engine = evaluator(original)
-    cost = max(1, multiplications(original, {name: array.shape[1:] for name, array in golden.items()}))
-    budget = budget_of(cost, thorough=request.thorough, most=_MOST_JUDGED)
+    cost, values = work_of(original, {name: array.shape[1:] for name, array in golden.items()})
+    kept = sum(array.nbytes // len(array) for array in golden.values())
+    budget = budget_of(Work(cost, kept, values), thorough=request.thorough, most=_MOST_JUDGED)
     place = request.images_at(request.dataset)
     suite = build_suite(manifest, golden, data_dir=place, seed=0, budget=budget)
     if suite.labels is None:

@@ -98,18 +98,15 @@ def model_hash(bundle: Bundle) -> str:
 
 
 def write_tuning(bundle_folder: str | Path, tuning: Tuning) -> Path:
-    """Write tuned.json into a bundle's directory, whole or not at all, and return its path.
-
-    Raises:
-        BundleError: ``read_tuning`` would refuse the content.
-        OutputError: The folder can't be written.
-    """
+    """Write tuned.json into a bundle's directory, whole or not at all; BundleError if ``read_tuning`` would refuse it."""
     content = (json.dumps(tuning.to_json(), indent=1, allow_nan=False) + "\n").encode()
     path = Path(bundle_folder, TUNED)
     try:
         _parsed(content)
     except Refusal as refusal:
-        raise BundleError(f"{path} is not written, because it {refusal}", remedy="Measure again") from refusal
+        raise BundleError(
+            f"{path} is not written, because it {refusal}", remedy="Run bnexport benchmark again"
+        ) from refusal
     write_atomically(path, content)
     return path
 
@@ -172,15 +169,19 @@ def _parsed(content: bytes) -> Tuning:
     """Validate the bytes of a file; Refusal with the end of a sentence."""
     value = parse_json(content, max_bytes=limit("tuning-bytes"))
     _need_keys(value, ("format", "format_version", *(item.name for item in fields(Tuning))), "the file")
-    if value["format"] != _FORMAT or value["format_version"] != _FORMAT_VERSION:
-        raise Refusal(f"is not a {_FORMAT} of format version {_FORMAT_VERSION}")
+    for name, expected in (("format", _FORMAT), ("format_version", _FORMAT_VERSION)):
+        if value[name] != expected:
+            raise Refusal(f"has the {name} {_found(value[name])}, expected {expected}")
     _need_keys(value["machine"], ("cpu", "cores"), "machine")
     machine = Machine(_text(value["machine"]["cpu"], "cpu"), _whole(value["machine"]["cores"], "cores", 65_536))
-    if not isinstance(value["versions"], dict) or not isinstance(value["choices"], dict) or not value["choices"]:
-        raise Refusal("has no object of versions, or no choice")
+    for name in ("versions", "choices"):
+        if not isinstance(value[name], dict):
+            raise Refusal(f"has {name} that are not an object: {_found(value[name])}")
+    if not value["choices"]:
+        raise Refusal("has no choice")
     found = {_text(name, "versions"): _text(version, "versions") for name, version in value["versions"].items()}
     if not isinstance(value["model_sha256"], str) or not re.fullmatch("[0-9a-f]{64}", value["model_sha256"]):
-        raise Refusal("has no SHA-256 of the model file")
+        raise Refusal(f"has the model_sha256 {_found(value['model_sha256'])}, which is not a SHA-256")
     if unknown := set(value["choices"]) - set(GOALS):
         raise Refusal(f"has the unknown goal {shown(min(unknown))}")
     choices: dict[Goal, Choice] = {
@@ -193,27 +194,37 @@ def _choice(value: Any, goal: str) -> Choice:
     _need_keys(value, tuple(item.name for item in fields(Choice)), f"the choice for {goal}")
     runtime = value["runtime"]
     if not isinstance(runtime, str) or len(runtime) > _TEXT or not _RUNTIME.fullmatch(runtime):
-        raise Refusal("has a runtime that is not a runtime's name")
+        raise Refusal(f"has the runtime {_found(runtime)}, which is not a name")
     values: dict[str, Any] = {name: _whole(value[name], name, most) for name, most in _MOST.items()}
     for name in ("p50_ms", "images_per_second", "cpu_us_per_image"):
         if type(value[name]) not in (int, float) or value[name] < 0:
-            raise Refusal(f"has a value of {name} that is not a number from 0")
+            raise Refusal(f"has {_found(value[name])} as {name}, which must be a number from 0")
         values[name] = value[name]
     return Choice(runtime=runtime, **values)
 
 
 def _need_keys(value: Any, keys: tuple[str, ...], what: str) -> None:
-    if not isinstance(value, dict) or set(value) != set(keys):
-        raise Refusal(f"has missing or unknown keys in {what}")
+    if not isinstance(value, dict):
+        raise Refusal(f"has {_found(value)} as {what}, which must be an object")
+    if odd := set(value) ^ set(keys):
+        name = min(odd)
+        raise Refusal(
+            f"{'lacks' if name in keys else 'has'} the key {shown(name)} in {what}, which has {', '.join(keys)}"
+        )
+
+
+def _found(value: Any) -> str:
+    """Quote an untrusted value for a sentence."""
+    return str(value) if type(value) in (int, float, bool) else shown(str(value))
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or len(value) > _TEXT or not value.isprintable():
-        raise Refusal(f"has a text in {name} that is not plain, or longer than {_TEXT} characters")
+        raise Refusal(f"has {_found(value)} in {name}, which must be a printable text of at most {_TEXT} characters")
     return value
 
 
 def _whole(value: Any, name: str, most: int) -> int:
     if type(value) is not int or not 1 <= value <= most:  # not isinstance: true is not a number
-        raise Refusal(f"has a number of {name} that is not a whole number from 1 to {most}")
+        raise Refusal(f"has {_found(value)} as {name}, which must be a whole number from 1 to {most}")
     return value

@@ -44,11 +44,8 @@ def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]
 
     A bisection: the tool is wrong with the BatchNorms up to this one visible, and right with only those before it. It takes one
     run of the tool per step, and one to check that the tool is right with all BatchNorms hidden. The result is "" without a
-    BatchNorm, if the tool is wrong for another reason, or if it fails on the changed network.
-
-    Args:
-        subject: The network; it is not changed.
-        is_wrong: Runs the tool on an equivalent module and compares its outputs. An exception ends the search.
+    BatchNorm, if the tool is wrong for another reason, or if it fails on the changed network. ``is_wrong`` runs the tool on an
+    equivalent module.
     """
     names = calls_in_order(subject)
     try:
@@ -167,8 +164,8 @@ def _control_row(tool: Tool, subject: AuditedNetwork) -> AuditRow:
     if found.worst.problem or found.worst.error > _HOPELESS:
         why = found.worst.problem or f"its error is {found.worst.error:.1e} of scale"
         raise ModelError(
-            f"the network in its own precision does not match float64: {why}",
-            remedy="Audit it in float32, and check its weights: tools can't be judged by it",
+            f"the network in its own precision does not match float64, so it can't be used to judge tools: {why}",
+            remedy="Audit it in float32, and check its weights",
         )
     return AuditRow(tool.name, "right", True, found.batch_norms, found.worst.error, batches=found.batches)
 

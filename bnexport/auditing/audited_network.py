@@ -62,13 +62,8 @@ class AuditedNetwork:
 def audited_network(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: int = 0) -> AuditedNetwork:
     """Copy a network and compute its outputs in float64; the network itself is not changed.
 
-    Batch sizes that the network refuses are left out, except the first one. Untrained BatchNorms get random numbers in the
-    copy.
-
-    Args:
-        module: The user's network.
-        inputs: One per argument of forward.
-        seed: Random seed of the inputs.
+    ``inputs`` has one item per argument of forward. Batch sizes that the network refuses are left out, except the first one.
+    Untrained BatchNorms get random numbers in the copy.
 
     Raises:
         ModelError: It can't be copied or run, or its outputs in float64 are not finite, not float64, or not reproducible.
@@ -80,7 +75,8 @@ def audited_network(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: i
     probes = tuple(probe for probe in drawn if _runs(copied, probe, required=batch_of(probe) == BATCHES[0]))
     wide = private_copy(copied, "cpu", torch.float64)
     expected = tuple(_answer(wide, probe) for probe in probes)
-    if _largest_difference(_answer(wide, probes[0]), expected[0]) > _REPEAT:
+    again = _answer(wide, probes[0])
+    if deviation(list(again.values()), expected[0], common_scales((again, expected[0]))).error > _REPEAT:
         raise ModelError(
             "the network's outputs change from call to call, so they can't be compared",
             remedy="Remove random numbers and state between calls from its forward",
@@ -177,8 +173,3 @@ def _no_reference(why: str) -> BnexportError:
         f"the network can't be evaluated in float64: {why}",
         remedy="Remove fixed float32 casts and tensors from its forward, and check its weights",
     )
-
-
-def _largest_difference(first: dict[str, Array], second: dict[str, Array]) -> float:
-    scales = common_scales((first, second))
-    return deviation(list(first.values()), second, scales).error

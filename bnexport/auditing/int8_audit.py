@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing
 from bnexport.data.samples import load_samples
-from bnexport.errors import (
-    BnexportError,
-    DataError,
-    ExportError,
-    ModelError,
-    RuntimeUnavailable,
-    UsageError,
-)
+from bnexport.errors import BnexportError, DataError, ExportError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.exporting.request import InputSpec, image_preprocessing
 from bnexport.exporting.signature import signature_of_file
 from bnexport.files import refuse_existing_file, write_atomically
@@ -32,15 +25,7 @@ from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import LINEAR, multiplications, read_model, read_screened
 from bnexport.optional import installed, one_line
 from bnexport.quantization.integer_emulation import EXACT, LAST_BIT, SATURATING, Int8Layer, IntegerEmulator, int8_layers
-from bnexport.quantization.writer import (
-    DYNAMIC,
-    LayerRisk,
-    as_qdq,
-    dynamic_risks,
-    is_int8_model,
-    node_name,
-    repaired,
-)
+from bnexport.quantization.writer import DYNAMIC, LayerRisk, as_qdq, dynamic_risks, is_int8_model, node_name, repaired
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.onnxruntime_session import load_engine, open_session
 from bnexport.runtimes.openvino import OpenVinoRunner
@@ -278,7 +263,7 @@ def audit_int8(
         model: The model as its tool wrote it; not changed.
         kernels: Name of a setting of an engine -> the model run with it; the first is the engine's default.
         feeds: Samples by name of input; None: synthetic ones in the range of the input.
-        described: What the samples are.
+        described: Description of the samples.
         reference: The float32 model from which the int8 model was made.
         unavailable: Name of a setting that can't run the model here -> why.
 
@@ -295,9 +280,8 @@ def audit_int8(
     size = max(1, int(np.clip(_BUDGET / multiplications(plain), _FEWEST, _MOST)))
     real = feeds is not None
     feeds = _front(feeds, size) if feeds is not None else _synthetic(plain, min(size, _SYNTHETIC))
-    samples = f"{len(next(iter(feeds.values())))} " + (
-        f"samples of {described or 'the caller'}" if real else "synthetic samples"
-    )
+    kind = f"samples of {described or 'the caller'}" if real else "synthetic samples"
+    samples = f"{len(next(iter(feeds.values())))} {kind}"
     checks = [_risk_check(risks, layers, plain, unread), AuditCheck("note", "this machine", instructions())]
     # The emulation does not cover saturation in layers whose scales are computed at run time.
     saturates = any(layer.can_saturate for layer in layers) and not dynamic
@@ -345,55 +329,73 @@ def _emulated(model: ModelProto, feeds: Mapping[str, Array], ways: Sequence[str]
         return {}, one_line(error, 90)
 
 
+def _stored(model: ModelProto) -> dict[str, TensorProto]:
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def _inputs(model: ModelProto) -> list[ValueInfoProto]:
+    """Return the inputs that are not stored in the file."""
+    stored = _stored(model)
+    return [value for value in model.graph.input if value.name not in stored]
+
+
+def _decoders(model: ModelProto) -> dict[str, NodeProto]:
+    """Return value -> the DequantizeLinear that makes it."""
+    return {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+
+
 def _unsigned(model: ModelProto) -> int:
     """Return the number of layers with stored uint8 weights."""
-    return sum(_weight_type(node, model) == np.uint8 for node in model.graph.node if node.op_type in LINEAR + DYNAMIC)
+    linear = [node for node in model.graph.node if node.op_type in LINEAR + DYNAMIC]
+    return sum(_weight_type(node, model) == TensorProto.UINT8 for node in linear)
 
 
 def _unread(model: ModelProto, layers: Sequence[Int8Layer]) -> int:
     """Return the number of layers that multiply codes by int8 codes which are not stored plainly in the file."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    stored, decoders = _stored(model), _decoders(model)
     read, count = {layer.output for layer in layers}, 0
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.output[0] in read or node.input[0] not in decoders:
             continue
         weight = decoders.get(node.input[1])
         zero = weight.input[2] if weight is not None and len(weight.input) > 2 else ""
-        unsigned = weight is not None and types.get(zero or weight.input[0]) == TensorProto.UINT8
+        typed = stored.get(zero or weight.input[0]) if weight is not None else None
+        unsigned = typed is not None and typed.data_type == TensorProto.UINT8
         count += node.input[1] not in stored and not unsigned
     return count
 
 
-def _weight_type(node: NodeProto, model: ModelProto) -> Any:
-    """Return the type of a layer's stored weight codes; None for a weight in float."""
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    decoders = {other.output[0]: other for other in model.graph.node if other.op_type == "DequantizeLinear"}
+def _weight_type(node: NodeProto, model: ModelProto) -> int | None:
+    """Return TensorProto's type of a layer's stored weight codes; None for a weight in float."""
+    stored, decoders = _stored(model), _decoders(model)
     name = node.input[1] if len(node.input) > 1 else ""
     name = decoders[name].input[0] if name in decoders else name
-    kind = numpy_helper.to_array(stored[name]).dtype if name in stored else None
-    return kind if kind in (np.int8, np.uint8) else None
+    kind = stored[name].data_type if name in stored else None
+    return kind if kind in (TensorProto.INT8, TensorProto.UINT8) else None
 
 
 def _risk_check(risks: Sequence[LayerRisk], layers: Sequence[Int8Layer], model: ModelProto, unread: int) -> AuditCheck:
-    count, unsafe = sum(risk.channels for risk in risks), [risk for risk in risks if risk.saturating]
-    notes = [f"{sum(layer.depthwise for layer in layers)} depthwise layers are exempt"] * any(
-        layer.depthwise for layer in layers
-    )
-    notes += [f"{_unsigned(model)} layers have uint8 weights, which are exempt"] * (_unsigned(model) > 0)
-    notes += [f"the weights of {unread} layers could not be read"] * (unread > 0)
-    if len(risks) > len(layers):
-        notes.append("scales that are computed at run time: the effect is measured on this machine only")
+    unsafe = [risk for risk in risks if risk.saturating]
+    depthwise, unsigned = sum(layer.depthwise for layer in layers), _unsigned(model)
+    dynamic = "scales that are computed at run time: the effect is measured on this machine only"
+    notes = [
+        note
+        for holds, note in (
+            (depthwise, f"{depthwise} depthwise layers are exempt"),
+            (unsigned, f"{unsigned} layers have uint8 weights, which are exempt"),
+            (unread, f"the weights of {unread} layers could not be read"),
+            (len(risks) > len(layers), dynamic),
+        )
+        if holds
+    ]
     if not unsafe:
         text = "; ".join([f"no channel of {len(risks)} int8 layers can saturate, on any instruction set", *notes])
         return AuditCheck("note" if unread else "right", "16-bit saturation", text)
     listed = ", ".join(f"{risk.name} ({risk.saturating} of {risk.channels})" for risk in unsafe[:_SHOWN])
     listed += ", ..." if len(unsafe) > _SHOWN else ""
-    total = sum(risk.saturating for risk in unsafe)
-    text = (
-        f"{total} of {count} channels can saturate, in {len(unsafe)} of {len(risks)} int8 layers, {_SATURATE}: {listed}"
-    )
+    total, count = sum(risk.saturating for risk in unsafe), sum(risk.channels for risk in risks)
+    where = f"in {len(unsafe)} of {len(risks)} int8 layers"
+    text = f"{total} of {count} channels can saturate, {where}, {_SATURATE}: {listed}"
     return AuditCheck("note", "16-bit saturation", "; ".join([text, *notes]))
 
 
@@ -424,15 +426,12 @@ def _front(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
 
 def _synthetic(model: ModelProto, n: int) -> dict[str, Array]:
     """Return samples of different brightness with noise, over the range that the input's codes represent."""
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    rng, feeds = np.random.default_rng(0), {}
-    for value in model.graph.input:
-        if value.name in stored:
-            continue
+    stored, rng, feeds = _stored(model), np.random.default_rng(0), {}
+    for value in _inputs(model):
         dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim][1:]
         kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         if not all(dim > 0 for dim in dims) or kind.kind not in "fiu":
-            raise DataError(f"{value.name!r} has an open size", remedy="Give inputs with --samples FILE.npy")
+            raise DataError(f"the input {value.name!r} has an open size", remedy="Give inputs with --samples FILE.npy")
         low, high = (0.0, 255.0) if kind.kind in "iu" else (-1.0, 1.0)
         for node in model.graph.node:
             if node.op_type == "QuantizeLinear" and node.input[0] == value.name and (limits := _limits(node, stored)):
@@ -456,11 +455,13 @@ def _limits(node: NodeProto, stored: Mapping[str, Any]) -> tuple[float, float] |
 
 def _batches(feeds: Mapping[str, Array], model: ModelProto) -> Iterator[dict[str, Array]]:
     """Yield samples in batches of the size that the file declares, or of _CHUNK."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    dims = next(value for value in model.graph.input if value.name not in stored).type.tensor_type.shape.dim
+    dims = _inputs(model)[0].type.tensor_type.shape.dim
     n, fixed = len(next(iter(feeds.values()))), dims[0].dim_value if dims else 0
     if fixed and n % fixed:
-        raise DataError(f"the file takes batches of {fixed}, but there are {n} samples", remedy="Give a multiple of it")
+        raise DataError(
+            f"the file takes batches of {fixed}, but there are {n} samples",
+            remedy=f"Give a multiple of {fixed} samples",
+        )
     for at in range(0, n, fixed or _CHUNK):
         yield {name: array[at : at + (fixed or _CHUNK)] for name, array in feeds.items()}
 
@@ -491,9 +492,8 @@ def _judged(
 ) -> tuple[tuple[float | None, float | None], dict[str, Difference], list[AuditCheck]]:
     """Judge saturation by the labels, and kernels by their distance from the emulation, or else from the second kernels.
 
-    Returns:
-        The bounds of the kernels' rms and largest error, the differences, and the checks. ``predicted``: the disagreement of
-        right kernels was emulated. Otherwise the rms has a fixed bound, and the largest error has none.
+    Return the bounds of the kernels' rms and largest error, the differences, and the checks. Unless the disagreement of right
+    kernels was emulated (``predicted``), the rms has a fixed bound, and the largest error has none.
     """
     differences: dict[str, Difference] = {}
     checks: list[AuditCheck] = []
@@ -536,7 +536,7 @@ def _inside(
     model: ModelProto, layers: Sequence[Int8Layer], feeds: Mapping[str, Array]
 ) -> tuple[AuditCheck, dict[str, Array]]:
     """Return the ranges that clip on the samples, and the means of each layer's input channels."""
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    stored = _stored(model)
     coded = [
         (node, limits)
         for node in model.graph.node
@@ -560,9 +560,8 @@ def _inside(
             sums[layer.output] = sums.get(layer.output, 0.0) + means * len(array) / n
     clipped = sorted(((share, name) for name, share in outside.items() if share > _CLIPPED), reverse=True)
     listed = ", ".join(f"{name} ({share:.2g})" for share, name in clipped[:_SHOWN])
-    text = f"{len(clipped)} of {len(coded)} ranges cut more than {_CLIPPED:.0%} of the values" + f": {listed}" * bool(
-        listed
-    )
+    text = f"{len(clipped)} of {len(coded)} ranges cut more than {_CLIPPED:.0%} of the values"
+    text += f": {listed}" if listed else ""
     return AuditCheck("note" if clipped else "right", "ranges on the samples", text), sums
 
 
@@ -570,9 +569,7 @@ def _against(
     reference: ModelProto, feeds: Mapping[str, Array], found: Mapping[str, Outputs], differences: dict[str, Difference]
 ) -> Iterator[AuditCheck]:
     """Yield the distance of every way of computing the file from the float32 file in float64."""
-    names = [
-        value.name for value in reference.graph.input if value.name not in {t.name for t in reference.graph.initializer}
-    ]
+    names = [value.name for value in _inputs(reference)]
     remedy = "Give the float32 file from which the int8 file was made"
     if len(names) != len(feeds):
         raise ModelError(f"the reference takes {len(names)} inputs, the int8 file {len(feeds)}", remedy=remedy)

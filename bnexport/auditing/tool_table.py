@@ -47,10 +47,9 @@ def _later(function: str, **options: Any) -> Callable[[ToolInput], AbstractConte
     """Return a function of ``auditing.tools``, which is imported at the first call."""
 
     def open_tool(job: ToolInput) -> AbstractContextManager[Product]:
-        opened: AbstractContextManager[Product] = getattr(importlib.import_module(f"{__package__}.tools"), function)(
-            job, **options
-        )
-        return opened
+        tool: Callable[..., AbstractContextManager[Product]]
+        tool = getattr(importlib.import_module(f"{__package__}.tools"), function)
+        return tool(job, **options)
 
     return open_tool
 

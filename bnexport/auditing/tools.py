@@ -229,15 +229,8 @@ def export(job: ToolInput, *, optimize: bool) -> onnx.ModelProto:
 
 
 def _exported(job: ToolInput, shapes: Any, *, optimize: bool) -> onnx.ModelProto:
-    program: Any = torch.onnx.export(
-        job.module,
-        job.example,
-        dynamic_shapes=shapes,
-        dynamo=True,
-        optimize=optimize,
-        external_data=False,
-        verbose=False,
-    )
+    options: dict[str, Any] = {"dynamo": True, "optimize": optimize, "external_data": False, "verbose": False}
+    program: Any = torch.onnx.export(job.module, job.example, dynamic_shapes=shapes, **options)
     if not optimize:
         # Otherwise a convolution's missing bias is a computed zero, and other tools do not find the BatchNorm after it.
         onnxscript.optimizer.fold_constants(program.model)
@@ -276,5 +269,4 @@ def _session(model: onnx.ModelProto, level: str, *, optimised: str = "") -> Any:
 
 def _run(session: Any, probe: tuple[Tensor, ...]) -> list[Array]:
     names = [item.name for item in session.get_inputs()]
-    outputs: list[Array] = session.run(None, {n: t.numpy() for n, t in zip(names, probe, strict=True)})
-    return outputs
+    return list(session.run(None, {name: tensor.numpy() for name, tensor in zip(names, probe, strict=True)}))

@@ -11,15 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bnexport.benchmarking.report import (
-    UNKNOWN,
-    BenchmarkReport,
-    Loaded,
-    Round,
-    RuntimeVerdict,
-    results_of,
-    verdict_on,
-)
+from bnexport.benchmarking.report import UNKNOWN, BenchmarkReport, Loaded, Round, RuntimeVerdict, results_of, verdict_on
 from bnexport.benchmarking.request import BARE, BenchmarkRequest, Subject, Variant, subjects_of, variants_of
 from bnexport.benchmarking.worker import MOST_INPUTS, Worker, save_inputs
 from bnexport.environment import available_memory, cpu_name, cpu_state, environment
@@ -96,12 +88,7 @@ def benchmark(request: BenchmarkRequest, *, progress: Progress = silent) -> Benc
 
 
 def save_tunings(report: BenchmarkReport) -> list[Path]:
-    """Write tuned.json into each bundle that has a right variant; return the files.
-
-    Raises:
-        RuntimeUnavailable: No winner is named, because the machine was busy.
-        OutputError: A bundle's folder can't be written.
-    """
+    """Write tuned.json into each bundle with a right variant; RuntimeUnavailable if the machine was busy."""
     if report.busy:
         raise RuntimeUnavailable(f"tuned.json is not written: {report.busy}", remedy="Measure on an idle machine")
     written = []
@@ -136,26 +123,25 @@ def _load(
 ) -> dict[tuple[str, str, int, int], Worker]:
     """Start one process per runtime, threads and sessions; ``left`` gets those that can't open their file.
 
-    Raises:
-        UsageError: The memory does not allow a process, or the file of ``--against`` can't be run.
-        RuntimeUnavailable: No process of a bundle could be started.
+    UsageError if the memory does not allow a process or the file of ``--against`` can't be run; RuntimeUnavailable if no
+    process of a bundle could be started.
     """
     workers: dict[tuple[str, str, int, int], Worker] = {}
     keys = dict.fromkeys(variant.process for variant in variants)
     largest = 0
     for number, key in enumerate(keys):
         same = [variant for variant in variants if variant.process == key]
-        runtime, name = same[0].runtime, f"{same[0].subject.label} {same[0].runtime}"
+        runtime, subject = same[0].runtime, same[0].subject
         progress("loading", number, len(keys))
-        if name in left:
+        if (name := f"{subject.label} {runtime}") in left:
             continue
         _need_memory(same[0], largest)
         try:
             workers[key] = worker = stack.enter_context(Worker(runtime, _request(same, folder)))
         except RuntimeUnavailable as error:
-            if same[0].subject.file is not None:
+            if subject.file is not None:
                 raise UsageError(
-                    f"--against {same[0].subject.name} can't be run: {error.message}",
+                    f"--against {subject.name} can't be run: {error.message}",
                     remedy="Give an ONNX file that takes the inputs of the first bundle",
                 ) from error
             left[name] = error.message
@@ -163,7 +149,9 @@ def _load(
         largest = max(largest, *worker.loaded["memory"].values())
     if not any(runtime != BARE for _, runtime, _, _ in workers):
         reason = next(reversed(left.values()), "")
-        raise RuntimeUnavailable(f"no variant could be loaded: {reason}", remedy="bnexport verify lists the causes")
+        raise RuntimeUnavailable(
+            f"no runtime could load its file: {reason}", remedy="Run bnexport verify to see the causes"
+        )
     return workers
 
 
@@ -184,14 +172,11 @@ def _request(same: Sequence[Variant], folder: Path) -> dict[str, Any]:
 
 
 def _need_memory(variant: Variant, largest: int) -> None:
-    """Refuse a process that needs more memory than the machine has left.
-
-    ``largest`` is the peak of the processes so far, which the next one may reach too.
-    """
+    """Refuse a process that needs more memory than is free; it may need as much as the ``largest`` process so far."""
     need = max(largest, _PROCESS_BYTES + _COPIES * variant.sessions * variant.subject.size(variant.runtime))
     if (free := available_memory()) is not None and need > free:
         raise UsageError(
-            f"{variant.name} needs about {need / 1e6:.0f} MB of memory, {free / 1e6:.0f} MB are free",
+            f"{variant.name} needs about {need / 1e6:.0f} MB of memory, but {free / 1e6:.0f} MB are free",
             remedy="Give fewer sessions, thread counts, runtimes or bundles",
         )
 
@@ -221,10 +206,9 @@ def _verdicts(
                 report = verify(subject.bundle, runtimes=new, scope=scope, progress=_named(part))
             except Unavailable as error:
                 found |= {(subject.label, runtime): RuntimeVerdict(UNKNOWN, error.message) for runtime in new}
-            else:
-                found |= {
-                    (subject.label, runtime): verdict_on(report, runtime, subject.manifest, "now") for runtime in new
-                }
+                continue
+            for runtime in new:
+                found[subject.label, runtime] = verdict_on(report, runtime, subject.manifest, "now")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bnexport.benchmarking.request import Subject, Variant
@@ -231,8 +231,8 @@ class Recommendation:
             "throughput": f"{self.best.images_per_second:,.0f} images/s",
             "cpu": f"{self.best.cpu_per_image * 1e6:.3g} us CPU per image",
         }[self.goal]
-        others = f"; no difference to {len(self.ties)} other rows" if len(self.ties) > 1 else ""
-        others = f"; no difference to {self.ties[0].variant.name}" if len(self.ties) == 1 else others
+        tied = self.ties[0].variant.name if len(self.ties) == 1 else f"{len(self.ties)} other rows"
+        others = f"; no difference to {tied}" if self.ties else ""
         return f"{GOALS[self.goal][0]}: {self.best.variant.name} ({figure}{others})"
 
 
@@ -247,17 +247,13 @@ def recommendations(results: Sequence[Result]) -> tuple[Recommendation, ...]:
     for goal in GOALS if allowed else ():
         figures = {id(result): per_round(result, goal) for result in allowed}
         first = min(allowed, key=lambda result: statistics.median(figures[id(result)]))
-        same = [first, *_same_as(first, allowed, figures)]
-        near = [result for result in same if abs(ratio(figures[id(result)], figures[id(first)]).value - 1) <= SIMILAR]
+        base = figures[id(first)]
+        others = [result for result in allowed if result is not first]
+        same = [first, *(result for result in others if ratio(figures[id(result)], base).holds_one)]
+        near = [result for result in same if abs(ratio(figures[id(result)], base).value - 1) <= SIMILAR]
         best = min(near, key=lambda result: (result.variant.cores, statistics.median(figures[id(result)])))
         found.append(Recommendation(goal, best, tuple(result for result in same if result is not best)))
     return tuple(found)
-
-
-def _same_as(first: Result, results: Sequence[Result], figures: Mapping[int, list[float]]) -> list[Result]:
-    """Return the other rows without a measured difference."""
-    others = [result for result in results if result is not first]
-    return [result for result in others if ratio(figures[id(result)], figures[id(first)]).holds_one]
 
 
 @dataclass(frozen=True)
@@ -273,7 +269,7 @@ class BenchmarkReport:
     seconds: float  # Seconds of measurement per variant
     rounds: int  # Requested rounds
     interrupted: bool = False
-    busy_limit: float = field(default=BUSY_LIMIT)
+    busy_limit: float = BUSY_LIMIT
 
     @property
     def busy(self) -> str:

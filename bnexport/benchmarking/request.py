@@ -44,7 +44,7 @@ class BenchmarkRequest:
 
     def __post_init__(self) -> None:
         if not self.bundles:
-            raise UsageError("no bundle was given", remedy="Give at least one bundle")
+            raise UsageError("no bundle is given", remedy="Give at least one")
         for first, second in itertools.combinations(self.bundles, 2):
             if first.resolve() == second.resolve():
                 raise UsageError(f"{first} and {second} are the same bundle", remedy="Give each bundle once")
@@ -52,15 +52,15 @@ class BenchmarkRequest:
             raise UsageError(f"--against {self.against} is not a file", remedy="Give an ONNX file")
         if self.rounds is not None and self.rounds < LEAST_ROUNDS:
             raise UsageError(
-                f"{self.rounds} rounds show no difference, because their range misses the true ratio too often",
+                f"--rounds is {self.rounds}, too few for the interval of a ratio",
                 remedy=f"Give --rounds {LEAST_ROUNDS} or more",
             )
         if not 0 < self.variant_seconds < 1e6:
-            raise UsageError(f"--seconds {self.seconds} is not a time to measure", remedy="Give seconds, as 2")
+            raise UsageError(f"--seconds is {self.seconds}", remedy="Give more than 0 and less than 1,000,000 seconds")
         for flag, counts in (("batch", self.batches), ("threads", self.threads), ("sessions", self.sessions)):
             for count in counts:
                 if isinstance(count, int) and count < 1:
-                    raise UsageError(f"--{flag} {count} measures nothing", remedy="Give at least 1")
+                    raise UsageError(f"--{flag} is {count}", remedy="Give at least 1")
         for name in self.runtimes:
             runner_spec(name)
 
@@ -88,11 +88,7 @@ class BenchmarkRequest:
         )
 
     def batches_of(self, subject: Subject) -> tuple[int, ...]:
-        """Return the batch sizes of a bundle, in rising order.
-
-        Raises:
-            UsageError: The file has a fixed batch size, and another one was requested.
-        """
+        """Return the batch sizes of a bundle, in rising order; UsageError if another one than its fixed size was requested."""
         wanted = self.batches or (QUICK_BATCHES if self.quick else BATCHES)
         if (fixed := subject.fixed_batch) is None:
             return tuple(sorted(set(wanted)))
@@ -104,11 +100,7 @@ class BenchmarkRequest:
         return (fixed,)
 
     def ways(self) -> tuple[tuple[int, int], ...]:
-        """Return the pairs of threads and sessions whose product the cores allow.
-
-        Raises:
-            UsageError: A value, or every pair, is more than the cores.
-        """
+        """Return the pairs of threads and sessions that the cores allow; UsageError if there are too few cores."""
         cores = available_cores()
         threads, sessions = (
             sorted({cores if count == ALL else int(count) for count in counts})
@@ -117,22 +109,17 @@ class BenchmarkRequest:
         for flag, counts in (("threads", threads), ("sessions", sessions)):
             if counts[-1] > cores:
                 raise UsageError(
-                    f"--{flag} {counts[-1]} is more than the {_cores(cores)} of this process, "
-                    "so they would wait for each other",
+                    f"--{flag} is {counts[-1]}, but this process has {cores} core{'' if cores == 1 else 's'}",
                     remedy=f"Give at most {cores}",
                 )
         pairs = tuple((count, number) for number in sessions for count in threads if count * number <= cores)
         if not pairs:
             raise UsageError(
                 f"{sessions[0]} sessions of {threads[0]} threads need {sessions[0] * threads[0]} cores, "
-                f"this process has {cores}",
+                f"but this process has {cores}",
                 remedy="Give fewer threads or sessions",
             )
         return pairs
-
-
-def _cores(count: int) -> str:
-    return f"{count} core{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +134,7 @@ class Subject:
     @property
     def precision(self) -> str:
         """Return the precision of the stored weights: "float32", "int8"."""
-        return "as in the file" if self.file else str(self.manifest.onnx.get("precision", "float32"))
+        return "as in the file" if self.file else self.manifest.precision
 
     @property
     def manifest(self) -> Manifest:
@@ -200,11 +187,7 @@ class Variant:
 
 
 def subjects_of(request: BenchmarkRequest) -> tuple[Subject, ...]:
-    """Open the bundles, and put the file of ``--against`` before them.
-
-    Raises:
-        BundleError: A folder is not a bundle.
-    """
+    """Open the bundles (BundleError), and put the file of ``--against`` before them."""
     labels = (chr(ord("A") + number) if number < 26 else f"A{number}" for number in itertools.count())
     found = [Subject(label, str(path), Bundle.open(path)) for label, path in zip(labels, request.bundles, strict=False)]
     bare = [] if request.against is None else [Subject("-", str(request.against), found[0].bundle, request.against)]
@@ -216,9 +199,7 @@ def variants_of(
 ) -> tuple[list[Variant], dict[str, str]]:
     """Return the variants in the order of the table, and runtime -> why it is left out.
 
-    Raises:
-        BundleError: No runtime can read a file of the bundles.
-        UsageError: See ``batches_of`` and ``ways``.
+    BundleError if no runtime can read a file of the bundles; UsageError as in ``batches_of`` and ``ways``.
     """
     found, left = [], {}
     for subject in subjects:
@@ -234,6 +215,6 @@ def variants_of(
             ]
     if not any(variant.subject.file is None for variant in found):
         why = next(iter(left.values()), "no runtime works here")
-        raise BundleError(f"nothing can be measured: {why}", remedy="bnexport doctor lists the runtimes")
+        raise BundleError(f"nothing can be measured: {why}", remedy="Run bnexport doctor to list the runtimes")
     # One batch size after the other: their rows are compared.
     return sorted(found, key=lambda variant: variant.batch), left

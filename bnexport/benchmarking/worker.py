@@ -10,10 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -31,12 +27,11 @@ from bnexport.onnx_files.models import read_screened
 from bnexport.optional import one_line
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.isolation import child_environment, how_ended, receive, send
+from bnexport.runtimes.isolation import child_pipes, how_ended, receive, send, start_child
 from bnexport.runtimes.onnxruntime_session import load_engine
 from bnexport.runtimes.replay import incomparable, largest_error, scale
 from bnexport.tensors import Array
 
-_MODULE = "bnexport.benchmarking.worker"
 Feeds = Mapping[str, Array]
 Run = Callable[[Feeds], Mapping[str, Array]]
 #: Every so many timed calls get the golden inputs, whose answers are compared after the measurement.
@@ -150,36 +145,18 @@ def measure(
 
 
 class Worker:
-    """The parent's side of one process. Open with ``with``; it ends with the block.
+    """The parent's side of one process; it ends with the ``with`` block. RuntimeUnavailable if it can't open its file.
 
     Args:
         name: The runtime, for messages.
-        request: Keys of ``_sessions``: "bundle" and "manifest", or "file"; "runtime", "threads", "sessions", "batches" (in
-            rising order), and "inputs", the folder that ``save_inputs`` wrote.
-
-    Raises:
-        RuntimeUnavailable: Python can't be started, or the process can't open its file.
+        request: "bundle" and "manifest", or "file"; "runtime", "threads", "sessions", "batches" (in rising order), and
+            "inputs", the folder that ``save_inputs`` wrote.
     """
 
     def __init__(self, name: str, request: Mapping[str, Any]) -> None:
         self._name = name
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the process
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            _MODULE,
-        ]  # -P: a file of the working directory must not replace a package
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-                env=child_environment("float32"),
-            )  # fmt: skip
-        except OSError as error:
-            self._stderr.close()
-            raise RuntimeUnavailable(
-                f"{name} can't start a process: {one_line(error)}", remedy="Close other programs"
-            ) from error
+        self._process = start_child("bnexport.benchmarking.worker", name, self._stderr)
         try:
             #: "import" and "load" in seconds, "description"; "first" (seconds) and "memory" (bytes) by batch size, as text
             self.loaded = self._exchange(request)[0]
@@ -200,7 +177,7 @@ class Worker:
             self._process.kill()
             how = how_ended(self._process.wait())
             raise RuntimeUnavailable(
-                f"the process of {self._name} ended: {how}", remedy="Measure fewer sessions or smaller batches"
+                f"the process of {self._name} ended: {how}", remedy="Give fewer sessions or smaller batches"
             ) from error
         if "error" in answer:
             raise RuntimeUnavailable(answer["error"], remedy=answer["remedy"])
@@ -255,7 +232,9 @@ def _open_bare(file: Path, manifest: Manifest, threads: int) -> tuple[Run, dict[
     session = ort.InferenceSession(read_screened(file), options, providers=["CPUExecutionProvider"])
     theirs, ours = [item.name for item in session.get_inputs()], [spec.name for spec in manifest.signature.inputs]
     if len(theirs) != len(ours):
-        raise RuntimeUnavailable(f"{file} takes {len(theirs)} inputs, the bundle {len(ours)}", remedy="Give its model")
+        raise RuntimeUnavailable(
+            f"{file} takes {len(theirs)} inputs, but the bundle {len(ours)}", remedy="Give the bundle's own model"
+        )
     names = dict(zip(ours, theirs, strict=True))
 
     def run(feeds: Feeds) -> Mapping[str, Array]:
@@ -296,13 +275,7 @@ def _load(request: Mapping[str, Any], manifest: Manifest) -> tuple[list[Run], di
 
 def main() -> None:
     """Load what the first message names, then measure one batch size per message."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes of the terminal; the parent ends this one
-    sys.stdout.flush()
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # an engine's prints must not mix with the messages
-    requests = sys.stdin.buffer
+    requests, answers = child_pipes()
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has ended
         try:
             request, _ = receive(requests)

@@ -143,7 +143,7 @@ def count_confusion(
     """Run a classifier over a data set's test images; DataError for no image or for another number of scores."""
     images, labels = load_test_images(dataset, data_dir=data_dir, download=True, preprocessing=preprocessing)
     if len(images) == 0:
-        raise DataError("the data set has no test images", remedy="Choose a data set that has a test part")
+        raise DataError(f"the data set {dataset} has no test images", remedy="Choose a data set with a test part")
     confusion = ConfusionCounts(classes)
     for start in range(0, len(images), batch_size):
         logits = classifier.logits(images[start : start + batch_size])

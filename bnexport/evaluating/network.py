@@ -86,7 +86,7 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedChe
     if source is None and metadata and ":" in code and zoo_of(code) is None:
         raise ModelError(
             f"{file} has the weights of your own network {code}, but not its code",
-            remedy=f"Name its code: --source {code}",
+            remedy=f"Name its code with --source {code}",
         )
     if source is None:
         if given.model_options:
@@ -143,7 +143,9 @@ class NetworkClassifier:
             raise ModelError("the network's output has no row of scores per image", remedy="Evaluate a classifier")
         logits: Array = Y.float().cpu().numpy()
         if not np.isfinite(logits).all():
-            raise DataError("the network's scores contain NaN or infinity", remedy="Check its weights; train again")
+            raise DataError(
+                "the network's scores contain NaN or infinity", remedy="Check its weights, or train it again"
+            )
         return logits
 
 
@@ -185,11 +187,8 @@ class TrainedNetwork:
 def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
     """Return the unfolded network of a bundle, built by the user's code ``file.py:factory`` with the bundle's options.
 
-    The file may be in another folder than the manifest states.
-
-    Raises:
-        BundleError: The bundle has no weights.
-        ModelError: The code does not build the network of these weights.
+    The file may be in another folder than the manifest states. ModelError if the code does not build the network of the
+    weights.
     """
     network = bundle.manifest.network
     same = str(network.get("source")).rpartition(":")[2] == source.rpartition(":")[2]
@@ -199,24 +198,20 @@ def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
 def trained_network(path: Path, request: InspectionRequest | None = None) -> TrainedNetwork:
     """Return the network of a run directory, a checkpoint, weights or a bundle; ``request`` replaces facts of the file.
 
-    Raises:
-        UsageError: An option does not apply to bundles.
-        BundleError: The bundle was changed or has no weights.
-        ModelError: The checkpoint is missing or damaged, or the network needs its author's code.
-        MissingDependency: The package that defines the network is not installed.
+    UsageError if an option does not apply to bundles; other errors are those of ``load_trained`` and ``Bundle.check``.
     """
     given = request or InspectionRequest()
     if (path / MANIFEST).exists():
         from bnexport.runtimes.torch_runners import original_network
 
         if odd := [name for name in given.given if name != "--source"]:
-            raise UsageError(f"{odd[0]} is for a checkpoint, but {path} is a bundle", remedy="Leave it out")
+            raise UsageError(f"{odd[0]} is for a checkpoint, but {path} is a bundle", remedy=f"Leave {odd[0]} out")
         bundle = Bundle.open(path)
         bundle.check()
         manifest = bundle.manifest
         if given.source is None and (reason := unknown_reason(manifest.network)) is not None:
             raise ModelError(
-                f"{path} is the bundle of a network {reason}", remedy="Name its code: --source FILE.py:FACTORY"
+                f"{path} is the bundle of a network {reason}", remedy="Name its code with --source FILE.py:FACTORY"
             )
         module = original_network(bundle) if given.source is None else network_of_bundle(bundle, given.source)
         return TrainedNetwork(module, given.dataset or manifest.dataset, manifest.preprocessing)
@@ -239,7 +234,7 @@ def sampled_staleness(
     """
     if subject.dataset is None or subject.preprocessing is None:
         raise UsageError(
-            "the training images of the network are not known, so there is nothing to compare with",
+            "the training images of the network are unknown, so its statistics have nothing to be compared with",
             remedy="Pass --dataset, and for plain weights --input, --mean and --std",
         )
     preprocessing = Preprocessing.from_json(subject.preprocessing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,13 +55,9 @@ class NetworkOptions:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Names of the given options."""
-        values = (
-            ("--source", self.source), ("--weights-key", self.weights_key),
-            ("--model-option", self.model_options or None), ("--input", self.input),
-            ("--mean", self.mean), ("--std", self.std), ("--labels", self.labels),
-        )  # fmt: skip
-        return tuple(name for name, value in values if value is not None)
+        """Flags of the given options."""
+        given = [item for item in fields(NetworkOptions) if getattr(self, item.name) not in (None, {})]
+        return tuple(item.metadata.get("flag", f"--{item.name.replace('_', '-')}") for item in given)
 
     def image(self, stated: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """Return the preprocessing as JSON: ``stated`` by the checkpoint or package, changed by the given options.

@@ -120,13 +120,8 @@ def recalibrate_checkpoint(
 ) -> Recalibration:
     """Write a checkpoint with exact moving statistics; ``on_batch`` is called after each batch of training images.
 
-    Raises:
-        OutputError: ``out`` is the file that is read, exists already, or can't be written.
-        UsageError: No data set is named, or the numbers are out of range.
-        ModelError: The checkpoint is missing or damaged, has no BatchNorm, or fails on the images.
-        FeedError: A batch is too small for a BatchNorm.
-        DataError: The images can't be read, or the network has another number of classes than the data set.
-        Unavailable: A package, a device or the network connection is missing.
+    Errors are those of ``recalibrate_path``: OutputError if ``out`` is the file that is read, exists already, or can't be
+    written; FeedError if a batch is too small for a BatchNorm.
     """
     file = checkpoint_file(path)
     target = file.with_name(file.stem + SUFFIX) if out is None else out

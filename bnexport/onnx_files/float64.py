@@ -72,7 +72,7 @@ class Float64Evaluator:
         """
         wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
         size = len(next(iter(wide.values()), np.empty(0)))
-        step = self._step(wide, size)
+        step = (self._chunk or samples_at_once(wide)) if self.varies else max(size, 1)
         try:
             # Overflow in a branch that numpy evaluates and discards (sigmoid) is not an error of the model.
             with np.errstate(all="ignore"):
@@ -98,13 +98,6 @@ class Float64Evaluator:
             raise _not_evaluated(error) from error
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
-    def _step(self, wide: Mapping[str, Array], size: int) -> int:
-        """Return how many samples are evaluated at once."""
-        if not self.varies:
-            return max(size, 1)
-        elements = sum(array.size for array in wide.values()) // max(size, 1)
-        return self._chunk or min(max(_ELEMENTS // max(elements, 1), 1), _MOST)
-
     def _look(self, name: str, value: Any) -> None:
         """Refuse a value that left float64; the first run shows all values."""
         if isinstance(value, np.ndarray) and _is_narrow(value.dtype):
@@ -112,6 +105,12 @@ class Float64Evaluator:
                 f"the float64 evaluation left float64 at {name!r}",
                 remedy="Report this with the model: an operator of onnx's reference implementation rounds",
             )
+
+
+def samples_at_once(feeds: Mapping[str, Array]) -> int:
+    """Return how many samples an evaluation in float64 takes at once, which bounds its memory."""
+    elements = sum(array.size // max(len(array), 1) for array in feeds.values())
+    return min(max(_ELEMENTS // max(elements, 1), 1), _MOST)
 
 
 def widen_array(array: Array) -> Array:

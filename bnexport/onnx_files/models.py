@@ -154,7 +154,7 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
     for item in model.metadata_props:  # a file that was not stamped yet has none
         if facts.get(item.key, item.value) != item.value:
             return f"the file's metadata {item.key!r} is not the value in the manifest"
-    return _precision_problem(model, str(manifest.onnx.get("precision", "float32")))
+    return _precision_problem(model, manifest.precision)
 
 
 def _precision_problem(model: ModelProto, precision: str) -> str | None:
@@ -206,11 +206,17 @@ def trained_tensors(model: ModelProto) -> list[TensorProto]:
 
 
 def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None = None) -> int:
-    """Return the multiplications per sample, estimated from the weights of linear operators and their outputs' sizes.
+    """Return the multiplications per sample; see ``work_of``."""
+    return work_of(model, sizes)[0]
 
-    A convolution uses each weight once per output position. Where the file does not give the size of an output, one position
-    is counted; the number only chooses how many samples are checked. ``sizes`` (input name -> shape of one sample) fills
-    dimensions that the file leaves open.
+
+def work_of(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None = None) -> tuple[int, int]:
+    """Return the multiplications per sample, and the bytes of all its values in float32: inputs and outputs of operators.
+
+    The multiplications are estimated from the weights of linear operators and their outputs' sizes: a convolution uses each
+    weight once per output position. Where the file does not give the size of an output, one position is counted; the numbers
+    only choose how many samples are checked. ``sizes`` (input name -> shape of one sample) fills dimensions that the file
+    leaves open.
     """
     onnx = require("onnx", purpose="reading the written file")
     try:
@@ -219,7 +225,7 @@ def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None
         inferred = model
     shapes = {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*inferred.graph.value_info, *inferred.graph.output)
+        for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
     }
     stored = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -230,7 +236,8 @@ def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None
         if node.op_type in LINEAR:
             positions = math.prod(max(dim, 1) for dim in shapes.get(node.output[0], [])[2:])
             total += sum(stored.get(name, 0) for name in node.input[1:2]) * positions
-    return max(total, 1)
+    elements = sum(math.prod(max(dim, 1) for dim in dims[1:]) for name, dims in shapes.items() if name not in stored)
+    return max(total, 1), 4 * elements
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:

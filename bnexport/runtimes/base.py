@@ -47,9 +47,9 @@ class RunSettings:
             ("conv_search", self.conv_search, CONV_SEARCHES),
         ):
             if value not in known:
-                raise UsageError(f"the {what} {value!r} is not known", remedy=f"Known: {', '.join(known)}")
+                raise UsageError(f"the {what} {value!r} is unknown", remedy=f"Choose from {', '.join(known)}")
         if self.threads is not None and self.threads < 1:
-            raise UsageError(f"{self.threads} threads can't run anything", remedy="Give at least 1")
+            raise UsageError(f"the number of threads is {self.threads}", remedy="Give at least 1")
 
     def describe(self) -> str:
         """Return the differences from strict float32 as users serve it: "tf32, IO binding, optimisation basic"; "" if none."""
@@ -172,7 +172,7 @@ class Runner(ABC):
 
     def _refuse_closed(self) -> None:
         if self._closed:
-            raise UsageError(f"the runner {self.name} is closed", remedy="Run inside its with block")
+            raise UsageError(f"the runner {self.name} is closed", remedy="Use it inside its with block")
 
     @abstractmethod
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -54,7 +54,7 @@ class RunnerSpec:
         settings = settings or RunSettings()
         if settings.precision not in self.precisions:
             raise UsageError(
-                f"{self.name} has no {settings.precision} kernels", remedy=f"It has: {', '.join(self.precisions)}"
+                f"{self.name} has no {settings.precision} kernels", remedy=f"Choose from {', '.join(self.precisions)}"
             )
         if settings.isolated and module is None:
             from bnexport.runtimes.isolation import IsolatedRunner
@@ -180,4 +180,6 @@ def runner_spec(name: str) -> RunnerSpec:
     for spec in RUNNERS:
         if spec.name == name:
             return spec
-    raise UsageError(f"the runtime {name!r} is unknown", remedy=f"Known: {', '.join(spec.name for spec in RUNNERS)}")
+    raise UsageError(
+        f"the runtime {name!r} is unknown", remedy=f"Choose from {', '.join(spec.name for spec in RUNNERS)}"
+    )

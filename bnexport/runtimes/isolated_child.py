@@ -6,9 +6,6 @@ that it can't mix with the messages.
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,14 +14,12 @@ from bnexport.errors import BnexportError
 from bnexport.runtimes import cuda_libraries
 from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.isolation import receive, send
+from bnexport.runtimes.isolation import child_pipes, receive, send
 
 
 def main() -> None:
     """Open the runner that the first message names, then run one batch per message."""
-    # Ctrl-C reaches all processes of the terminal; the parent ends its children.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests, answers = sys.stdin.buffer, _private_output()
+    requests, answers = child_pipes()
     try:
         request, _ = receive(requests)
         with _open(request) as runner:
@@ -62,14 +57,6 @@ def _state(runner: Runner) -> dict[str, Any]:
 
 def _error_message(error: BnexportError) -> dict[str, Any]:
     return {"error": type(error).__name__, "message": error.message, "remedy": error.remedy}
-
-
-def _private_output() -> BinaryIO:
-    """Return standard output for the messages alone; printed text goes to standard error from now on."""
-    sys.stdout.flush()
-    private = os.dup(1)
-    os.dup2(2, 1)
-    return os.fdopen(private, "wb")
 
 
 if __name__ == "__main__":

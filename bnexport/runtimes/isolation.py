@@ -141,7 +141,7 @@ class IsolatedRunner(Runner):
         self._dead: BnexportError | None = None
         self._turn = threading.Lock()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the child
-        self._child = _start(self.name, settings.precision, self._stderr)
+        self._child = start_child(_CHILD, self.name, self._stderr, settings.precision)
         self._stop = weakref.finalize(self, _stop, self._child, self._stderr)
         request = {
             "runtime": name,
@@ -226,10 +226,10 @@ def _names(row: Variable, name: str) -> bool:
     return name.startswith(row.name[:-1]) if row.name.endswith("*") else name == row.name
 
 
-def _start(name: str, precision: str, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start a child; fork would copy loaded libraries, and multiprocessing would import the user's script."""
+def start_child(module: str, name: str, stderr: IO[bytes], precision: str = "float32") -> subprocess.Popen[bytes]:
+    """Start a module as a child; fork would copy loaded libraries, and multiprocessing would import the user's script."""
     # -P: a file of the working directory must not replace a package.
-    command = [sys.executable, "-P", "-m", _CHILD]
+    command = [sys.executable, "-P", "-m", module]
     try:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=child_environment(precision)
@@ -237,8 +237,20 @@ def _start(name: str, precision: str, stderr: IO[bytes]) -> subprocess.Popen[byt
     except (OSError, ValueError) as error:
         stderr.close()
         raise RuntimeUnavailable(
-            f"{name} can't start a separate process: {one_line(error)}", remedy="Run it without isolation"
+            f"{name} can't start a separate process: {one_line(error)}", remedy="End other processes"
         ) from error
+
+
+def child_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Return the pipes of a child for messages; printed text goes to standard error from now on, and Ctrl-C is ignored.
+
+    Ctrl-C reaches all processes of the terminal; the parent ends its children.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout.flush()
+    private = os.dup(1)
+    os.dup2(2, 1)
+    return sys.stdin.buffer, os.fdopen(private, "wb")
 
 
 def _stop(child: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
@@ -286,7 +298,7 @@ def how_ended(code: int) -> str:
         return f"exit code {code}"
     with contextlib.suppress(ValueError):
         name = signal.Signals(-code).name
-        return f"killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+        return f"killed by {name}" + (", perhaps because memory was full" if name == "SIGKILL" else "")
     return f"killed by signal {-code}"
 
 

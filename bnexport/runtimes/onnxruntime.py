@@ -126,7 +126,7 @@ class OnnxRuntimeRunner(Runner):
             if found[what] != wanted:
                 raise RuntimeUnavailable(
                     f"{self.name}: the {what} {wanted} was requested, but {found[what]} is in effect",
-                    remedy="Update onnxruntime; this version does not obey the setting",
+                    remedy="Update onnxruntime; this version ignores the setting",
                 )
 
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -154,7 +154,7 @@ class OnnxRuntimeRunner(Runner):
         lie = sorted({str(value.device_name()).lower() for value in values})
         if lie != [where]:
             raise RuntimeUnavailable(
-                f"{self.name} did not keep its bound values on {where}: they lie on {', '.join(lie)}",
+                f"{self.name} did not keep its bound values on {where}: they are on {', '.join(lie)}",
                 remedy="Run it without IO binding",
             )
         self.description["memory"] = f"bound on {where}"

@@ -224,7 +224,7 @@ def check_placement(ort: Any, session: Any, nodes: Sequence[PlacedNode], name: s
         raise RuntimeUnavailable(f"{name} fell back: nodes run on {', '.join(strange)}", remedy=remedy)
     if target.must not in used:
         raise RuntimeUnavailable(
-            f"{name} fell back: {target.words} took none of the nodes, {', '.join(used)} took them",
+            f"{name} fell back: no node runs on {target.words}, all run on {', '.join(used)}",
             remedy=_NO_KERNEL,
         )
     if device != "cpu":

@@ -132,7 +132,7 @@ class OpenVinoRunner(Runner):
             layers = ", ".join(f"{n} layers in {name}" for name, n in coarse.items()) or "its property"
             raise RuntimeUnavailable(
                 f"openvino-cpu does not compute in the requested float32: {layers}",
-                remedy="Update openvino; this version does not obey the setting",
+                remedy="Update openvino; this version ignores the setting",
             )
 
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -46,12 +46,14 @@ def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
     answers = runner.run(inputs)
     for name, values in expected.items():
         if (problem := incomparable(name, answers[name], values)) is not None:
-            raise BundleError(f"{bundle.path}: {runner.name} on the golden vectors: {problem}", remedy=REBUILD)
+            raise BundleError(
+                f"{bundle.path}: {runner.name} can't be compared on the golden vectors: {problem}", remedy=REBUILD
+            )
     error = max(largest_error(answers[name], values) for name, values in expected.items())
     if not error <= bound:  # NaN fails
         raise BundleError(
             f"{bundle.path}: {runner.name} answers the golden vectors with an error of {error:.1e} of scale, "
-            f"more than {bound:.1e}",
+            f"but at most {bound:.1e} is allowed",
             remedy="Run bnexport verify on the bundle on this machine; it reports which stage fails",
         )
     return Replay(len(next(iter(expected.values()))), error, bound)
@@ -68,12 +70,12 @@ def golden_bound(manifest: Manifest, runtime: str) -> float:
     """
     engine = runtime.rpartition("-")[0]
     found = [float(row["bound"]) for row in _golden_rows(manifest) if str(row["subject"]).rpartition("-")[0] == engine]
-    if manifest.onnx.get("precision", "float32") == "float32":
+    if manifest.precision == "float32":
         return max(GOLDEN_BOUND, *(bound for bound in (*found, 0.0) if bound <= _WIDEST_FLOAT32))
-    widest = _WIDEST_INT8 if manifest.onnx["precision"] == "int8" else WIDEST_BOUND
+    widest = _WIDEST_INT8 if manifest.precision == "int8" else WIDEST_BOUND
     if not found or not 0 < max(found) <= widest:
         raise BundleError(
-            f"the bundle {manifest.name!r} is in {manifest.onnx['precision']} and was not verified on {engine} at export",
+            f"the bundle {manifest.name!r} is in {manifest.precision} and was not verified on {engine} at export",
             remedy="Export it again where bnexport can verify it on that engine",
         )
     return max(GOLDEN_BOUND, *found)

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_TORCHSCRIPT
 from bnexport.errors import BnexportError, BundleError, ProofError
+from bnexport.onnx_files.float64 import samples_at_once
 from bnexport.optional import one_line, quiet
 from bnexport.runtimes.torch_outputs import flatten
 from bnexport.runtimes.torch_runners import load_exported_program, load_torchscript, tensor_constants
@@ -37,18 +38,18 @@ class TorchFloat64Evaluator:
     Args:
         file: The file, or the result of ``TorchFile.load``.
         signature: Inputs and outputs in the file's order.
-        chunk: Samples evaluated at once where the batch dimension varies; bounds the memory.
+        chunk: Samples evaluated at once where the batch dimension varies. None: as ``samples_at_once``.
 
     Raises:
         BundleError: The file can't be read, or its graph can't be widened.
     """
 
-    def __init__(self, file: Path | TorchFile, signature: Signature, *, chunk: int = 64) -> None:
+    def __init__(self, file: Path | TorchFile, signature: Signature, *, chunk: int | None = None) -> None:
         opened = TorchFile.load(file) if isinstance(file, Path) else file
         self._name = opened.name
         self._signature = signature
         self.varies = all(isinstance(spec.shape[0], str) for spec in signature.inputs)
-        self._chunk = chunk if self.varies else None
+        self._chunk = chunk
         try:
             self._function = TORCH_FILES[self._name].widened(opened)
         except BnexportError:
@@ -64,7 +65,7 @@ class TorchFloat64Evaluator:
             ProofError: A value was not float64: the result would prove nothing.
         """
         size = len(feeds[self._signature.inputs[0].name])
-        step = self._chunk or max(size, 1)
+        step = (self._chunk or samples_at_once(feeds)) if self.varies else max(size, 1)
         parts = [self._part(feeds, at, at + step) for at in range(0, max(size, 1), step)]
         return {spec.name: np.concatenate([p[i] for p in parts]) for i, spec in enumerate(self._signature.outputs)}
 

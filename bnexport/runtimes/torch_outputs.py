@@ -68,7 +68,7 @@ class TorchRunner(Runner):
         self._device = need(self.name, device)
         if device == "cuda" and (reason := override_problem(self._settings.precision)) is not None:
             raise RuntimeUnavailable(
-                f"{self.name} can't run here: {reason}", remedy="Unset it, or run in a separate process"
+                f"{self.name} can't run here: {reason}", remedy="Unset that variable, or run in a separate process"
             )
         self.effective_device = str(self._device)
         self.description = describe(name, self._device)
@@ -162,7 +162,7 @@ def private_copy(module: nn.Module, device: torch.device | str, dtype: torch.dty
     except Exception as error:  # the module is the user's code
         if device_fault(error):
             raise RuntimeUnavailable(
-                f"{device} does not take the module: {one_line(error)}", remedy=device_remedy(str(error))
+                f"the module can't be moved to {device}: {one_line(error)}", remedy=device_remedy(str(error))
             ) from error
         raise ModelError(
             f"the module can't be copied: {one_line(error)}", remedy="Make copy.deepcopy(module) work"

@@ -139,7 +139,7 @@ def load_torchscript(file: Path, device: str | torch.device = "cpu") -> Any:
     except Exception as error:  # RuntimeError, ValueError, UnpicklingError: depends on where the bytes are wrong
         if torch_outputs.device_fault(error):
             raise RuntimeUnavailable(
-                f"{device} does not take {file}: {one_line(error, 160)}", remedy=device_remedy(str(error))
+                f"{file} can't be loaded on {device}: {one_line(error, 160)}", remedy=device_remedy(str(error))
             ) from error
         raise BundleError(f"{file} is not a TorchScript file: {one_line(error, 160)}", remedy=REBUILD) from error
 

@@ -43,16 +43,11 @@ def layer_drift(
     The runtime gets a copy of model.onnx that also outputs these values. The extra outputs can keep the runtime from fusing
     operators, so the numbers are a diagnosis and not a verdict. Both sides use the weights of this file; only the file proof
     finds faults in the weights. A layer with a value that is not finite has the largest float as its error.
-
-    Raises:
-        BundleError: The file can't be evaluated, or the runtime can't output its values.
-        Unavailable: The engine, the device or a library is missing.
-        UsageError: The runtime does not read model.onnx, or does not have the precision of the settings.
     """
     if spec.file != MODEL_ONNX:
         raise UsageError(
             f"the layers of {spec.name} can't be compared: it reads {spec.file}",
-            remedy=f"Use one that reads {MODEL_ONNX}",
+            remedy=f"Name a runtime that reads {MODEL_ONNX}",
         )
     model = read_model(bundle.file(MODEL_ONNX))
     operators = {node.output[0]: node.op_type for node in model.graph.node if node.op_type in LINEAR}
@@ -62,7 +57,11 @@ def layer_drift(
     emulated = Emulator(model, precision).values(feeds)
     given = _run(bundle, model, spec, settings, feeds, specs)
     if odd := [name for name in specs if given[name].shape != exact[name].shape]:
-        raise BundleError(f"{spec.name} gives {odd[0]!r} another shape than the file computes", remedy=REBUILD)
+        name = odd[0]
+        raise BundleError(
+            f"{spec.name} gives {name!r} in shape {given[name].shape}, but the file computes {exact[name].shape}",
+            remedy=REBUILD,
+        )
     return tuple(_compared(name, operators[name], given[name], exact[name], emulated[name]) for name in specs)
 
 
@@ -94,7 +93,7 @@ def _exact_values(
 
 
 def _element_types(model: ModelProto) -> dict[str, str]:
-    """Return value -> numpy's name of its element type; that of the first float weight where the file declares none."""
+    """Return value -> numpy's name of its type; where the file declares none, that of the first float weight."""
     from onnx import helper, shape_inference
 
     def named(number: int) -> str:
@@ -162,17 +161,15 @@ def diagnose(
 ) -> tuple[tuple[LayerDrift, ...], RuntimeRun, str]:
     """Compare a runtime layer by layer where ``wanted``, or (None) where it is cheap or the runtime failed.
 
-    Returns:
-        The layers, which are empty where they were not compared or the engine refuses. The run; the reason of its first failed
-        check names the first layer that exceeds its prediction. Why the layers could not be compared, if they were wanted.
+    Return the layers, the run, and why wanted layers could not be compared. The reason of the run's first failed check names
+    the first layer that exceeds its prediction.
     """
-    failed = next((i for i, row in enumerate(run.rows) if not row.passed and row.stage in _STAGES), None)
+    failed = next((at for at, row in enumerate(run.rows) if not row.passed and row.stage in _STAGES), None)
     forecast = evidence.forecast
     if evidence.precision == "int8":
-        return (), run, "layers of an int8 file are not compared" if wanted else ""
-    if wanted is False or spec.file != MODEL_ONNX or not evidence.cases or not forecast.possible:
-        return (), run, ""
-    if wanted is None and failed is None and not forecast.cheap:
+        return (), run, "the layers of an int8 file are not compared" if wanted else ""
+    left_out = wanted is False or (wanted is None and failed is None and not forecast.cheap)
+    if left_out or spec.file != MODEL_ONNX or not evidence.cases or not forecast.possible:
         return (), run, ""
     feeds = forecast.front(evidence.cases[0], most=_SAMPLES).batch.feeds
     try:
@@ -182,6 +179,6 @@ def diagnose(
     first = next((layer for layer in layers if layer.left), None)
     if failed is None or first is None:
         return layers, run, ""
-    where = f"; the first layer off its prediction is {first.layer} ({first.operator}): {first.error:.1e} of scale"
+    where = f"; the first layer beyond its prediction is {first.layer} ({first.operator}): {first.error:.1e} of scale"
     rows = [replace(row, reason=row.reason + where) if at == failed else row for at, row in enumerate(run.rows)]
     return layers, replace(run, rows=tuple(rows)), ""

@@ -15,12 +15,11 @@ import numpy as np
 from bnexport.bundle import GOLDEN, MODEL_ONNX, WEIGHTS, Bundle
 from bnexport.data.samples import Samples
 from bnexport.errors import BnexportError, MissingDependency, Unavailable, UsageError
-from bnexport.onnx_files.models import multiplications, read_model
+from bnexport.onnx_files.models import read_model, work_of
 from bnexport.optional import require
 from bnexport.tensors import check_feeds
-from bnexport.verification.budget import Budget, budget_of
+from bnexport.verification.budget import Budget, Work, budget_of
 from bnexport.verification.forecast import Forecast
-from bnexport.verification.format_proof import TORCH_PROOFS, format_rows
 from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.inputs import (
     Batch,
@@ -32,11 +31,11 @@ from bnexport.verification.inputs import (
     other_sized_batches,
     smallest_batch,
 )
-from bnexport.verification.int8 import int8_file_rows, int8_notes, is_int8, record_of, within
+from bnexport.verification.int8 import int8_file_rows, int8_notes, record_of, within
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.scope import Scope
-from bnexport.verification.stages import compare, failed, proof_rows, proved_file
+from bnexport.verification.stages import TORCH_PROOFS, compare, failed, format_rows, proof_rows, proved_file
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import REAL, Row
 
@@ -64,7 +63,7 @@ class Evidence:
     #: model.onnx as read, of an int8 bundle its float32 original; None when it can't be read here
     model: ModelProto | None
     int8: ModelProto | None  # model.onnx of an int8 bundle; None for others
-    cost: int  # Multiplications per sample
+    work: Work  # The work of one sample
     budget: Budget  # Number of samples of each kind
     golden: Case | None  # The golden vectors; None when they can't be read
     cases: tuple[Case, ...]  # The batches of stages 2 and 3, real images first
@@ -84,8 +83,8 @@ class Evidence:
 
     @property
     def precision(self) -> str:
-        """Return the precision of the files: "float32", "float16", "bfloat16"."""
-        return stored_precision(self.bundle)
+        """Return the precision of the weights in the files."""
+        return self.bundle.manifest.precision
 
     def changed(self, name: str) -> str | None:
         """Return the reason why a file must not be opened; None for a file whose hash holds."""
@@ -101,14 +100,9 @@ class Evidence:
         if not any(map(has_labels, self.cases[0].expected.values())):
             return ()
         return (
-            "the inputs are synthetic: the number of labels that change on noise is not that of real samples; "
+            "the inputs are synthetic: other numbers of labels change on noise than on real samples; "
             "give real ones with --dataset (and --source for your own network)",
         )
-
-
-def stored_precision(bundle: Bundle) -> str:
-    """Return the precision of a bundle's files: "float32", "float16", "bfloat16"."""
-    return str(bundle.manifest.onnx.get("precision", "float32"))
 
 
 def prepare(
@@ -120,23 +114,17 @@ def prepare(
     samples: Samples | None = None,
     scope: Scope,
 ) -> Evidence:
-    """Read the files, evaluate the original on every input, and record what fails on the way; for the arguments see ``verify``.
-
-    Raises:
-        DataError: ``data_dir`` does not hold the data set, or the samples are too few.
-        ModelError: ``module`` can't be evaluated in float64.
-        UsageError: There are samples, but no original to compare with.
-    """
+    """Read the files, evaluate the original on every input, and record what fails. Arguments: see ``verify``."""
     problems = {name: bundle.problem(name) for name in bundle.manifest.files}  # once: hashing a gigabyte takes seconds
     golden, rows = _golden(bundle, problems)
     model, model_rows, skipped, waived = _model(bundle, problems, proved_file(bundle))
-    int8, int8_rows = _model(bundle, problems)[:2] if is_int8(bundle.manifest) else (None, [])
+    int8, int8_rows = _model(bundle, problems)[:2] if bundle.manifest.precision == "int8" else (None, [])
     reference, description, reference_rows = _find_reference(bundle, module, problems)
     rows += [*model_rows, *int8_rows, *reference_rows]
     if samples is not None and reference is None:
         _refuse_samples(description)
-    cost = _cost(bundle, golden, model)
-    budget = budget_of(cost, thorough=scope.thorough, most=scope.max_samples, given=samples is not None)
+    work = _work(bundle, golden, model)
+    budget = budget_of(work, thorough=scope.thorough, most=scope.max_samples, given=samples is not None)
     answered = _Answered()
     if golden is not None and reference is not None:
         given = golden.batch.feeds
@@ -147,7 +135,7 @@ def prepare(
     varies = all(isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
     sizes = next((case.batch for case in cases if case.batch.name in ("noise", "golden")), None)
     forecast = Forecast(
-        model, cases=cases, budget=budget, varies=varies, stored=stored_precision(bundle), recorded=_recorded(bundle),
+        model, cases=cases, budget=budget, varies=varies, stored=bundle.manifest.precision, recorded=_recorded(bundle),
         int8=int8, pixels=bundle.manifest.takes_pixels,
     )  # fmt: skip
     return Evidence(
@@ -156,7 +144,7 @@ def prepare(
         problems=problems,
         model=model,
         int8=int8,
-        cost=cost,
+        work=work,
         budget=budget,
         golden=golden,
         cases=cases,
@@ -184,10 +172,10 @@ def file_checks(evidence: Evidence, *, read: Collection[str]) -> tuple[list[Row]
     if not cases:
         return rows, skipped
     fronts = [forecast.front(case) for case in cases]
-    short = evidence.cost * sum(front.batch.n for front in fronts) <= _SHORT_PROOF
+    short = evidence.work.multiplications * sum(front.batch.n for front in fronts) <= _SHORT_PROOF
     if evidence.model is not None:
         rows += proof_rows(evidence.bundle, evidence.int8 or evidence.model, cases, forecast)
-    if is_int8(evidence.bundle.manifest):
+    if evidence.precision == "int8":
         rows += int8_file_rows(evidence.bundle, evidence.model, evidence.int8)
     for name in TORCH_PROOFS:
         if evidence.changed(name) is not None:
@@ -216,7 +204,7 @@ def coverage(evidence: Evidence, rows: Sequence[Row]) -> str:
     if not rows:
         text = f"inputs: {kinds}"
     text += f"; float64 proofs: {proof}"
-    more = budget_of(evidence.cost, thorough=True, given=True)
+    more = budget_of(evidence.work, thorough=True, given=True)
     times = more.synthetic / evidence.budget.synthetic
     return text if times < 1.05 else f"{text}; --thorough compares {times:.1f} times as many synthetic samples"
 
@@ -248,7 +236,7 @@ def _model(
         return read_model(bundle.file(name)), [], {}, {}
     except MissingDependency:
         rows, waived = _proof_at_export(bundle)
-        return None, rows, {"weights": "whether all formats hold the same weights: onnx is not installed"}, waived
+        return None, rows, {"weights": "the weights of the formats were not compared: onnx is not installed"}, waived
     except BnexportError as error:
         return None, [failed("file-proof", name, "open", error.message)], {}, {}
 
@@ -258,7 +246,7 @@ def _proof_at_export(bundle: Bundle) -> tuple[list[Row], dict[str, str]]:
     text = "the float64 proof was not repeated here: onnx is not installed"
     error = _error_at_export(bundle)
     if error is None:
-        reason = f"{text}; the manifest holds no proof from export that passes"
+        reason = f"{text}, and the manifest has no proof from export that passes"
         return [failed("file-proof", MODEL_ONNX, "open", reason)], {}
     return [], {"file-proof": f"{text}; at export it was {error:.1e} of scale (manifest, whose digest holds)"}
 
@@ -276,7 +264,7 @@ def _error_at_export(bundle: Bundle) -> float | None:
     if not known or len(known) < len(errors):
         return None
     worst = max(known)
-    return worst if worst <= bounds.get(stored_precision(bundle), worst) else None
+    return worst if worst <= bounds.get(bundle.manifest.precision, worst) else None
 
 
 def _find_reference(
@@ -301,25 +289,24 @@ def _find_reference(
 
 
 def _refuse_samples(reference: str) -> None:
-    """Refuse samples without a reference.
-
-    Raises:
-        MissingDependency: The original network needs torch.
-        UsageError: Only its author has its code.
-    """
+    """Refuse samples without a reference: MissingDependency without torch, UsageError if only its author has its code."""
     require("torch", purpose="--samples, which needs the original network in float64,")
     raise UsageError(
-        f"--samples has nothing to be compared with: the bundle has no original network here ({reference})",
+        f"--samples needs the original network, which is missing here (reference: {reference})",
         remedy="Give the original network with --source FILE.py:FACTORY",
     )
 
 
-def _cost(bundle: Bundle, golden: Case | None, model: ModelProto | None) -> int:
-    """Return the multiplications per sample; estimated from the file's size where its content does not give them."""
-    if model is not None:
-        sizes = {} if golden is None else {name: x.shape[1:] for name, x in golden.batch.feeds.items()}
-        return max(1, multiplications(model, sizes))
-    return max(1, int(bundle.manifest.files.get(MODEL_ONNX, {}).get("size", 0)))
+def _work(bundle: Bundle, golden: Case | None, model: ModelProto | None) -> Work:
+    """Return the work per sample; multiplications are estimated from the file's size where its content can't be read."""
+    feeds = {} if golden is None else golden.batch.feeds
+    kept = 0
+    if golden is not None:
+        kept = sum(array.nbytes for array in (*feeds.values(), *golden.expected.values())) // max(golden.batch.n, 1)
+    if model is None:
+        return Work(int(bundle.manifest.files.get(MODEL_ONNX, {}).get("size", 0)), kept, kept)
+    cost, values = work_of(model, {name: array.shape[1:] for name, array in feeds.items()})
+    return Work(cost, kept, max(values, kept))
 
 
 def _recorded(bundle: Bundle) -> dict[str, float]:
@@ -338,7 +325,7 @@ class _Answered:
     """Inputs with the original's answers; the attributes are those of ``Evidence``."""
 
     cases: tuple[Case, ...] = ()
-    inputs: str = "golden vectors alone: nothing else represents the original network here"
+    inputs: str = "golden vectors alone: the original network is missing here"
     labels: Any = None
     empty: bool = False
     rows: Sequence[Row] = ()
@@ -396,7 +383,7 @@ def _other_sizes(
             return [(batch, found)], [failed("strict", "reference", "the smallest size", least.message)]
         return [(batch, found), (smallest, least)], []
     if refused:
-        return [], [failed("strict", "reference", "another size", f"no other size could be tried: {refused}")]
+        return [], [failed("strict", "reference", "another size", f"the original takes no other size: {refused}")]
     return [], []
 
 
@@ -436,5 +423,5 @@ def _first_image_rows(before: Any, now: Sequence[float]) -> list[Row]:
         return []  # made by another version
     error = max(abs(one - other) for one, other in zip(before, now, strict=True))
     passed = error <= _SAME_IMAGE * (abs(before[0]) + before[1])
-    reason = "" if passed else "the first image becomes another input than at export: other preprocessing or images"
+    reason = "" if passed else "the first image is another input than at export: other preprocessing or images"
     return [Row("accuracy", "reference", "first image", passed, reason, n=1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -75,14 +76,13 @@ class Forecast:
 
     Args:
         model: model.onnx as read; None when it can't be read here, so that only ``recorded`` predictions remain.
-        cases: The batches of the verification. The first is the lead: its noise counts for smaller batches where it is
+        cases: The batches of the verification. The noise of the first, the lead, counts for smaller batches where it is
             larger, since the largest error of a few samples does not bound other roundings.
         budget: Number of samples that are evaluated of the lead and of each other batch.
         varies: The batch dimension is free, so that a batch may be cut and joined to others.
         stored: Precision of the file's weights.
         recorded: Precision -> error of scale, predicted when the bundle was made.
-        int8: model.onnx of an int8 bundle; ``model`` is then the float32 file. The ways of computing it
-            (``quantization.integer_emulation.WAYS``) are precisions, too.
+        int8: model.onnx of an int8 bundle; ``model`` is then the float32 file. ``integer_emulation.WAYS`` are precisions, too.
         pixels: The only input is pixels as uint8.
     """
 
@@ -132,12 +132,7 @@ class Forecast:
         return case.head(min(case.batch.n, n, n if most is None else most))
 
     def exact(self, case: Case) -> Outputs:
-        """Return the file's outputs in float64 for the front of a batch: output name -> (n, ...).
-
-        Raises:
-            BundleError: The file can't be evaluated.
-            ProofError: The evaluation left float64.
-        """
+        """Return the file's outputs in float64 for the front of a batch; errors are those of ``Float64Evaluator``."""
         if case.batch.name not in self._exact:
             assert self._model is not None, "the model must be readable"
             self._evaluator = self._evaluator or Float64Evaluator(self._model)
@@ -216,10 +211,8 @@ class Forecast:
         key = (runtime, case.batch.name)
         if key not in self._functions:
             self._functions[key] = None
-            try:
+            with contextlib.suppress(BnexportError):
                 self._functions[key] = self._function_noise(runtime, case)
-            except BnexportError:
-                return None
         return self._functions[key]
 
     def _function_noise(self, runtime: str, case: Case) -> FunctionNoise | None:
@@ -260,10 +253,10 @@ class Forecast:
     def rounding_seen(self, precision: str, case: Case, outputs: Outputs) -> str:
         """Return the way of rounding (``emulation.ROUNDINGS``) that the error of a run shows; the usual way otherwise.
 
-        The error of TF32 that truncates is 2 to 6 times that of TF32 that rounds to nearest. Truncation is a bias: its errors
-        point in one direction, also those of the unfolded network (cosine 0.86 to 1.00). Roundings to nearest do not (-0.5 to
-        0.1). So an engine that rounds keeps the smaller bound. A fault that points along truncation by chance gets the
-        larger one here; the strict stage judges it by its fixed bound.
+        TF32 that truncates has 2 to 6 times the error of TF32 that rounds to nearest. The errors of truncation point in one
+        direction, also those of the unfolded network (cosine 0.86 to 1.00); those of rounding to nearest do not (-0.5 to 0.1).
+        So an engine that rounds keeps the smaller bound. A fault that points along truncation by chance gets the larger one
+        here; the strict stage judges it by its fixed bound.
         """
         usual, *others = ROUNDINGS.get(precision, (precision,))
         for name in others:
@@ -294,16 +287,13 @@ class Forecast:
         return self._int8 is not None and any(layer.can_saturate for layer in int8_layers(self._int8))
 
     def _engine(self, precision: str) -> Float64Evaluator | None:
-        if self._model is None:
-            return None
-        if precision in WAYS and self._int8 is None:
+        source = self._int8 if precision in WAYS else self._model
+        if self._model is None or source is None:
             return None
         if precision not in self._engines:
-            self._engines[precision] = None
-            if precision in WAYS and self._int8 is not None:
-                self._engines[precision] = IntegerEmulator(self._int8, precision)
-            else:
-                self._engines[precision] = Emulator(self._model, precision)
+            self._engines[precision] = None  # of a file that can't be emulated
+            own = precision in WAYS
+            self._engines[precision] = IntegerEmulator(source, precision) if own else Emulator(source, precision)
         return self._engines[precision]
 
 

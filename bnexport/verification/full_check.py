@@ -35,18 +35,8 @@ def on_dataset(
 ) -> tuple[Bundle, Path | None]:
     """Return the bundle with the requested data set in its manifest, and the folder of that data set.
 
-    Args:
-        bundle: The bundle.
-        dataset: The requested data set; None: the one that the manifest names.
-        data_dir: The requested folder.
-        samples: The requested samples, which replace the images of a data set.
-        module: The original network, if the caller gave it.
-
-    Raises:
-        UsageError: A request that can't be met: samples and a data set, no original network, no data set, no preprocessing,
-            or classes that are not the bundle's.
-        DataError: The images are missing or damaged.
-        MissingDependency: The original network needs torch.
+    Arguments and errors are those of ``verify``. UsageError: samples and a data set, no original network, no data set, no
+    preprocessing, or classes that are not the bundle's.
     """
     place = None if data_dir is None else Path(data_dir)
     if dataset is None and place is None:
@@ -54,18 +44,18 @@ def on_dataset(
     option = "--data-dir" if dataset is None else "--dataset"
     if samples is not None:
         raise UsageError(
-            f"--samples and {option} are both given", remedy="Give one of them: samples replace the data set's images"
+            f"--samples and {option} are both given", remedy="Give one: samples replace the data set's images"
         )
     manifest = bundle.manifest if dataset is None else replace(bundle.manifest, dataset=dataset)
     if manifest.dataset is None:
-        raise UsageError(f"{bundle.path} names no data set", remedy="Pass --dataset, as --dataset folder:PATH")
+        raise UsageError(f"the manifest of {bundle.path} names no data set", remedy="Pass --dataset folder:PATH")
     _need_reference(bundle, option, module)
     if dataset is not None and place is None:
         place = folder_of(dataset)
     check_dataset(
         manifest.dataset,
         preprocessing=manifest.preprocessing if len(manifest.signature.inputs) == 1 else None,
-        remedy="Export the bundle again by bnexport fold-and-export with --mean and --std",
+        remedy="Export it again: bnexport fold-and-export with --mean and --std",
         data_dir=place,
         labels=manifest.classes,
         scores=score_count(manifest.signature),
@@ -90,13 +80,8 @@ def judge_accuracy(
     """Return facts to record, and the failed or accepted check of a reference at or below chance (``data.classes``).
 
     At or below chance, the labels, the preprocessing or the weights are wrong. No check is made if the accuracy is above
-    chance, or if the first output is not one score for each class of the network.
-
-    Args:
-        manifest: The bundle's manifest.
-        images: The samples and the reference's outputs for them.
-        labels: The true classes.
-        accept: Accept an accuracy at or below chance.
+    chance, or if the first output is not one score for each class of the network. ``images`` has the reference's outputs, and
+    ``labels`` are the true classes.
     """
     scores = next(iter(images.expected.values()))
     stated: Any = manifest.verification.get("accuracy")
@@ -133,14 +118,7 @@ def full_check(bundle: Bundle, path: str | Path) -> tuple[str, str]:
 
 
 def verify_command(manifest: Manifest, path: Path, report: VerificationReport, *, data_dir: Path | None) -> str:
-    """Return the command that repeats the verification of an export, as a shell takes it.
-
-    Args:
-        manifest: The bundle's manifest.
-        path: The bundle's directory.
-        report: The report of the verification.
-        data_dir: The folder of the data set that the export was given.
-    """
+    """Return the command that repeats the verification of an export, as a shell takes it, with the export's ``data_dir``."""
     words = ["bnexport", "verify", str(path)]
     if (source := _code_of(manifest)) is not None:
         words += ["--source", source]

@@ -5,6 +5,7 @@ Random inputs alone are too weak: with two random samples no finite fault of the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,11 @@ from typing import Any
 import numpy as np
 
 from bnexport.bundle import Manifest
+from bnexport.data.classes import check_classes
+from bnexport.data.dataset_table import folder_of, is_dataset
+from bnexport.data.datasets import dataset_labels, load_test_images
+from bnexport.data.prepare import prepared
+from bnexport.data.preprocessing import preprocessing_of
 from bnexport.data.samples import Samples
 from bnexport.errors import BnexportError, DataError, UsageError
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
@@ -69,9 +75,7 @@ def build_suite(
     """Build a bundle's inputs within the budget, from the caller's samples or the data set's test images.
 
     The golden inputs give the sizes of dimensions that vary, and valid values of integer inputs. Nothing is downloaded.
-
-    Raises:
-        DataError: ``data_dir`` was given and does not hold the data set, or there are fewer samples than a fixed batch.
+    DataError if ``data_dir`` was given and does not hold the data set, or if there are fewer samples than a fixed batch.
     """
     specs = manifest.signature.inputs
     fixed = specs[0].shape[0] if isinstance(specs[0].shape[0], int) else None
@@ -167,7 +171,7 @@ def _given(samples: Samples, limit: int, fixed: int | None) -> tuple[list[Batch]
     there = len(next(iter(samples.feeds.values())))
     if fixed is not None and there < fixed:
         raise DataError(
-            f"{samples.described} are fewer than the {fixed} of one batch", remedy="Give at least that many samples"
+            f"{samples.described} are fewer than the {fixed} of one batch", remedy=f"Give at least {fixed} samples"
         )
     n = fixed or min(there, limit)
     description = samples.described if n == there else f"the first {n} of {samples.described}"
@@ -178,9 +182,8 @@ def _given(samples: Samples, limit: int, fixed: int | None) -> tuple[list[Batch]
 def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tuple[Array | None, Array | None, str]:
     """Return test images as inputs (n, channels, height, width), their labels, and a description; None where there are none.
 
-    Raises:
-        UsageError: The data set's classes are not the bundle's, or ``data_dir`` was given and there are no images.
-        DataError: ``data_dir`` was given and does not hold the data set.
+    UsageError if the data set's classes are not the bundle's, or if ``data_dir`` was given and there are no images; DataError
+    if it does not hold the data set.
     """
     images, labels, description = _found_images(manifest, data_dir, limit)
     if images is None and data_dir is not None:
@@ -198,22 +201,13 @@ def _found_images(
         return None, None, "no real images: the bundle names no data set"
     if manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
         return None, None, f"no real images: the bundle has no preprocessing for an image of {name}"
-    from bnexport.data.classes import check_classes
-    from bnexport.data.dataset_table import folder_of, is_dataset
-    from bnexport.data.datasets import dataset_labels, load_test_images
-    from bnexport.data.images import prepared
-    from bnexport.data.preprocessing import preprocessing_of
-
     if not is_dataset(name):
         return None, None, f"no real images: {name} is not a data set of bnexport"
     if data_dir is None and folder_of(name) is not None:
         return None, None, "no real images: a bundle may name any folder, so its images are read only with --data-dir"
     try:
-        preprocessing = preprocessing_of(manifest)
-        assert preprocessing is not None
         classes = dataset_labels(name, data_dir=data_dir)
-        pixels, labels = load_test_images(name, data_dir=data_dir, download=False, preprocessing=preprocessing)
-        images = preprocessing.apply(prepared(pixels[:limit], preprocessing))
+        images, labels = read_images(manifest, name, data_dir, limit)
     except BnexportError:
         if data_dir is not None:
             raise
@@ -223,7 +217,18 @@ def _found_images(
     spec = manifest.signature.inputs[0]
     if (problem := spec.problem(images)) is not None and isinstance(spec.shape[0], str):
         return None, None, f"no real images: of {name}, {problem}"
-    return images, labels[:limit], f"{len(images)} test images of {name}"
+    return images, labels, f"{len(images)} test images of {name}"
+
+
+def read_images(manifest: Manifest, dataset: str, data_dir: str | Path | None, limit: int) -> tuple[Array, Array]:
+    """Return test images of a data set as inputs (n, channels, height, width), at most ``limit``, and their labels (n,).
+
+    The manifest must have a preprocessing. Errors are those of ``load_test_images``.
+    """
+    preprocessing = preprocessing_of(manifest)
+    assert preprocessing is not None
+    pixels, labels = load_test_images(dataset, data_dir=data_dir, download=False, preprocessing=preprocessing)
+    return preprocessing.apply(prepared(pixels[:limit], preprocessing)), labels[:limit]
 
 
 def score_count(signature: Signature) -> int | None:
@@ -262,10 +267,8 @@ def each_once(
 ) -> list[Outputs | BnexportError]:
     """Evaluate batches, those of one sample shape in one call, and return the outputs of each, or the error that it raised.
 
-    Args:
-        batches: The batches, whose results are returned in this order.
-        evaluate: Input name -> (n, ...) to output name -> (n, ...).
-        together: False where the batch dimension is fixed, so that each batch needs a call.
+    ``evaluate`` maps input name -> (n, ...) to output name -> (n, ...). ``together`` is False where the batch dimension is
+    fixed, so that each batch needs a call.
     """
     found: dict[int, Outputs | BnexportError] = {}
     groups: dict[Any, list[int]] = {}
@@ -273,30 +276,28 @@ def each_once(
         shapes = tuple((name, array.dtype.str, array.shape[1:]) for name, array in batch.feeds.items())
         groups.setdefault((shapes, batch.smallest) if together else index, []).append(index)
     for members in groups.values():
-        found |= _in_one_call([batches[index] for index in members], members, evaluate)
+        found |= zip(members, _in_one_call([batches[index] for index in members], evaluate), strict=True)
     return [found[index] for index in range(len(batches))]
 
 
 def _in_one_call(
-    batches: Sequence[Batch], members: Sequence[int], evaluate: Callable[[Mapping[str, Array]], Mapping[str, Array]]
-) -> dict[int, Outputs | BnexportError]:
+    batches: Sequence[Batch], evaluate: Callable[[Mapping[str, Array]], Mapping[str, Array]]
+) -> list[Outputs | BnexportError]:
     """Evaluate batches of one sample shape together, or one by one to find the batch that raises an error."""
-    n = sum(batch.n for batch in batches)
+    if len(batches) == 1:
+        try:
+            return [evaluate(batches[0].feeds)]
+        except BnexportError as error:
+            return [error]
+    ends = list(itertools.accumulate(batch.n for batch in batches))
     try:
-        feeds = {name: np.concatenate([batch.feeds[name] for batch in batches]) for name in batches[0].feeds}
-        whole = evaluate(feeds if len(batches) > 1 else batches[0].feeds)
-    except BnexportError as error:
-        if len(batches) == 1:
-            return {members[0]: error}
-        whole = None
-    if len(batches) == 1 and whole is not None:
-        return {members[0]: whole}
-    if whole is None or any(array.ndim == 0 or len(array) != n for array in whole.values()):
-        parts = [_in_one_call([batch], [index], evaluate) for batch, index in zip(batches, members, strict=True)]
-        return {index: result for part in parts for index, result in part.items()}
-    found: dict[int, Outputs | BnexportError] = {}
-    at = 0
-    for batch, index in zip(batches, members, strict=True):
-        found[index] = {name: array[at : at + batch.n] for name, array in whole.items()}
-        at += batch.n
-    return found
+        whole = evaluate({name: np.concatenate([batch.feeds[name] for batch in batches]) for name in batches[0].feeds})
+        together = all(array.ndim > 0 and len(array) == ends[-1] for array in whole.values())
+    except BnexportError:
+        together = False
+    if not together:
+        return [found for batch in batches for found in _in_one_call([batch], evaluate)]
+    return [
+        {name: array[end - batch.n : end] for name, array in whole.items()}
+        for batch, end in zip(batches, ends, strict=True)
+    ]

@@ -44,11 +44,6 @@ _DRAWS = 10
 _TIMES, _SIGNIFICANT = 2.0, 0.01
 
 
-def is_int8(manifest: Manifest) -> bool:
-    """Return whether a bundle's model.onnx is an int8 file."""
-    return manifest.onnx.get("precision") == "int8"
-
-
 def record_of(manifest: Manifest) -> Mapping[str, Any]:
     """Return the record of a quantisation (``quantize.Int8Result.record``); empty for other bundles."""
     found = manifest.onnx.get("quantization")
@@ -101,9 +96,8 @@ def int8_file_rows(bundle: Bundle, float_model: ModelProto | None, int8_model: M
     if int8_model is None:
         return []  # another check states why
     if float_model is None:
-        return [
-            failed("quantization", MODEL_ONNX, "structure", f"{MODEL_FLOAT32} can't be read, so nothing was compared")
-        ]
+        reason = f"{MODEL_FLOAT32} can't be read, so nothing was compared"
+        return [failed("quantization", MODEL_ONNX, "structure", reason)]
     from bnexport.quantization.file_proof import Int8File, findings
 
     record = record_of(bundle.manifest)
@@ -119,15 +113,8 @@ def layer_report(
     """Return the share of each layer in the noise of the outputs, and the range of each tensor with codes.
 
     A few samples are enough, since each has many outputs. Where the work for all layers is too much for one sample, the layers
-    with the largest noise in their own output are computed.
-
-    Args:
-        model: The float32 model.
-        int8: The int8 model.
-        record: Of the quantisation.
-        batch: The samples.
-        cost: Multiplications per sample.
-        thorough: Ten times the work.
+    with the largest noise in their own output are computed. ``model`` is the float32 model, and ``cost`` its multiplications
+    per sample; ``thorough`` allows ten times the work.
     """
     from bnexport.quantization.int8_plan import layer_name
     from bnexport.quantization.integer_emulation import IntegerEmulator, OneLayerEmulator, int8_layers
@@ -152,7 +139,7 @@ def layer_report(
     ranges = tuple(_ranges(emulator, record))
     numbers = [*own.values(), *shares.values(), *(value for item in ranges for value in item.seen or ())]
     if not np.isfinite(numbers).all():  # JSON has no such numbers
-        raise BundleError("a value in the network is not finite", remedy="The other checks state where")
+        raise BundleError("the network computes values that are not finite", remedy="Look for the check that fails")
     return Int8Findings(layers, ranges, few.n, batch.name, suggested)
 
 
@@ -170,7 +157,8 @@ def labels_row(
 ) -> Row | None:
     """Compare the number of changed labels with the number that the margins and the predicted noise explain.
 
-    The noise of other samples is added to each sample's scores, in several draws, and the changed labels are counted.
+    The noise of other samples is added to each sample's scores, in several draws, and the changed labels are counted. The
+    result is None where there is not one score per class, or too little noise to draw from.
 
     Args:
         subject: The runtime.
@@ -179,9 +167,6 @@ def labels_row(
         expected: The reference's (n, classes).
         errors: Emulated errors (m, classes) of some of the samples.
         allowed: Largest share of labels that may change; None: at most twice the expected number.
-
-    Returns:
-        The row; None where there is not one score per class, or too little noise to draw from.
     """
     if not has_labels(expected) or len(errors) < 2 or not np.isfinite(scores).all():
         return None
@@ -195,7 +180,7 @@ def labels_row(
         passed, reason = flips <= allowed * n, f"{reason}, {allowed:.3g} of all allowed (--allow-flips)"
     else:
         passed = flips <= _TIMES * likely or _at_least(flips, _TIMES * likely) >= _SIGNIFICANT
-        reason += "" if passed else f": more than {_TIMES:g} times as many"
+        reason += "" if passed else f": more than {_TIMES:g} times the expected number"
     return Row("labels", subject, case, passed, reason, n=n)
 
 

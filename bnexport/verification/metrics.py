@@ -35,10 +35,7 @@ def measure(
     bound: float,
     scales: Mapping[str, float] | None = None,
 ) -> Measurement:
-    """Compare every output (n, ...) of the reference; ``scales`` replace the scales of these references.
-
-    ``bound``, the allowed error of scale, is for the margin certificate of the labels.
-    """
+    """Compare every output (n, ...) of the reference; ``bound``, the allowed error of scale, is for the margin certificate."""
     if not reference:
         return Measurement(problem="there are no outputs to compare")
     parts = []
@@ -49,14 +46,10 @@ def measure(
             return Measurement(n=len(expected) if expected.ndim else 0, problem=problem)
         parts.append(_distance(candidate[name], expected, _scale_of(name, expected, scales)))
     worst = max(parts, key=lambda part: part.error)
-    flips = next(
-        (
-            count_flips(candidate[name], values, bound=bound, of=_scale_of(name, values, scales))
-            for name, values in reference.items()
-            if has_labels(values)
-        ),
-        None,
-    )
+    flips: Flips | None = None
+    if (scored := labelled(reference)) is not None:
+        scores = reference[scored]
+        flips = count_flips(candidate[scored], scores, bound=bound, of=_scale_of(scored, scores, scales))
     return Measurement(worst.error, max(part.max_abs for part in parts), worst.rms, worst.n, "", flips)
 
 
@@ -67,9 +60,7 @@ def count_flips(candidate: Array, reference: Array, *, bound: float, of: float |
     leads by more than twice the allowed error, the label can't change: one score would have to fall, and another rise, by
     the allowed error.
     """
-    allowed = bound * (scale(reference) if of is None else of)
-    top = np.sort(reference, axis=1)[:, -2:]
-    firm = (top[:, 1] - top[:, 0]) > 2 * allowed
+    firm = _margins(reference) > 2 * bound * (scale(reference) if of is None else of)
     flipped = candidate.argmax(axis=1) != reference.argmax(axis=1)
     return Flips(
         certified=int((firm & ~flipped).sum()),
@@ -85,16 +76,21 @@ def per_sample(
 ) -> tuple[Array, Array] | None:
     """Return max |candidate - reference| and the reference's margin of each sample (n,), both as a share of scale.
 
-    The margin is the best score less the second best. None without an output that holds one score per class.
+    None without a pair of outputs that holds one score per class.
     """
-    name = next((name for name, values in reference.items() if has_labels(values)), None)
-    if name is None or candidate[name].shape != reference[name].shape:
+    name = labelled(reference)
+    if name is None or name not in candidate or candidate[name].shape != reference[name].shape:
         return None
     scores = reference[name].astype(np.float64)
-    top = np.sort(scores, axis=1)[:, -2:]
     errors = np.abs(candidate[name].astype(np.float64) - scores).max(axis=1)
     of = _scale_of(name, scores, scales)
-    return errors / of, (top[:, 1] - top[:, 0]) / of
+    return errors / of, _margins(scores) / of
+
+
+def _margins(scores: Array) -> Array:
+    """Return the best score less the second best of each sample: (n, classes) to (n,)."""
+    top = np.sort(scores, axis=1)[:, -2:]
+    return np.asarray(top[:, 1] - top[:, 0])
 
 
 def common_scales(references: Iterable[Mapping[str, Array]]) -> dict[str, float]:
@@ -114,6 +110,11 @@ def common_scales(references: Iterable[Mapping[str, Array]]) -> dict[str, float]
 def rule_of_three(n: int) -> float:
     """Return the 95 % upper bound of a rate that n trials never showed: 3 / n (Hanley and Lippman-Hand, JAMA 1983)."""
     return min(1.0, 3.0 / n) if n else 1.0
+
+
+def labelled(outputs: Mapping[str, Array]) -> str | None:
+    """Return the name of the first output that holds one score per class."""
+    return next((name for name, values in outputs.items() if has_labels(values)), None)
 
 
 def has_labels(array: Array) -> bool:
@@ -141,30 +142,23 @@ def flipped_samples(
     scales: Mapping[str, float] | None = None,
 ) -> tuple[FlippedSample, ...]:
     """Return the samples whose top-1 label is not the reference's, in order; those that ``count_flips`` counts."""
-    name = next((name for name, values in reference.items() if has_labels(values)), None)
-    if name is None or name not in candidate or candidate[name].shape != reference[name].shape:
+    name, found = labelled(reference), per_sample(candidate, reference, scales)
+    if name is None or found is None or not np.isfinite(candidate[name]).all():  # another check reports NaN
         return ()
-    scores, given = reference[name].astype(np.float64), candidate[name].astype(np.float64)
-    if not np.isfinite(given).all():
-        return ()  # another check reports NaN
-    of = (scales or {}).get(name) or scale(scores)
-    before, after = scores.argmax(axis=1), given.argmax(axis=1)
-    found = []
-    for index in np.flatnonzero(before != after):
-        best = np.sort(scores[index])[-2:]
-        margin = float(best[1] - best[0]) / of
-        found.append(
-            FlippedSample(
-                int(index),
-                None if labels is None else int(labels[index]),
-                int(before[index]),
-                int(after[index]),
-                margin,
-                float(np.abs(given[index] - scores[index]).max()) / of,
-                explained=margin <= 2 * bound,
-            )
+    errors, margins = found
+    before, after = reference[name].argmax(axis=1), candidate[name].argmax(axis=1)
+    return tuple(
+        FlippedSample(
+            int(index),
+            None if labels is None else int(labels[index]),
+            int(before[index]),
+            int(after[index]),
+            float(margins[index]),
+            float(errors[index]),
+            explained=bool(margins[index] <= 2 * bound),
         )
-    return tuple(found)
+        for index in np.flatnonzero(before != after)
+    )
 
 
 #: Significance level of a change of accuracy. One verification makes a handful of these tests.

@@ -148,10 +148,7 @@ def rounding_noise(model: ModelProto, feeds: Mapping[str, Array], *, seeds: int 
 
     The weights before rounding are not in the file, but each differed by at most half a unit in the last place. So, for each
     seed, each stored number is moved by a random part of this, in float64, and the outputs for few samples are compared.
-
-    Raises:
-        BundleError: The file can't be evaluated.
-        ProofError: The outputs are not finite.
+    ProofError if the outputs are not finite.
     """
     exact = Float64Evaluator(model).evaluate(feeds)
     worst = 0.0

@@ -25,9 +25,12 @@ _CHUNK, _ELEMENTS = 512, 1 << 19
 class Reference:
     """Evaluates an unfolded module in float64, in eval mode; the module given is never changed.
 
-    The signature has inputs and outputs in order. The description gives the origin, for the report. ``doubt`` returns how the
-    module differs from the network of the bundle; it is called when the module fails. ``manifest`` is that of the bundle: where
-    its files take pixels, the module gets what the preprocessing makes of them, in float64.
+    Args:
+        module: The module.
+        signature: Inputs and outputs in order.
+        description: Origin of the module, for the report.
+        doubt: Returns how the module differs from the network of the bundle. It is called when the module fails.
+        manifest: Manifest of the bundle. Where its files take pixels, the module gets preprocessed ones, in float64.
     """
 
     def __init__(
@@ -39,22 +42,18 @@ class Reference:
         doubt: Callable[[], str] = str,
         manifest: Manifest | None = None,
     ) -> None:
-        self.description = description
-        self._manifest = manifest
-        self._doubt = doubt
-        self._signature = signature
         import torch
 
         from bnexport.runtimes.torch_outputs import private_copy
 
+        self.description = description
+        self._manifest = manifest
+        self._doubt = doubt
+        self._signature = signature
         self._module = private_copy(module, "cpu", torch.float64)
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Evaluate in float64: input name -> (n, ...) to output name -> (n, ...).
-
-        Raises:
-            ModelError: The module can't run in float64, or gives other outputs than the signature's.
-        """
+        """Evaluate in float64, input name -> (n, ...) to output name -> (n, ...); ModelError if the module can't."""
         size = len(feeds[self._signature.inputs[0].name])
         # A batch dimension that is fixed can't be cut; an empty batch still has to go through once.
         elements = sum(array.size for array in feeds.values()) // max(size, 1)
@@ -86,7 +85,7 @@ class Reference:
                 ) from error
             raise _unusable(one_line(error, 200)) from error
         if len(results) < len(self._signature.outputs):
-            raise _unusable(f"it gives {len(results)} outputs, expected {len(self._signature.outputs)}")
+            raise _unusable(f"it gives {len(results)} outputs, the signature has {len(self._signature.outputs)}")
         if narrow := [array.dtype.name for array in results if array.dtype.kind == "f" and array.dtype != np.float64]:
             raise _unusable(f"it gives {narrow[0]}")
         return results
@@ -95,11 +94,8 @@ class Reference:
 def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None:
     """Return the best float64 reference; None when only the bundle's golden vectors represent the original.
 
-    The live module comes first, then a network that bnexport can rebuild from the bundle's unfolded weights.
-
-    Raises:
-        BundleError: The weights are missing.
-        ModelError: The weights are damaged or another network's, or ``module`` can't be copied.
+    The live module comes first, then a network that bnexport can rebuild from the bundle's unfolded weights. BundleError if
+    they are missing; ModelError if they are damaged or another network's, or if ``module`` can't be copied.
     """
     manifest = bundle.manifest
     if module is not None:

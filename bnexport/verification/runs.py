@@ -19,12 +19,10 @@ from bnexport.verification.evidence import Evidence
 from bnexport.verification.forecast import FUNCTIONS
 from bnexport.verification.inputs import Batch, Case, Outputs, each_once, heads
 from bnexport.verification.int8 import labels_row, record_of
-from bnexport.verification.metrics import SIGNIFICANT, accuracy_change, flipped_samples, has_labels, per_sample
+from bnexport.verification.metrics import SIGNIFICANT, accuracy_change, flipped_samples, labelled, per_sample
 from bnexport.verification.prediction import compatible, detect
 from bnexport.verification.stages import compare, failed
 from bnexport.verification.verdict import REAL, FlippedSample, Row
-
-_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,7 @@ class RuntimeRun:
 def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, file: str) -> RuntimeRun:
     """Run an open runtime on the golden vectors, every batch, other batch sizes and a second time, and judge its answers.
 
-    Args:
-        runner: The runtime.
-        settings: How it was opened.
-        evidence: The inputs and their right answers.
-        file: The runtime's file; the original network (WEIGHTS) computes in float32 whatever the files do.
+    ``file`` is the runtime's file; the original network (WEIGHTS) computes in float32 whatever the files do.
     """
     stored = "float32" if file == WEIGHTS else evidence.precision
     run = _RuntimeRun(runner, settings.precision if stored == "float32" else stored, evidence)
@@ -55,14 +49,13 @@ def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, fi
     if evidence.golden is not None:
         planned.insert(0, ("golden", evidence.golden))
     named = {case.batch.name: case for _, case in planned}  # golden vectors may be the only case; each case is run once
-    answers = dict(
-        zip(named, each_once([case.batch for case in named.values()], run.outputs, together=run.varies), strict=True)
-    )
+    found = each_once([case.batch for case in named.values()], run.outputs, together=run.varies)
+    answers = dict(zip(named, found, strict=True))
     compared = [(stage, case, answers[case.batch.name]) for stage, case in planned]
     run.rounding = run.rounding_of(compared)
     if run.stage == "shipping":
         evidence.forecast.emulate(run.rounding, list(named.values()))
-    rows = [run.judged(stage, case, found) for stage, case, found in compared]
+    rows = [run.judged(*item) for item in compared]
     if run.precision == EXACT:
         rows += run.against_emulation(compared)
     rows += run.batch_sizes(compared)
@@ -95,12 +88,11 @@ class _RuntimeRun:
 
     def outputs(self, feeds: Mapping[str, Array]) -> dict[str, Any]:
         """Return the outputs of a batch that may be larger than the device's memory."""
-        n = len(next(iter(feeds.values())))
-        if n <= _CHUNK or not self.varies:
+        n, step = len(next(iter(feeds.values()))), self.evidence.budget.call
+        if n <= step or not self.varies:
             return self.runner.run(feeds)
         parts = [
-            self.runner.run({name: array[at : at + _CHUNK] for name, array in feeds.items()})
-            for at in range(0, n, _CHUNK)
+            self.runner.run({name: array[at : at + step] for name, array in feeds.items()}) for at in range(0, n, step)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -128,9 +120,8 @@ class _RuntimeRun:
             return Row(stage, self.runner.name, case.batch.name, passed=refused, reason=reason)
         row = self._compared(stage, case, found, exact=case is self.lead)
         if not row.passed and row.predicted is None and row.error is not None:
-            row = self._compared(
-                stage, case, found, exact=True
-            )  # the network's float32 noise may exceed the fixed bound
+            # The network's float32 noise may exceed the fixed bound.
+            row = self._compared(stage, case, found, exact=True)
         if not row.passed and row.predicted is not None and row.error is not None:
             row = self._compared(stage, case, found, exact=True, on_all=True)
         if not row.passed and row.predicted is not None and row.error is not None:
@@ -138,7 +129,7 @@ class _RuntimeRun:
             if functions is not None:
                 predicted = row.predicted + FUNCTIONS * functions.error
                 row = self._row(stage, case, found, predicted)
-                row = replace(row, reason=row.reason or str(functions))
+                return replace(row, reason=row.reason or str(functions))
         return row
 
     def _compared(self, stage: str, case: Case, outputs: Outputs, *, exact: bool = False, on_all: bool = False) -> Row:
@@ -155,12 +146,8 @@ class _RuntimeRun:
             emulated = forecast.emulated(EXACT, case)
             if stage == "golden" or emulated is None or isinstance(found, BnexportError):
                 continue
-            rows.append(
-                compare(
-                    "strict", self.runner.name, case.batch.name, heads(found, emulated.n), heads(emulated.outputs, emulated.n),
-                    scales=case.scales, predicted=forecast.last_bit(case),
-                )
-            )  # fmt: skip
+            part = replace(case.head(emulated.n), expected=emulated.outputs)
+            rows.append(self._row("strict", part, heads(found, emulated.n), forecast.last_bit(case)))
         return rows
 
     def labels(self, outputs: Outputs) -> list[Row]:
@@ -169,7 +156,7 @@ class _RuntimeRun:
         emulated = None if case is None else self.evidence.forecast.emulated(EXACT, case)
         if self.precision != EXACT or case is None or emulated is None or case.batch.name not in REAL:
             return []
-        name = next((name for name, values in case.expected.items() if has_labels(values)), None)
+        name = labelled(case.expected)
         if name is None or name not in outputs:
             return []
         errors = emulated.outputs[name] - emulated.exact[name]
@@ -207,11 +194,11 @@ class _RuntimeRun:
         return Row("batch-size", name, "batch 0", passed=True, reason=f"shape {shapes}")
 
     def repeat(self) -> list[Row]:
-        """Compare two runs of the same samples of the first batch, at most one chunk of them."""
+        """Compare two runs of the same samples of the first batch, at most one call of them."""
         if self.lead is None:
             return []
         whole = self.lead.batch
-        batch = whole.head(min(_CHUNK, self.evidence.budget.repeat)) if self.varies else whole
+        batch = whole.head(self.evidence.budget.repeat) if self.varies else whole
         try:
             first, second = self.runner.run(batch.feeds), self.runner.run(batch.feeds)
         except BnexportError as error:
@@ -232,7 +219,7 @@ class _RuntimeRun:
         case, labels = self.lead, self.evidence.labels
         if case is None or labels is None:
             return []
-        name = next((name for name, values in case.expected.items() if has_labels(values)), None)
+        name = labelled(case.expected)
         if name is None or name not in outputs or not np.isfinite(outputs[name]).all():
             return []
         found = accuracy_change(case.expected[name], outputs[name], labels[: case.batch.n])

@@ -16,7 +16,7 @@ class Scope:
     """Settings that each runtime is run with. Every combination is a separate run.
 
     Raises:
-        UsageError: A value that is not known, or no value at all.
+        UsageError: A value is unknown, or no value is given.
     """
 
     #: Precisions of the kernels: "float32" (stage 2), "tf32" (stage 3). None: float32, and each runtime's serving
@@ -37,15 +37,18 @@ class Scope:
     def __post_init__(self) -> None:
         for what, values, known in (
             ("precision", self.precisions, KERNEL_PRECISIONS),
-            ("optimisation", self.optimisations, OPTIMISATIONS),
-            ("conv_search", self.conv_searches, CONV_SEARCHES),
+            ("optimisation level", self.optimisations, OPTIMISATIONS),
+            ("search for convolutions", self.conv_searches, CONV_SEARCHES),
             ("binding", self.bindings, (False, True)),
         ):
-            if values is not None and (not values or any(value not in known for value in values)):
-                odd = next((value for value in values if value not in known), "nothing")
-                raise UsageError(f"the {what} {odd!r} is not known", remedy=f"Known: {', '.join(map(str, known))}")
+            if values is None or (values and set(values) <= set(known)):
+                continue
+            odd = next(
+                (f"the {what} {value!r} is unknown" for value in values if value not in known), f"no {what} is given"
+            )
+            raise UsageError(odd, remedy=f"Choose from {', '.join(map(str, known))}")
         if self.max_samples is not None and self.max_samples < 1:
-            raise UsageError(f"{self.max_samples} samples show nothing", remedy="Give at least 1")
+            raise UsageError(f"--max-samples is {self.max_samples}", remedy="Give at least 1")
 
     def settings_of(self, spec: RunnerSpec, *, precision: str = "float32") -> tuple[RunSettings, ...]:
         """Return the runs of one runtime, strict float32 first; empty if the runtime has none of the requested precisions.
@@ -85,14 +88,12 @@ class Scope:
             ),
         ):
             if given and not useful:
-                raise UsageError(
-                    f"{flag} has no effect on {specs[0].name}", remedy=f"Name a runtime: --runtime {where}"
-                )
+                raise UsageError(f"{flag} has no effect on {specs[0].name}", remedy=f"Choose --runtime {where}")
 
     def require(self, spec: RunnerSpec) -> None:
         """Refuse (UsageError) a named runtime that has none of the requested precisions."""
         if not self.settings_of(spec):
             raise UsageError(
                 f"{spec.name} has no {' or '.join(self.precisions or ())} kernels",
-                remedy=f"It has: {', '.join(spec.precisions)}",
+                remedy=f"Choose from {', '.join(spec.precisions)}",
             )

@@ -133,16 +133,8 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_json`` reads them back."""
-        return {
-            "predictions": [asdict(item) for item in self.predictions],
-            "drift": {name: [asdict(item) for item in items] for name, items in self.drift.items()},
-            "flipped": {name: [asdict(item) for item in items] for name, items in self.flipped.items()},
-            "self_test": None if self.self_test is None else [_listed(asdict(item)) for item in self.self_test],
-            "waived": dict(self.waived),
-            "warnings": list(self.warnings),
-            "covers": self.covers,
-            "int8": None if self.int8 is None else json.loads(json.dumps(asdict(self.int8))),  # lists, no tuples
-        }
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists in place of tuples
+        return found
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Findings:
@@ -158,10 +150,6 @@ class Findings:
             str(value.get("covers", "")),
             None if int8 is None else Int8Findings.from_json(int8),
         )
-
-
-def _listed(value: dict[str, Any]) -> dict[str, Any]:
-    return {**value, "caught": list(value["caught"])}
 
 
 #: Stages without which a report proves nothing.
@@ -226,7 +214,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Return the error over the predicted noise: 1.3 means "1.3 x what this precision does to this model"; None without."""
+        """Return the error over the predicted noise: 1.3 is 1.3 x this precision's effect on this model; None without."""
         return self.error / self.predicted if self.error is not None and self.predicted else None
 
     def to_json(self) -> dict[str, Any]:

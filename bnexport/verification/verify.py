@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.data.preprocessing import preprocessing_of
-from bnexport.data.samples import Samples, load_samples
+from bnexport.data.samples import load_samples
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, MissingDependency, RuntimeUnavailable, Unavailable
 from bnexport.optional import one_line
@@ -19,13 +19,12 @@ from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.tensors import Array
 from bnexport.verification.drift import diagnose
 from bnexport.verification.evidence import GOLDEN_ALONE, Evidence, coverage, file_checks, prepare
-from bnexport.verification.format_proof import TORCH_PROOFS
 from bnexport.verification.full_check import GOLDEN_ONLY, on_dataset
 from bnexport.verification.int8 import layer_report, record_of
 from bnexport.verification.reference import is_known
 from bnexport.verification.runs import RuntimeRun, run_runtime
 from bnexport.verification.scope import Scope
-from bnexport.verification.stages import failed, integrity_rows
+from bnexport.verification.stages import TORCH_PROOFS, failed, integrity_rows
 from bnexport.verification.verdict import (
     Findings,
     FlippedSample,
@@ -90,16 +89,12 @@ def verify(
     scope = scope or Scope()
     specs = _specs(runtimes, scope)
     opened, place = on_dataset(opened, dataset, data_dir, samples=samples, module=module)
-    given = None if samples is None else _samples(opened, Path(samples), scope)
+    manifest, given = opened.manifest, None
+    if samples is not None:
+        image, limit = preprocessing_of(manifest), scope.max_samples
+        given = load_samples(Path(samples), manifest.signature, image, labels=manifest.labels, limit=limit)
     progress("float64 reference", 0.0, 1.0)
-    evidence = prepare(
-        opened,
-        module,
-        seed=seed,
-        data_dir=place,
-        samples=given,
-        scope=scope,
-    )
+    evidence = prepare(opened, module, seed=seed, data_dir=place, samples=given, scope=scope)
     progress("float64 proofs", _REFERENCE, 1.0)
     read = TORCH_PROOFS if runtimes is None or scope.thorough or scope.all_files else [spec.file for spec in specs]
     file_rows, skipped = file_checks(evidence, read=read)
@@ -119,14 +114,13 @@ def _report(
     scope: Scope,
 ) -> VerificationReport:
     """Return the sum of all checks; ``skipped`` are the proofs that were not made."""
-    rows = [*integrity_rows(evidence.bundle, evidence.problems), *evidence.rows, *file_rows]
-    rows += [row for one in found for row in one.rows]
+    run_rows = [row for one in found for row in one.rows]
     int8, more = _int8(evidence, scope)
-    skipped = {**skipped, **more}
+    left = {name: why for one in found for name, why in one.skipped.items()}
     flipped = {name: run.flipped for one in found for name, run in one.runs.items() if run.flipped}
     return VerificationReport(
-        tuple(rows),
-        skipped={**evidence.skipped, **skipped, **{name: why for one in found for name, why in one.skipped.items()}},
+        (*integrity_rows(evidence.bundle, evidence.problems), *evidence.rows, *file_rows, *run_rows),
+        skipped={**evidence.skipped, **skipped, **more, **left},
         runtimes={name: run.description for one in found for name, run in one.runs.items()},
         reference=evidence.reference,
         inputs=evidence.inputs,
@@ -137,22 +131,15 @@ def _report(
             _predictions(evidence),
             {name: layers for one in found for name, layers in one.drift.items()},
             flipped,
-            None,
-            evidence.waived,
-            evidence.warnings(),
-            GOLDEN_ONLY if evidence.reference.startswith(GOLDEN_ALONE) else "",
-            int8,
+            waived=evidence.waived,
+            warnings=evidence.warnings(),
+            covers=GOLDEN_ONLY if evidence.reference.startswith(GOLDEN_ALONE) else "",
+            int8=int8,
         ),
-        coverage=coverage(evidence, [row for one in found for row in one.rows]),
+        coverage=coverage(evidence, run_rows),
         samples={name: run.samples for one in found for name, run in one.runs.items() if run.samples is not None},
         pictures=_pictures(evidence, flipped),
     )
-
-
-def _samples(bundle: Bundle, path: Path, scope: Scope) -> Samples:
-    manifest = bundle.manifest
-    image = preprocessing_of(manifest)
-    return load_samples(path, manifest.signature, image, labels=manifest.labels, limit=scope.max_samples)
 
 
 def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[RunnerSpec, ...]:
@@ -253,10 +240,10 @@ def _int8(evidence: Evidence, scope: Scope) -> tuple[Int8Findings | None, dict[s
     """Return the layers and ranges of an int8 file, if they are to be compared, and part -> why it could not be done."""
     if evidence.model is None or evidence.int8 is None or not evidence.cases or scope.drift is False:
         return None, {}
-    record = record_of(evidence.bundle.manifest)
+    record, cost = record_of(evidence.bundle.manifest), evidence.work.multiplications
     batch = evidence.cases[0].batch
     try:
-        found = layer_report(evidence.model, evidence.int8, record, batch, cost=evidence.cost, thorough=scope.thorough)
+        found = layer_report(evidence.model, evidence.int8, record, batch, cost=cost, thorough=scope.thorough)
     except Exception as error:  # numpy raises any class inside an operator
         return None, {"noise of int8 by layer": f"it can't be evaluated: {one_line(error, 120)}"}
     return found, {}

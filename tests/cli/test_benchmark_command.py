@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,11 @@ def test_a_bundle_that_fails_is_measured_and_never_recommended(
     ("options", "code", "words"),
     [
         (["--runtime", "tensorflow"], 2, "'tensorflow' is not one of"),
-        (["--batch", "0"], 2, "--batch 0 measures nothing"),
+        (["--batch", "0"], 2, "--batch is 0"),
         (["--batch", "1,x"], 2, "--batch '1,x' is not a list of whole numbers"),
-        (["--threads", "0"], 2, "--threads 0 measures nothing"),
+        (["--threads", "0"], 2, "--threads is 0"),
         (["--threads", "-1"], 2, "--threads '-1' is not a list of whole numbers"),
-        (["--sessions", "5000"], 2, "--sessions 5000 is more than the"),
+        (["--sessions", "5000"], 2, "--sessions is 5000, but this process has"),
         (["--sessions", ""], 2, "--sessions '' is not a list of whole numbers"),
         (["--rounds", "2"], 2, "2 is not in the range x>=5"),
         (["--against", "none.onnx"], 2, "none.onnx is not a file"),
@@ -115,6 +116,18 @@ def test_bad_input_is_one_sentence(
     shown = capsys.readouterr()
     assert words in shown.err
     assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("options", [[], ["--runtime", "onnxruntime-cpu"]])
+def test_a_missing_onnxruntime_exits_with_its_remedy(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run(["benchmark", str(bundle.path), *options]) == 3
+    shown = capsys.readouterr()
+    assert "bnexport benchmark needs onnxruntime-gpu[cuda,cudnn], which is not installed" in shown.err
+    assert "pip install onnxruntime-gpu[cuda,cudnn]" in " ".join(shown.err.split())
     assert shown.out == ""
 
 

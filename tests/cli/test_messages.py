@@ -148,6 +148,7 @@ def test_the_texts_of_a_command_name_only_its_options(command: str) -> None:
         ("Pass --mean and --std", "Pass mean= and std="),
         ("Pass --weights FILE, or --allow-untrained", "Pass weights=FILE, or allow_untrained=True"),
         ("as --input 3x64x64 --mean 0.5", "as input=3x64x64 mean=0.5"),
+        ("--allow-flips 'many' is neither", "allow_flips='many' is neither"),
         ("Leave --model-option out", "Leave model_options= out"),
         ("Run bnexport fold-and-export --force", "Run bnexport fold-and-export --force"),
     ],

@@ -229,11 +229,11 @@ def test_float16_keeps_every_pixel(made: Callable[[str], Bundle]) -> None:
 
 
 def test_the_inputs_of_the_verification_are_pixels(made: Callable[[str], Bundle]) -> None:
-    from bnexport.verification.budget import budget_of
+    from bnexport.verification.budget import Work, budget_of
     from bnexport.verification.inputs import build_suite
 
     bundle = made("float32")
-    suite = build_suite(bundle.manifest, bundle.golden()[0], data_dir=None, seed=0, budget=budget_of(10**6))
+    suite = build_suite(bundle.manifest, bundle.golden()[0], data_dir=None, seed=0, budget=budget_of(Work(10**6)))
     found = {batch.name: batch.feeds["input"] for batch in suite.batches}
     assert {array.dtype for array in found.values()} == {np.dtype(np.uint8)}
     assert len(np.unique(found["noise"])) == 256
@@ -248,7 +248,7 @@ def test_each_fault_fails_in_the_proof_and_on_the_runtime(
 ) -> None:
     bundle = made("float32")
     copied = Copy(FaultTarget(bundle, residual(), 1e-6, {}), copy_bundle(bundle, tmp_path / "net" / "1"))
-    spoil_pixels(PIXEL_FAULTS[fault])(copied)
+    spoil_pixels(copied, PIXEL_FAULTS[fault])
     scope = Scope(("float32",), max_samples=8, drift=False)
     report = verify(Bundle.open(copied.folder), module=residual(), runtimes=[RUNTIME], scope=scope)
     assert {"file-proof", "strict", "golden"} <= {row.stage for row in report.failures}

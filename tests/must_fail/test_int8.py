@@ -30,10 +30,12 @@ from bnexport.exporting.request import ExportRequest
 from bnexport.onnx_files.models import read_model
 from bnexport.onnx_pipeline import fold_and_export_onnx
 from bnexport.pipeline import fold_and_export
-from bnexport.quantization.integer_emulation import EXACT, IntegerEmulator
+from bnexport.quantization import writer
+from bnexport.quantization.integer_emulation import EXACT, SATURATING, IntegerEmulator
 from bnexport.reporting.html import verification_page
 from bnexport.reporting.tables import print_checks
 from bnexport.runtimes.catalogue import runner_spec
+from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.runtimes.replay import replay_golden
 from bnexport.serving.served_model import ServingSettings, open_served
 from bnexport.verification.int8 import _at_least, int8_notes, labels_row
@@ -65,7 +67,7 @@ def verified(bundle: Bundle) -> VerificationReport:
 def spoiled(bundle: Bundle, tmp_path: Path, fault: str) -> Bundle:
     """Return a copy with one of INT8_FAULTS, whose hashes hold."""
     copied = Copy(FaultTarget(bundle, residual(), 1e-6, {}), copy_bundle(bundle, tmp_path / "net" / "1"))
-    spoil_int8(INT8_FAULTS[fault])(copied)
+    spoil_int8(copied, INT8_FAULTS[fault])
     return Bundle.open(copied.folder)
 
 
@@ -101,18 +103,14 @@ def test_the_report_has_the_noise_by_layer_and_the_ranges(int8_bundle: Bundle) -
     assert all(item.trained == (item.low, item.high) for item in found.ranges if item.source != "pixels")
     assert all(item.seen is not None for item in found.ranges)
     assert Findings.from_json(json.loads(json.dumps(report.findings.to_json()))) == report.findings
-    schema = json.loads(
-        resources.files("bnexport.verification").joinpath("report.schema.json").read_text(encoding="utf-8")
-    )
-    jsonschema.Draft202012Validator(schema).validate(report.to_json())
+    schema = resources.files("bnexport.verification").joinpath("report.schema.json").read_text(encoding="utf-8")
+    jsonschema.Draft202012Validator(json.loads(schema)).validate(report.to_json())
     page = verification_page(int8_bundle, report, command="bnexport verify")
     assert page.count('class="strip"') >= len(found.layers) + len(found.ranges)
     shown = io.StringIO()
     print_checks(report, Console(file=shown, width=80), verbose=True)
-    largest = max(found.layers, key=lambda layer: layer.share or 0.0)
-    assert f"int8: largest shares of the noise: {largest.layer} {largest.share:.0%}" in " ".join(
-        shown.getvalue().split()
-    )
+    largest, words = max(found.layers, key=lambda layer: layer.share or 0.0), " ".join(shown.getvalue().split())
+    assert f"int8: largest shares of the noise: {largest.layer} {largest.share:.0%}" in words
     assert "int8 ranges by origin: pixels 1" in shown.getvalue()
 
 
@@ -127,9 +125,8 @@ def test_work_beyond_the_budget_leaves_the_layers_with_the_least_own_noise_out(
     left = [layer for layer in found.layers if layer.share is None]
     assert len(left) == 1
     assert left[0].own == min(layer.own for layer in found.layers)
-    assert f"Not computed, because their own noise is smaller: {left[0].layer}" in verification_page(
-        int8_bundle, report, command="bnexport verify"
-    )
+    page = verification_page(int8_bundle, report, command="bnexport verify")
+    assert f"Not computed, because their own noise is smaller: {left[0].layer}" in page
 
 
 def test_the_bundle_is_replayed_as_a_server_does(int8_bundle: Bundle) -> None:
@@ -223,15 +220,10 @@ def looped() -> ModelProto:
         )
     }  # fmt: skip
     steps = [helper.make_node("Identity", ["go"], ["still"]), helper.make_node("Relu", ["x"], ["y"])]
-    body = helper.make_graph(
-        steps, "body", [values["i"], values["go"], values["x"]], [values["still"], values["y"]]
-    )  # fmt: skip
+    body = helper.make_graph(steps, "body", [values["i"], values["go"], values["x"]], [values["still"], values["y"]])
     rng = np.random.default_rng(0)
-    arrays = {
-        "weight": rng.standard_normal((4, 3, 3, 3)).astype(np.float32),
-        "times": np.array(2),
-        "start": np.array(True),
-    }
+    weight = rng.standard_normal((4, 3, 3, 3)).astype(np.float32)
+    arrays = {"weight": weight, "times": np.array(2), "start": np.array(True)}
     arrays |= {name: rng.uniform(0.5, 2, 4).astype(np.float32) for name in ("gamma", "beta", "mean", "var")}
     nodes = [
         helper.make_node("Conv", ["input", "weight"], ["conv"]),
@@ -334,25 +326,17 @@ def test_bad_calibrations_are_refused_in_one_sentence(
 @pytest.mark.parametrize("fault", INT8_FAULTS)
 def test_each_fault_of_the_file_fails_in_the_file_proof(int8_bundle: Bundle, tmp_path: Path, fault: str) -> None:
     copied = spoiled(int8_bundle, tmp_path, fault)
-    kept = [
-        [
-            (tensor.name, tensor.data_type, list(tensor.dims))
-            for tensor in read_model(path / MODEL_ONNX).graph.initializer
-        ]
-        for path in (int8_bundle.path, copied.path)
-    ]
-    assert kept[0] == kept[1]  # only numbers differ, so that engines load the file
+    stored = [read_model(path / MODEL_ONNX).graph.initializer for path in (int8_bundle.path, copied.path)]
+    right, wrong = ([(item.name, item.data_type, list(item.dims)) for item in items] for items in stored)
+    assert right == wrong  # only numbers differ, so that engines load the file
     report = verified(copied)
     assert "quantization" in {row.stage for row in report.failures}, fault
 
 
 def test_a_changed_float_original_fails(int8_bundle: Bundle, tmp_path: Path) -> None:
     folder = copy_bundle(int8_bundle, tmp_path / "net" / "1")
-    content = bytearray((folder / MODEL_FLOAT32).read_bytes())
-    (folder / MODEL_FLOAT32).write_bytes(content)
     assert verified(reseal(folder)).passed
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["onnx"]["precision"] == "int8"
+    assert Bundle.open(folder).manifest.onnx["precision"] == "int8"
     (folder / MODEL_FLOAT32).unlink()
     report = verified(reseal(folder))
     assert {"file-proof", "quantization"} <= {row.stage for row in report.failures}
@@ -361,22 +345,16 @@ def test_a_changed_float_original_fails(int8_bundle: Bundle, tmp_path: Path) -> 
 def test_saturating_kernels_fail_and_are_named(
     int8_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bnexport.quantization import writer
-    from bnexport.quantization.integer_emulation import SATURATING, IntegerEmulator
-    from bnexport.runtimes import onnxruntime
-
     plain = writer.encode
+
+    def saturate(self: OnnxRuntimeRunner, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = IntegerEmulator(self._file, SATURATING).evaluate(feeds)
+        return {name: array.astype(np.float32) for name, array in outputs.items()}
+
     monkeypatch.setattr(
         writer, "encode", lambda weight, *, pair_safe, least: plain(weight, pair_safe=False, least=least)
     )
-    monkeypatch.setattr(  # whatever this machine's kernels do, these saturate
-        onnxruntime.OnnxRuntimeRunner,
-        "_run",
-        lambda self, feeds: {
-            name: array.astype(np.float32)
-            for name, array in IntegerEmulator(self._file, SATURATING).evaluate(feeds).items()
-        },
-    )
+    monkeypatch.setattr(OnnxRuntimeRunner, "_run", saturate)  # whatever this machine's kernels do
     result = fold_and_export(residual(), tmp_path / "net" / "1", request=REQUEST)
     assert result.bundle is None
     assert not (tmp_path / "net" / "1").exists()

@@ -6,12 +6,15 @@ The engine is emulated, so that every row runs on every machine; real ones are i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import support.bundles as bundles
 from must_fail.test_sabotage import WRONG_WEIGHTS, write_models
+from onnx import numpy_helper
 from support.bundles import copy_bundle, reseal
 
 from bnexport.bundle import MODEL_ONNX, Bundle
@@ -48,8 +51,7 @@ def install(monkeypatch: pytest.MonkeyPatch, opener: Opener) -> None:
 
 
 def unisolated(settings_of: Callable[..., tuple[RunSettings, ...]]) -> Callable[..., tuple[RunSettings, ...]]:
-    """The row is this process's own: a child would not know it."""
-    from dataclasses import replace
+    """The row exists in this process alone, so a child can't open it."""
 
     def patched(self: Scope, *arguments: object, **options: object) -> tuple[RunSettings, ...]:
         return tuple(replace(item, isolated=False) for item in settings_of(self, *arguments, **options))
@@ -88,7 +90,7 @@ def test_an_engine_that_computes_as_requested_passes_both_stages(
 
 
 def truncating(bundle: Bundle, _device: str, _module: object, settings: RunSettings) -> Runner:
-    """A GPU that leaves the last bits of float32 unread where TF32 is asked for."""
+    """A GPU that leaves the last bits of float32 unread where TF32 is requested."""
     return EmulatedRunner(bundle, "tf32-cut" if settings.precision == "tf32" else settings.precision)
 
 
@@ -112,11 +114,6 @@ def test_tf32_that_truncates_is_judged_by_its_own_noise(bundle: Bundle, monkeypa
     assert predicted.error == pytest.approx(shipping[0].predicted, rel=1e-6)  # the larger one of both
 
 
-def test_truncation_left_on_in_strict_mode_is_caught(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, always("tf32-cut"))
-    assert {("strict", ""), ("precision", "")} <= stages(run(bundle))
-
-
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("times", [3.5, 5, 7])
 def test_no_fault_hides_behind_the_noise_of_truncation(
@@ -124,49 +121,46 @@ def test_no_fault_hides_behind_the_noise_of_truncation(
 ) -> None:
     """As large as truncation's noise, or below three times as much, but pointing elsewhere."""
 
-    class Off(EmulatedRunner):
-        def _run(self, feeds: object) -> dict[str, np.ndarray]:
-            exact = EmulatedRunner(bundle, "float32").run(feeds)
-            wrong = super()._run(feeds)
-            return {name: exact[name] + times * (wrong[name] - exact[name])[:, ::-1] for name in exact}
-
-    install(monkeypatch, lambda bundle, _device, _module, settings: Off(bundle, settings.precision))
-    report = run(bundle, precisions=("tf32",))
-    failed = [
-        row for row in report.failures if row.stage == "shipping" and row.case == rows_of(report, "shipping")[0].case
-    ]
-    assert failed
-    assert failed[0].ratio == pytest.approx(times, rel=1e-2)
-
-
-def test_twice_the_allowed_noise_of_truncation_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Noisy(EmulatedRunner):
-        def _run(self, feeds: object) -> dict[str, np.ndarray]:
-            outputs = super()._run(feeds)
-            exact = EmulatedRunner(bundle, "float32").run(feeds)
-            return {name: exact[name] + 6 * (array - exact[name]) for name, array in outputs.items()}
-
-    install(monkeypatch, lambda bundle, _device, _module, _settings: Noisy(bundle, "tf32-cut"))
+    install(monkeypatch, off("tf32", times, slice(None, None, -1)))
     report = run(bundle, precisions=("tf32",))
     images = rows_of(report, "shipping")[0]
     assert not images.passed
-    assert images.ratio == pytest.approx(6, rel=1e-2)  # of truncation's own noise
+    assert images.ratio == pytest.approx(times, rel=1e-2)
 
 
-def test_tf32_left_on_in_strict_mode_is_caught_twice(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, always("tf32"))
+def off(precision: str, times: float, order: slice = slice(None)) -> Opener:
+    """An engine with the error of a precision, multiplied, and its classes in another ``order``."""
+
+    class Off(EmulatedRunner):
+        def __init__(self, bundle: Bundle) -> None:
+            super().__init__(bundle, precision)
+            self._exact = EmulatedRunner(bundle, "float32")
+
+        def _run(self, feeds: object) -> dict[str, np.ndarray]:
+            outputs, exact = super()._run(feeds), self._exact.run(feeds)
+            return {name: exact[name] + times * (outputs[name] - exact[name])[:, order] for name in exact}
+
+    return lambda bundle, _device, _module, _settings: Off(bundle)
+
+
+def test_twice_the_allowed_noise_of_truncation_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, off("tf32-cut", 6))
+    images = rows_of(run(bundle, precisions=("tf32",)), "shipping")[0]
+    assert not images.passed
+    assert images.ratio == pytest.approx(6, rel=1e-2)  # of truncation's noise
+
+
+@pytest.mark.parametrize("left_on", ["tf32", "tf32-convolutions", "tf32-cut"])
+def test_tf32_left_on_in_strict_mode_is_caught_twice(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, left_on: str
+) -> None:
+    """torch's default on a GPU is TF32 in convolutions alone."""
+    install(monkeypatch, always(left_on))
     report = run(bundle)
-    assert ("strict", "") in stages(report)
-    assert ("precision", "") in stages(report)
-    assert not any(settings == "tf32" for _, settings in stages(report))
-    failure = next(row for row in report.failures if row.stage == "precision")
-    assert failure.detected == "tf32"
-
-
-def test_tf32_in_convolutions_alone_is_caught_in_strict_mode(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch does by default on a GPU."""
-    install(monkeypatch, always("tf32-convolutions"))
-    assert {("strict", ""), ("precision", "")} <= stages(run(bundle))
+    assert {("strict", ""), ("precision", "")} <= stages(report)
+    if left_on == "tf32":
+        assert not any(settings == "tf32" for _, settings in stages(report))
+        assert next(row for row in report.failures if row.stage == "precision").detected == "tf32"
 
 
 @pytest.mark.sampled(2)
@@ -183,7 +177,7 @@ def test_a_coarser_precision_than_requested_is_caught(
 def test_a_finer_precision_than_requested_passes_and_is_reported(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An old GPU has no TF32: nothing is wrong, but the report must not say that TF32 was measured."""
+    """An old GPU has no TF32: nothing is wrong, but the report must not state that TF32 was measured."""
     install(monkeypatch, always("float32"))
     report = run(bundle)
     assert report.passed
@@ -191,8 +185,7 @@ def test_a_finer_precision_than_requested_passes_and_is_reported(
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [pytest.param(fault, marks=[] if fault in FAST else pytest.mark.slow) for fault in WRONG_WEIGHTS],
+    "fault", [pytest.param(fault, marks=[] if fault in FAST else pytest.mark.slow) for fault in WRONG_WEIGHTS]
 )
 def test_a_wrong_fold_fails_whatever_the_precision(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -205,13 +198,7 @@ def test_a_wrong_fold_fails_whatever_the_precision(
 
 
 def test_twice_the_allowed_noise_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Noisy(EmulatedRunner):
-        def _run(self, feeds: object) -> dict[str, np.ndarray]:
-            outputs = super()._run(feeds)
-            exact = EmulatedRunner(bundle, "float32").run(feeds)
-            return {name: exact[name] + 7 * (array - exact[name]) for name, array in outputs.items()}
-
-    install(monkeypatch, lambda bundle, _device, _module, settings: Noisy(bundle, settings.precision))
+    install(monkeypatch, off("tf32", 7))
     report = run(bundle, precisions=("tf32",))
     failed = [row for row in report.failures if row.stage == "shipping"]
     assert failed
@@ -237,36 +224,29 @@ def test_a_manifest_that_claims_a_coarser_precision_to_widen_the_bounds_fails(bu
     assert any("in float32, the manifest states float16" in row.reason for row in report.failures)
 
 
-@pytest.mark.parametrize("precision", ["float16"])
-def test_a_wrong_fold_in_half_precision_fails(bundle: Bundle, tmp_path: Path, precision: str) -> None:
+def halve(folder: Path) -> None:
+    """Store the weights of model.onnx in float16, and compute in it between inputs and outputs in float32."""
+    model = onnx.load(folder / MODEL_ONNX)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            half = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    for node in model.graph.node:
+        node.input[:] = ["input_half" if name == "input" else name for name in node.input]
+    model.graph.node[-1].output[0] = "logits_half"
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["input"], ["input_half"], to=10))
+    model.graph.node.append(onnx.helper.make_node("Cast", ["logits_half"], ["logits"], to=1))
+    del model.graph.value_info[:]
+    onnx.save(model, folder / MODEL_ONNX)
+
+
+def test_a_wrong_fold_in_half_precision_fails(bundle: Bundle, tmp_path: Path) -> None:
     """The rounding of the weights widens the bound of the proof, but not up to a fault of a few per cent."""
-    import onnx
-    from onnx import numpy_helper
-
-    def halved(folder: Path) -> None:
-        model = onnx.load(folder / MODEL_ONNX)
-        for tensor in model.graph.initializer:
-            if tensor.data_type == onnx.TensorProto.FLOAT:
-                half = numpy_helper.to_array(tensor).astype(np.float16)
-                tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
-        first, last = model.graph.node[0], model.graph.node[-1]
-        assert first.input
-        taken = [node for node in model.graph.node if "input" in node.input]
-        for node in taken:
-            for at, name in enumerate(node.input):
-                if name == "input":
-                    node.input[at] = "input_half"
-        last.output[0] = "logits_half"
-        model.graph.node.insert(0, onnx.helper.make_node("Cast", ["input"], ["input_half"], to=10))
-        model.graph.node.append(onnx.helper.make_node("Cast", ["logits_half"], ["logits"], to=1))
-        del model.graph.value_info[:]
-        onnx.save(model, folder / MODEL_ONNX)
-
-    declared = {**bundle.manifest.onnx, "precision": precision}
+    declared = {**bundle.manifest.onnx, "precision": "float16"}
     right, wrong = copy_bundle(bundle, tmp_path / "1"), copy_bundle(bundle, tmp_path / "2")
     write_models(wrong, WRONG_WEIGHTS["another eps, 1e-3"]())
     for folder in (right, wrong):
-        halved(folder)
+        halve(folder)
         for other in ("model.pt", "model.pt2"):
             (folder / other).unlink(missing_ok=True)
     scope = Scope(max_samples=100)

@@ -25,6 +25,7 @@ from support.runtimes import READS_EXPORTED, RUNTIMES, pairs, parameter
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.runtimes import small_model
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification import budget as verifying
@@ -38,18 +39,12 @@ FILE_OF = {spec.name: spec.file for spec in RUNNERS}
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault has to be seen on the samples that the largest network gets: 8 images, 4 of noise, 1 of each other kind."""
-    monkeypatch.setattr(verifying, "_REAL_WORK", 1.0)
-    monkeypatch.setattr(verifying, "_SYNTHETIC_WORK", 1.0)
-    monkeypatch.setattr(verifying, "_PROOF_WORK", 1.0)
+    for name in ("_REAL_WORK", "_SYNTHETIC_WORK", "_PROOF_WORK"):
+        monkeypatch.setattr(verifying, name, 1.0)
 
 
 def with_fault(row: NormFault, *, everywhere: bool = False) -> State:
-    """Return the hand-made fold of a network with one fault of the shipped table.
-
-    Args:
-        row: The fault.
-        everywhere: Put it into every BatchNorm. By default only the second one has it, which is harder to see.
-    """
+    """Return the hand-made fold of a network with one fault of the shipped table, by default in the second BatchNorm alone."""
     spoiled = copy.deepcopy(network())
     norms = norms_of(spoiled)
     with torch.no_grad():
@@ -127,7 +122,7 @@ def test_a_wrong_fold_fails_in_the_proof_and_on_the_runtime(
     assert "integrity" not in {row.stage for row in report.failures}
     proof = [row for row in report.rows if row.stage == "file-proof"]
     assert any(not row.passed for row in proof)
-    # The runtime's own comparison sees it too, without help from the proof.
+    # The comparison of the runtime finds the fault too, without the proof.
     assert any(not row.passed for row in report.rows if row.stage == "strict" and row.subject == runtime)
     assert all(row.reason for row in report.failures)
 
@@ -146,21 +141,14 @@ def test_one_format_made_from_other_weights_fails_the_bit_comparison(
 
 
 def test_one_bit_of_one_weight_fails_the_bit_comparison(bundle: Bundle, tmp_path: Path) -> None:
-    """Too small for every tolerance, so only the bits tell."""
+    """The error is below every tolerance, so only the bits show it."""
     folder = copy_bundle(bundle, tmp_path / "1")
-    state = changed("fc2.weight", lambda weight: weight)
-    bits = state["fc2.weight"].view(torch.int32)
-    bits[5, 5] ^= 1
+    state = fold_by_hand(network())
+    state["fc2.weight"].view(torch.int32)[5, 5] ^= 1
     bundles.write_torchscript(folder / MODEL_TORCHSCRIPT, state)
     report = verify(reseal(folder), runtimes=["torchscript-cpu"])
     assert [row.stage for row in report.failures] == ["weights"]
     assert "'fc2.weight'" in report.failures[0].reason
-
-
-def spoil_statistic(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    state = safetensors.torch.load_file(folder / WEIGHTS)
-    state[name] = change(state[name].clone())
-    safetensors.torch.save_file(state, folder / WEIGHTS)
 
 
 STATISTICS = {
@@ -172,9 +160,10 @@ STATISTICS = {
 
 @pytest.mark.parametrize(("fault", "runtime"), pairs(STATISTICS))
 def test_other_unfolded_weights_fail(bundle: Bundle, tmp_path: Path, fault: str, runtime: str) -> None:
-    """Stale weights.safetensors: the rebuilt network is no longer what the golden vectors and the files were made of."""
+    """weights.safetensors is stale: the golden vectors and the files were made of another network."""
     folder = copy_bundle(bundle, tmp_path / "1")
-    spoil_statistic(folder, *STATISTICS[fault])
+    state, (name, change) = safetensors.torch.load_file(folder / WEIGHTS), STATISTICS[fault]
+    safetensors.torch.save_file({**state, name: change(state[name].clone())}, folder / WEIGHTS)
     report = verify(reseal(folder), runtimes=[runtime])
     assert any(row.stage == "golden-reference" for row in report.failures)
     if FILE_OF[runtime] == WEIGHTS:
@@ -214,55 +203,27 @@ def fix_batch(file: Path) -> None:
     onnx.save(model, file)
 
 
-def another_model(file: Path) -> None:
-    from bnexport.runtimes.small_model import write_onnx
-
-    write_onnx(file)
-
-
-def another_torchscript(file: Path) -> None:
-    from bnexport.runtimes.small_model import write_torchscript
-
-    write_torchscript(file)
-
-
 def flip_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def text(file: Path) -> None:
-    file.write_text("this is not a model\n" * 20)
-
-
-def remove(file: Path) -> None:
-    file.unlink()
-
-
-#: What happens to a file as such.
-BAD_FILES = {
+#: Damage to a file.
+BAD_FILES: dict[str, Callable[[Path], object]] = {
     "one flipped bit": flip_bit,
-    "truncated": truncate,
-    "empty": empty,
-    "a foreign file": text,
-    "missing": remove,
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "a foreign file": lambda file: file.write_text("this is not a model\n" * 20),
+    "missing": Path.unlink,
 }
 #: Valid files that are not this bundle's.
 OTHER_FILES = {
     (MODEL_ONNX, "a missing output"): rename_output,
     (MODEL_ONNX, "fewer classes"): cut_classes,
     (MODEL_ONNX, "a fixed batch"): fix_batch,
-    (MODEL_ONNX, "another model"): another_model,
-    (MODEL_TORCHSCRIPT, "another model"): another_torchscript,
+    (MODEL_ONNX, "another model"): small_model.write_onnx,
+    (MODEL_TORCHSCRIPT, "another model"): small_model.write_torchscript,
 }
 
 
@@ -330,12 +291,11 @@ def test_a_manifest_that_promises_another_output_fails(
 def test_other_preprocessing_fails_by_the_accuracy_at_export(
     bundle: Bundle, tmp_path: Path, change: dict[str, object], runtime: str
 ) -> None:
-    """Reference and candidate get the same wrong inputs, so no comparison sees it: only the accuracy does."""
+    """Reference and candidate get the same wrong inputs, so that only the accuracy shows the fault."""
     before = verify(bundle, runtimes=[runtime]).to_json()
     folder = copy_bundle(bundle, tmp_path / "1")
-    report = verify(
-        reseal(folder, verification=before, preprocessing=Preprocessing(**change).to_json()), runtimes=[runtime]
-    )
+    spoiled = reseal(folder, verification=before, preprocessing=Preprocessing(**change).to_json())
+    report = verify(spoiled, runtimes=[runtime])
     assert {row.stage for row in report.failures} == {"accuracy"}
     assert "first image" in {row.case for row in report.failures}  # the number of right labels may be the same
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
 
@@ -86,3 +87,14 @@ class Builder:
         )
         onnx.checker.check_model(model)
         return model
+
+
+def model_of(
+    nodes: Sequence[NodeProto], shape: Sequence[int | str], stored: Mapping[str, np.ndarray] | None = None, *,
+    element: int = TensorProto.FLOAT, opset: int = 18,
+) -> ModelProto:  # fmt: skip
+    """A model of these nodes, which make "y" of "x" and stored arrays; it is not checked."""
+    given, made = (helper.make_tensor_value_info(name, element, dims) for name, dims in (("x", shape), ("y", None)))
+    weights = [numpy_helper.from_array(array, name) for name, array in (stored or {}).items()]
+    graph = helper.make_graph(nodes, "graph", [given], [made], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)

@@ -131,7 +131,7 @@ def folded_weights(network: nn.Module, example: tuple[Tensor, ...], manifest: Ma
         from bnexport.exporting.half import PRECISIONS
         from bnexport.folding.pixel_input import pixel_module
 
-        stored = PRECISIONS[str(manifest.onnx.get("precision", "float32"))]
+        stored = PRECISIONS[manifest.precision]
         folded = pixel_module(folded, Preprocessing.from_json(manifest.preprocessing), stored)
     return dict(folded.state_dict())
 
@@ -155,15 +155,11 @@ def evaluate_weights(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str,
     return reference.evaluate(feeds)
 
 
-def evaluate_torch(name: str) -> Evaluate:
-    """Return an evaluation of model.pt or model.pt2 in float64."""
+def evaluate_torch(bundle: Bundle, feeds: Mapping[str, Array], *, name: str) -> Mapping[str, Array]:
+    """Evaluate model.pt or model.pt2 in float64."""
+    from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 
-    def evaluate(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
-
-        return TorchFloat64Evaluator(bundle.file(name), bundle.manifest.signature).evaluate(feeds)
-
-    return evaluate
+    return TorchFloat64Evaluator(bundle.file(name), bundle.manifest.signature).evaluate(feeds)
 
 
 def effect_of(bundle: Bundle, evaluate: Evaluate | None) -> float | None:

@@ -47,44 +47,35 @@ if TYPE_CHECKING:
     from bnexport.runtimes.base import Runner, RunSettings
 
 
-#: Bytes of a number -> the highest bit of its mantissa, which changes it by up to a half; bfloat16 has its own.
-_HIGH_BIT = {2: 9, 4: 22, 8: 51}
-_HIGH_BIT_OF_BFLOAT16 = 6
+#: Type -> the highest bit of its mantissa, which changes a number by up to a half.
+_HIGH_BIT = {"float16": 9, "bfloat16": 6, "float32": 22, "float64": 51}
 #: Numbers shorter than this are found by chance.
 _FEWEST_BYTES = 16
 
 
-def flip_anywhere(name: str) -> Callable[[Copy], str]:
+def flip_anywhere(copy: Copy, name: str) -> str:
     """Flip one bit in the middle of a file; the old seal stays."""
-
-    def put(copy: Copy) -> str:
-        path = copy.folder / MANIFEST if name == MANIFEST else copy.file(name)
-        content = bytearray(path.read_bytes())
-        if not content:
-            raise NotTried(f"{name} is empty")
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        return name
-
-    return put
+    path = copy.folder / MANIFEST if name == MANIFEST else copy.file(name)
+    content = bytearray(path.read_bytes())
+    if not content:
+        raise NotTried(f"{name} is empty")
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return name
 
 
-def flip_weight(name: str, *, high: bool) -> Callable[[Copy], str]:
-    """Flip the lowest or a ``high`` bit (of the mantissa) of the largest number of the last weight, and seal the copy again.
+def flip_weight(copy: Copy, name: str, bit: str) -> str:
+    """Flip the "lowest" or a "high" bit (of the mantissa) of the largest number of the last weight, and seal the copy again.
 
     The file is model.onnx, model.pt or model.pt2. The effect of a number in the middle of a network may end in a dead channel;
     the last layer's reaches the outputs.
     """
+    from onnx import numpy_helper
 
-    def put(copy: Copy) -> str:
-        from onnx import numpy_helper
-
-        copy.file(name)
-        arrays = [numpy_helper.to_array(tensor) for tensor in trained_tensors(copy.model(copy.folded_file))]
-        file = copy.folded_file if name == MODEL_ONNX else name
-        return _flip_one_of(copy, file, _weights_last_first(arrays), high=high)
-
-    return put
+    copy.file(name)
+    arrays = [numpy_helper.to_array(tensor) for tensor in trained_tensors(copy.model(copy.folded_file))]
+    file = copy.folded_file if name == MODEL_ONNX else name
+    return _flip_one_of(copy, file, _weights_last_first(arrays), high=bit == "high")
 
 
 def flip_unfolded_weight(copy: Copy) -> str:
@@ -100,15 +91,11 @@ def flip_unfolded_weight(copy: Copy) -> str:
     return _flip_one_of(copy, WEIGHTS, _weights_last_first([tensor.numpy() for tensor in kept]), high=True)
 
 
-def flip_golden(kind: str) -> Callable[[Copy], str]:
+def flip_golden(copy: Copy, name: str) -> str:
     """Flip a high bit of the largest golden input or output (of an integer, the lowest), and seal the copy again."""
-
-    def put(copy: Copy) -> str:
-        inputs, outputs = copy.subject.golden
-        array = next(iter((inputs if kind == "input" else outputs).values()))
-        return _flip_one_of(copy, f"{GOLDEN}/{kind}_0.pb", [array], high=array.dtype.kind == "f")
-
-    return put
+    inputs, outputs = copy.subject.golden
+    array = next(iter((inputs if "input" in name else outputs).values()))
+    return _flip_one_of(copy, name, [array], high=array.dtype.kind == "f")
 
 
 def _weights_last_first(arrays: list[Array]) -> list[Array]:
@@ -126,19 +113,13 @@ def _flip_one_of(copy: Copy, name: str, arrays: list[Array], *, high: bool) -> s
             if len(raw) >= _FEWEST_BYTES and (at := content.find(raw)) >= 0:
                 number = np.frombuffer(raw, array.dtype)
                 place = at + int(np.abs(number.astype(np.float64)).argmax()) * array.itemsize
-                bit = _bit(array, high=high)
+                bit = _HIGH_BIT.get(array.dtype.name, 0) if high else 0
                 changed = bytearray(content)
                 changed[place + bit // 8] ^= 1 << (bit % 8)  # every format is little-endian
                 path.write_bytes(changed)  # torch does not compare the check sums of its archives
                 copy.seal()
                 return name
-    raise NotTried(f"the numbers of {name} do not lie in it one after the other")
-
-
-def _bit(array: Array, *, high: bool) -> int:
-    if not high:
-        return 0
-    return _HIGH_BIT_OF_BFLOAT16 if array.dtype.name == "bfloat16" else _HIGH_BIT[array.itemsize]
+    raise NotTried(f"{name} does not store its numbers one after the other")
 
 
 def put_nan(copy: Copy) -> str:
@@ -202,7 +183,7 @@ def permute_labels(copy: Copy) -> str:
     """Move every label of the manifest by one class."""
     labels = copy.subject.bundle.manifest.labels
     if not labels or len(set(labels)) < 2:
-        raise NotTried("the bundle has no labels that could be mixed up")
+        raise NotTried("the bundle has no two different labels")
     copy.seal(labels=(*labels[1:], labels[0]))
     return MANIFEST
 
@@ -232,7 +213,7 @@ def _preprocessing(copy: Copy) -> Mapping[str, Any]:
         raise NotTried("there are no labelled images here, without which the fault can't be detected")
     recorded = manifest.verification.get("accuracy")
     if not isinstance(recorded, dict) or recorded.get("dataset") != accuracy["dataset"]:
-        raise NotTried("the bundle records no accuracy on these samples that could be compared")
+        raise NotTried("the bundle records no accuracy on these samples")
     return manifest.preprocessing
 
 
@@ -249,19 +230,15 @@ def _preprocess(copy: Copy, changes: Mapping[str, Any]) -> str:
     return MANIFEST
 
 
-def spoil_int8(change: Callable[[Int8File], str]) -> Callable[[Copy], str]:
+def spoil_int8(copy: Copy, change: Callable[[Int8File], str]) -> str:
     """Change numbers of an int8 model.onnx, and seal the copy again."""
-
-    def put(copy: Copy) -> str:
-        record = record_of(copy.subject.bundle.manifest)
-        if not record:
-            raise NotTried(f"{MODEL_ONNX} is not an int8 file")
-        file = Int8File(copy.model(MODEL_FLOAT32), copy.model(), record)
-        where = change(file)
-        copy.write_model(file.int8_model)
-        return f"{where} in {MODEL_ONNX}"
-
-    return put
+    record = record_of(copy.subject.bundle.manifest)
+    if not record:
+        raise NotTried(f"{MODEL_ONNX} is not an int8 file")
+    file = Int8File(copy.model(MODEL_FLOAT32), copy.model(), record)
+    where = change(file)
+    copy.write_model(file.int8_model)
+    return f"{where} in {MODEL_ONNX}"
 
 
 def _store(file: Int8File, name: str, array: Array) -> None:
@@ -437,19 +414,15 @@ def _fold_mean(file: PixelFile) -> str:
     return layer.name or str(layer.output[0])
 
 
-def spoil_pixels(change: Callable[[PixelFile], str]) -> Callable[[Copy], str]:
+def spoil_pixels(copy: Copy, change: Callable[[PixelFile], str]) -> str:
     """Change the part of an ONNX file that converts pixels, and seal the copy again."""
-
-    def put(copy: Copy) -> str:
-        manifest = copy.subject.bundle.manifest
-        if not manifest.takes_pixels or manifest.preprocessing is None:
-            raise NotTried("the files take no pixels, so they contain no preprocessing")
-        model = copy.model(copy.folded_file)
-        where = change(PixelFile(model, float(manifest.preprocessing["scale"])))
-        copy.write_model(model, copy.folded_file)
-        return f"{where} in {copy.folded_file}"
-
-    return put
+    manifest = copy.subject.bundle.manifest
+    if not manifest.takes_pixels or manifest.preprocessing is None:
+        raise NotTried("the files take no pixels, so they contain no preprocessing")
+    model = copy.model(copy.folded_file)
+    where = change(PixelFile(model, float(manifest.preprocessing["scale"])))
+    copy.write_model(model, copy.folded_file)
+    return f"{where} in {copy.folded_file}"
 
 
 #: Fault of the preprocessing inside a file -> the change that makes it.
@@ -479,12 +452,13 @@ class Fault:
 def faults_of(bundle: Bundle) -> tuple[Fault, ...]:
     """Return FAULTS, and one flipped bit in each file of a bundle."""
     names = (*bundle.manifest.files, MANIFEST)
-    return (*FAULTS, *(Fault("one flipped bit", name, "integrity", flip_anywhere(name)) for name in names))
+    bits = (Fault("one flipped bit", name, "integrity", partial(flip_anywhere, name=name)) for name in names)
+    return (*FAULTS, *bits)
 
 
 def _only_float32(copy: Copy) -> str:
     """Change no file: the fault is in the engine."""
-    if (stored := copy.subject.bundle.manifest.onnx.get("precision", "float32")) != "float32":
+    if (stored := copy.subject.bundle.manifest.precision) != "float32":
         raise NotTried(f"the bundle is {stored}, for which no engine computes in float32")
     return ""
 
@@ -498,25 +472,22 @@ _TF32 = RunnerSpec("emulated", "cpu", MODEL_ONNX, _open_tf32, lambda _device: No
 #: Model file -> what evaluates it in float64.
 _MODELS: dict[str, Evaluate] = {
     MODEL_ONNX: evaluate_onnx,
-    MODEL_TORCHSCRIPT: evaluate_torch(MODEL_TORCHSCRIPT),
-    MODEL_EXPORTED: evaluate_torch(MODEL_EXPORTED),
+    MODEL_TORCHSCRIPT: partial(evaluate_torch, name=MODEL_TORCHSCRIPT),
+    MODEL_EXPORTED: partial(evaluate_torch, name=MODEL_EXPORTED),
 }
 
 FAULTS: tuple[Fault, ...] = (
     *(Fault(row.name, MODEL_ONNX, "file-proof", partial(spoil_norm, fault=row), evaluate_onnx) for row in NORM_FAULTS),
     Fault("NaN in a weight", MODEL_ONNX, "file-proof", put_nan, evaluate_onnx),
     *(
-        Fault("high bit of a weight, sealed again", name, "file-proof", flip_weight(name, high=True), evaluate)
-        for name, evaluate in _MODELS.items()
-    ),
-    *(
-        Fault("lowest bit of a weight, sealed again", name, "weights", flip_weight(name, high=False), evaluate)
+        Fault(f"{bit} bit of a weight, sealed again", name, stage, partial(flip_weight, name=name, bit=bit), evaluate)
+        for bit, stage in (("high", "file-proof"), ("lowest", "weights"))
         for name, evaluate in _MODELS.items()
     ),
     Fault("high bit, sealed again", WEIGHTS, "golden-reference", flip_unfolded_weight, evaluate_weights),
     *(
-        Fault("high bit, sealed again", f"{GOLDEN}/{kind}_0.pb", "golden", flip_golden(kind), evaluate_onnx)
-        for kind in ("input", "output")
+        Fault("high bit, sealed again", name, "golden", partial(flip_golden, name=name), evaluate_onnx)
+        for name in (f"{GOLDEN}/input_0.pb", f"{GOLDEN}/output_0.pb")
     ),
     Fault("TF32 left on in strict mode", "emulated runtime", "precision", _only_float32, evaluate_tf32, _TF32),
     Fault("pixels 0 to 255 for 0 to 1", MANIFEST, "accuracy", scale_pixels, many=True),
@@ -525,9 +496,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault("another output type", MODEL_ONNX, "declaration", retype_output),
     Fault("another opset claimed", MANIFEST, "declaration", claim_opset),
     Fault("labels permuted", MANIFEST, "declaration", permute_labels),
-    *(Fault(name, MODEL_ONNX, "quantization", spoil_int8(change)) for name, change in INT8_FAULTS.items()),
     *(
-        Fault(name, MODEL_ONNX, "file-proof", spoil_pixels(change), evaluate_onnx)
+        Fault(name, MODEL_ONNX, "quantization", partial(spoil_int8, change=change))
+        for name, change in INT8_FAULTS.items()
+    ),
+    *(
+        Fault(name, MODEL_ONNX, "file-proof", partial(spoil_pixels, change=change), evaluate_onnx)
         for name, change in PIXEL_FAULTS.items()
     ),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,10 +58,7 @@ Edit = Callable[[Array, Array | None], None]
 
 @dataclass(frozen=True)
 class NormFault:
-    """One row of NORM_FAULTS: the change of one BatchNorm, and the edit of a folded layer where the network is not known.
-
-    Without an edit the fault is impossible in a folded layer.
-    """
+    """One row of NORM_FAULTS: the change of a BatchNorm, and the edit of a folded layer where the network is unknown."""
 
     name: str
     change: Change
@@ -68,11 +66,7 @@ class NormFault:
 
 
 def spoil_norm(copy: Copy, fault: NormFault) -> str:
-    """Put one fault into model.onnx, seal the copy again, and return the place of the fault.
-
-    Raises:
-        NotTried: The network has nothing to make wrong in this way, or is not known.
-    """
+    """Put one fault into model.onnx, seal the copy again, and return the place; NotTried if the network has no such part."""
     placed = None if copy.subject.network is None else _refold(copy, fault.change)
     return _edit_layer(copy, fault.edit) if placed is None else placed
 
@@ -117,13 +111,9 @@ def _hardest(subject: FaultTarget, change: Change) -> tuple[str, nn.Module]:
             reason = "the outputs would not be finite"
     if not tried:
         raise NotTried(reason)
-    felt = [item for item in tried if item[0] > subject.harmless]
-    _, name, spoiled = min(felt, key=_effect) if felt else max(tried, key=_effect)
+    tried.sort(key=itemgetter(0))
+    _, name, spoiled = next((item for item in tried if item[0] > subject.harmless), tried[-1])
     return name, spoiled
-
-
-def _effect(item: tuple[float, str, nn.Module]) -> float:
-    return item[0]
 
 
 def _spoiled(network: nn.Module, index: int, change: Change) -> tuple[str, nn.Module]:
@@ -188,7 +178,7 @@ def _edit_layer(copy: Copy, edit: Edit | None) -> str:
     from onnx import numpy_helper
 
     if edit is None:
-        raise NotTried("the original network can't be folded again here, and its statistics are not known without it")
+        raise NotTried("the original network can't be folded again here, so its statistics are unknown")
     model = copy.model(copy.folded_file)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     node = _first_layer(model, stored, copy)
@@ -210,9 +200,8 @@ def _first_layer(model: ModelProto, stored: dict[str, TensorProto], copy: Copy) 
         raise NotTried(f"{MODEL_ONNX} has no convolution or linear layer with stored weights")
     rows = copy.subject.bundle.manifest.fold.get("rows") or ()
     into = {name for row in rows for name in str(row.get("into", "")).split(", ")} - {""}
-    named = [
-        node for node in layers if {node.name, node.output[0], node.input[1].rpartition(".")[0]} & into
-    ]  # module paths, or nodes of an ONNX file
+    # The names are module paths, or nodes of an ONNX file.
+    named = [node for node in layers if {node.name, node.output[0], node.input[1].rpartition(".")[0]} & into]
     return (named or layers)[0]
 
 

@@ -1,4 +1,4 @@
-"""The verifier's own test: faults are put into copies of a bundle, and each copy must fail the verification.
+"""Test of the verifier: faults are put into copies of a bundle, and each copy must fail the verification.
 
 A verification that passes proves little unless one that should fail does. So each fault of ``faults.FAULTS`` is put into a copy
 of the bundle, and the copy is verified as the bundle was.
@@ -68,26 +68,14 @@ def self_test(
     lie in a temporary folder, one at a time, and are always removed. The bundle itself is verified first: if that fails, a
     failing copy shows nothing, and no fault is tried.
 
-    Args:
-        bundle: A bundle or its directory; never changed.
-        runtimes: As for ``verify``. Default: onnxruntime-cpu alone.
-        dataset: As for ``verify``.
-        data_dir: As for ``verify``.
-        samples: As for ``verify``.
-        module: As for ``verify``; BatchNorm faults are put into copies of it.
-        seed: As for ``verify``.
-        allow_low_accuracy: As in ``Scope``.
-        progress: Called before each fault.
+    Arguments and errors are those of ``verify`` and ``Scope``, except that ``runtimes`` is onnxruntime-cpu alone by default.
+    BatchNorm faults are put into copies of ``module``, and ``progress`` is called before each fault.
 
     Returns:
         One result per fault, in the order of ``faults.faults_of``.
 
     Raises:
-        BundleError: Not a bundle, or its manifest is damaged.
         OutputError: A copy can't be written.
-        Unavailable: A runtime or a package is missing.
-        DataError: As ``verify``.
-        ModelError: ``module`` can't be evaluated in float64.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     tester = _Tester(tuple(runtimes or (_RUNTIME,)), dataset, data_dir, samples, module, seed, allow_low_accuracy)
@@ -145,9 +133,8 @@ class _Tester:
             try:
                 spoiled = Bundle.open(copy.folder)
             except BundleError as error:  # the manifest's own digest, which ``verify`` meets first of all
-                return FaultResult(
-                    fault.name, where, fault.expected, ("integrity",), "caught", None, _reason_of(error, copy)
-                )
+                reason = error.message.replace(f"{copy.folder}/", "")
+                return FaultResult(fault.name, where, fault.expected, ("integrity",), "caught", None, reason)
             effect = effect_of(spoiled, fault.evaluate)
             most = _MANY_SAMPLES if fault.many else few
             try:
@@ -173,11 +160,6 @@ def _judged(
 
 def _not_tried(fault: Fault, reason: str) -> FaultResult:
     return FaultResult(fault.name, fault.where, fault.expected, (), "not tried", None, reason)
-
-
-def _reason_of(error: BundleError, copy: Copy) -> str:
-    """Return the message without the temporary folder's name."""
-    return error.message.replace(f"{copy.folder}/", "")
 
 
 def _few(bundle: Bundle) -> int:

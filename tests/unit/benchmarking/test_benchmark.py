@@ -1,4 +1,4 @@
-"""The benchmark's statistics, plan, verdicts and recommendations with a fake clock and fake processes, and its self-check."""
+"""Statistics, variants, verdicts and recommendations of a benchmark, with a fake clock and fake processes; the self-check."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from bnexport.benchmarking import benchmark as module
+from bnexport.benchmarking import report as reporting
 from bnexport.benchmarking import request as planning
 from bnexport.benchmarking.benchmark import benchmark, save_tunings
 from bnexport.benchmarking.report import (
@@ -25,7 +26,6 @@ from bnexport.benchmarking.report import (
     Loaded,
     Round,
     RuntimeVerdict,
-    recommendations,
     results_of,
     verdict_on,
 )
@@ -60,7 +60,7 @@ def row(
     subject: Subject, ms: list[float], *, batch: int = 1, sessions: int = 1, cpu: float = 1.0,
     verdict: RuntimeVerdict = PASS, error: float = 0.0, runtime: str = "onnxruntime-cpu",
 ) -> Any:  # fmt: skip
-    """A row that makes 100 calls of so many milliseconds in each round, and uses ``cpu`` cores of each session."""
+    """A row that makes 100 calls of ``ms`` milliseconds in each round, and uses ``cpu`` cores of each session."""
     rounds = [Round((time / 1e3,) * 100 * sessions, 0.1 * time, 0.1 * time * cpu * sessions, error) for time in ms]
     return Variant(subject, runtime, batch, 1, sessions), Loaded(0.1, 0.2, 0.3, 10**8), rounds, verdict
 
@@ -187,11 +187,8 @@ def test_several_sessions_call_at_the_same_time_and_a_wrong_answer_is_found() ->
 
 
 def test_rows_are_compared_with_the_first_of_their_batch_size(subject: Subject) -> None:
-    slow, same, other, first = (
-        row(subject, [1.1, 2.2, 3.3, 4.4, 5.5]), row(subject, [1.0, 2.1, 2.9, 4.2, 5.0]),
-        row(subject, [9.0, 9.0, 9.0, 9.0, 9.0], batch=8), row(subject, [1.0, 2.0, 3.0, 4.0, 5.0]),
-    )  # fmt: skip
-    found = results_of([first, slow, same, other])
+    times = ([1.0, 2.0, 3.0, 4.0, 5.0], [1.1, 2.2, 3.3, 4.4, 5.5], [1.0, 2.1, 2.9, 4.2, 5.0])
+    found = results_of([*(row(subject, ms) for ms in times), row(subject, [9.0] * 5, batch=8)])
     assert [item.ratio.value for item in found] == pytest.approx([1.0, 1.1, 1.0, 1.0])
     assert [item.ratio.holds_one for item in found] == [True, False, True, True]
     (two,) = results_of([row(subject, [4.0] * 5, batch=8, sessions=2)])
@@ -241,7 +238,7 @@ def test_a_wrong_or_failed_or_unverified_row_is_never_recommended(subject: Subje
     ]
     results = results_of(rows)
     assert [item.word for item in results] == ["PASS", "WRONG", "WRONG", "FAIL", "-"]
-    assert {item.best for item in recommendations(results)} == {results[0]}
+    assert {item.best for item in reporting.recommendations(results)} == {results[0]}
     nothing = report_of(*rows[1:])
     assert (nothing.right, nothing.recommended) == (False, ())
     assert nothing.no_winner == "no measured variant has the verdict PASS and right answers"
@@ -277,12 +274,9 @@ def test_a_verdict_is_of_one_runtime_and_the_files() -> None:
     assert (found.word, found.source, found.bound, found.accuracy) == ("PASS", "at export", 1e-5, 0.8607)
 
     def failing(stage: str, subject: str, settings: str = "") -> VerificationReport:
-        rows = [
-            replace(item, passed=False, reason="it differs", settings=settings)
-            if (item.stage, item.subject) == (stage, subject)
-            else item
-            for item in whole.rows
-        ]
+        changes = {"passed": False, "reason": "it differs", "settings": settings}
+        wrong = ((item.stage, item.subject) == (stage, subject) for item in whole.rows)
+        rows = (replace(item, **changes) if spoil else item for item, spoil in zip(whole.rows, wrong, strict=True))
         return replace(whole, rows=tuple(rows))
 
     assert verdict_on(failing("strict", "openvino-cpu"), "onnxruntime-cpu", manifest, "now").word == "PASS"
@@ -303,9 +297,8 @@ def request(**changes: Any) -> BenchmarkRequest:
 
 def test_variants_are_files_runtimes_batches_threads_and_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "available_cores", lambda: 4)
-    wanted = request(
-        runtimes=("torchscript-cpu", "onnxruntime-cpu"), threads=(2, "all"), against=REFERENCE / "model.onnx"
-    )
+    named, file = ("torchscript-cpu", "onnxruntime-cpu"), REFERENCE / "model.onnx"
+    wanted = request(runtimes=named, threads=(2, "all"), against=file)
     subjects = planning.subjects_of(wanted)
     variants, left = planning.variants_of(wanted, subjects, wanted.specs())
     assert wanted.ways() == ((2, 1), (4, 1)), "two sessions of two threads are in no list, four would need eight cores"
@@ -325,16 +318,16 @@ def test_variants_are_files_runtimes_batches_threads_and_sessions(monkeypatch: p
     ("changes", "words"),
     [
         ({"runtimes": ("tensorflow",)}, "the runtime 'tensorflow' is unknown"),
-        ({"batches": (0,)}, "--batch 0 measures nothing"),
-        ({"threads": (0,)}, "--threads 0 measures nothing"),
-        ({"sessions": (0,)}, "--sessions 0 measures nothing"),
-        ({"sessions": (9,)}, "--sessions 9 is more than the 2 cores of this process"),
-        ({"threads": (3,)}, "--threads 3 is more than the 2 cores"),
+        ({"batches": (0,)}, "--batch is 0"),
+        ({"threads": (0,)}, "--threads is 0"),
+        ({"sessions": (0,)}, "--sessions is 0"),
+        ({"sessions": (9,)}, "--sessions is 9, but this process has 2 cores"),
+        ({"threads": (3,)}, "--threads is 3, but this process has 2 cores"),
         ({"threads": (2,), "sessions": (2,)}, "2 sessions of 2 threads need 4 cores"),
-        ({"rounds": 4}, "4 rounds show no difference"),
-        ({"seconds": 0.0}, "is not a time to measure"),
-        ({"seconds": math.nan}, "is not a time to measure"),
-        ({"bundles": ()}, "no bundle was given"),
+        ({"rounds": 4}, "--rounds is 4, too few"),
+        ({"seconds": 0.0}, "--seconds is 0.0"),
+        ({"seconds": math.nan}, "--seconds is nan"),
+        ({"bundles": ()}, "no bundle is given"),
         ({"bundles": (REFERENCE, REFERENCE / "." / ".." / "1")}, "are the same bundle"),
         ({"against": REFERENCE / "none.onnx"}, "none.onnx is not a file"),
     ],
@@ -356,7 +349,7 @@ def test_a_folder_that_is_not_a_bundle_is_refused(tmp_path: Path) -> None:
 
 
 class FakeWorker:
-    """A process that measures at once: 1 ms per call and image, and what ``plan`` changes, by runtime and sessions."""
+    """A process that measures at once: 1 ms per call and image, with the changes of ``plan``."""
 
     plan: Mapping[str, Any] = {}
 
@@ -457,15 +450,15 @@ def test_the_order_changes_from_round_to_round_and_repeats_with_the_seed(
 
 def test_too_little_memory_is_refused_before_the_process_starts(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: 5 * 10**7)
-    with pytest.raises(UsageError, match=r"needs about 10\d MB of memory, 50 MB are free"):
+    with pytest.raises(UsageError, match=r"needs about 10\d MB of memory, but 50 MB are free"):
         fake()
 
 
-def test_what_can_not_be_loaded_is_listed_and_nothing_at_all_is_an_error(fake: Fake) -> None:
+def test_files_that_can_not_be_loaded_are_listed_and_if_none_can_it_is_an_error(fake: Fake) -> None:
     report = fake({"refuse": ("torch-cpu",)}, runtimes=("torch-cpu", "onnxruntime-cpu"))
     assert report.left == {"A torch-cpu": "it is broken here"}
     assert {item.variant.runtime for item in report.results} == {"onnxruntime-cpu"}
-    with pytest.raises(RuntimeUnavailable, match="no variant could be loaded: it is broken here"):
+    with pytest.raises(RuntimeUnavailable, match="no runtime could load its file: it is broken here"):
         fake({"refuse": ("onnxruntime-cpu",)})
     with pytest.raises(UsageError, match="can't be run: it is broken here"):
         fake({"refuse": (BARE,)}, against=REFERENCE / "model.onnx")
@@ -493,9 +486,8 @@ def test_tuned_json_has_the_recommendations_and_is_not_written_on_a_busy_machine
 
 def test_a_wrong_answer_while_measuring_disqualifies(fake: Fake) -> None:
     report = fake({"golden": {"torchscript-cpu": 1e-3}}, runtimes=("torchscript-cpu", "onnxruntime-cpu"))
-    assert {(item.variant.runtime, item.word) for item in report.results} == {
-        ("torchscript-cpu", "WRONG"), ("onnxruntime-cpu", "PASS"),
-    }  # fmt: skip
+    words = {(item.variant.runtime, item.word) for item in report.results}
+    assert words == {("torchscript-cpu", "WRONG"), ("onnxruntime-cpu", "PASS")}
     assert {item.best.variant.runtime for item in report.recommended} == {"onnxruntime-cpu"}
 
 
@@ -503,7 +495,7 @@ def test_a_wrong_answer_while_measuring_disqualifies(fake: Fake) -> None:
 
 
 class WorkInProcess:
-    """A process that does known work in this one, by its own or a fake clock."""
+    """Known work in this process, measured by a real or a fake clock."""
 
     def __init__(self, work: Callable[[Any], Any], clock: Callable[[], float]) -> None:
         self.work, self.clock = work, clock
@@ -515,14 +507,9 @@ class WorkInProcess:
 
 
 def measured_ratio(
-    subject: Subject,
-    works: list[Callable[[Any], Any]],
-    clock: Callable[[], float],
-    seed: int,
-    *,
-    rounds: int,
+    subject: Subject, works: list[Callable[[Any], Any]], clock: Callable[[], float], seed: int, *, rounds: int,
     seconds: float,
-) -> Quantile:
+) -> Quantile:  # fmt: skip
     """The ratio of the second piece of work to the first, by the rounds of the benchmark."""
     variants = [Variant(subject, name, 1, 1, 1) for name in ("onnxruntime-cpu", "openvino-cpu")]
     workers = {item.process: WorkInProcess(work, clock) for item, work in zip(variants, works, strict=True)}

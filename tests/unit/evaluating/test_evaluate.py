@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.bundles import network
+from support.bundles import copy_bundle, network
 from support.pictures import write_parts, write_pictures
 from torch import nn
 from unit.evaluating.conftest import TEST, Write, inputs, lenet
@@ -34,12 +34,8 @@ def test_a_checkpoint(write: Write, batch_size: int) -> None:
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (LABELS, given(lenet())), 1)
     assert (found.confusion == expected).all()
-    assert (found.n, found.correct, found.runtime, found.dataset) == (
-        80,
-        int(np.trace(expected)),
-        "torch-cpu",
-        "digits",
-    )
+    assert (found.n, found.correct) == (80, np.trace(expected))
+    assert (found.runtime, found.dataset) == ("torch-cpu", "digits")
     assert found.interval[0] < found.accuracy < found.interval[1]
     assert done[-1] == (80, 80)
     with torch.no_grad():
@@ -99,12 +95,10 @@ def test_options_that_do_not_go_together(bundle: Bundle, write: Write) -> None:
 
 
 def test_a_changed_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    import shutil
-
-    copy = Path(shutil.copytree(bundle.path, tmp_path / "copy"))
-    (copy / "stranger").write_text("x")
-    with pytest.raises(BundleError, match="stranger"):
-        evaluate_path(copy, EvaluationRequest())
+    folder = copy_bundle(bundle, tmp_path / "copy")
+    (folder / "extra").write_text("x")
+    with pytest.raises(BundleError, match="extra"):
+        evaluate_path(folder, EvaluationRequest())
 
 
 def test_another_number_of_classes(write: Write) -> None:

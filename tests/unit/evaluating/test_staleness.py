@@ -26,7 +26,7 @@ def fresh() -> nn.Module:
 
 
 class Keeps(nn.Sequential):
-    """Keeps its last input and draws random numbers: what a user's forward may do."""
+    """Keeps its last input and draws random numbers, as a user's forward may."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.last = x
@@ -77,7 +77,7 @@ def test_without_data_there_is_no_warning(tmp_path, monkeypatch: pytest.MonkeyPa
 
 
 def test_on_request_the_reason_is_reported() -> None:
-    with pytest.raises(UsageError, match="training images of the network are not known"):
+    with pytest.raises(UsageError, match="training images of the network are unknown"):
         sampled_staleness(TrainedNetwork(lenet(), None, None))
 
 
@@ -94,7 +94,7 @@ def test_the_fold_report_holds_the_warning(write: Write, tmp_path) -> None:
     )
     assert "WARNING: the moving statistics are stale" in page
     found = sampled_staleness(trained_network(stale.bundle.path))
-    assert found.sentence() == warning, "a bundle keeps the unfolded weights, so it can be asked later"
+    assert found.sentence() == warning, "a bundle keeps the unfolded weights, so its statistics can be compared later"
     mended = recalibrate_checkpoint(write(), tmp_path / "mended.safetensors", RecalibrationRequest())
     exact = bnexport.fold_and_export(str(mended.out), tmp_path / "models" / "exact" / "1", request=request)
     assert exact.fold.warnings == ()

@@ -169,9 +169,9 @@ def placed(**providers: int) -> list[PlacedNode]:
         ({TENSORRT: 9}, "tensorrt", None),
         ({TENSORRT: 9, CPU: 1}, "tensorrt", None),
         ({CUDA: 9, CPU: 1}, "cuda", None),
-        ({CUDA: 11}, "tensorrt", "TensorRT took none of the nodes, CUDAExecutionProvider took them"),
+        ({CUDA: 11}, "tensorrt", "no node runs on TensorRT, all run on CUDAExecutionProvider"),
         ({TENSORRT: 3}, "cuda", "nodes run on TensorrtExecutionProvider"),
-        ({CPU: 3}, "cuda", "CUDA took none of the nodes, CPUExecutionProvider took them"),
+        ({CPU: 3}, "cuda", "no node runs on CUDA, all run on CPUExecutionProvider"),
         ({}, "cuda", None),
         ({"OtherExecutionProvider": 3}, "cpu", "nodes run on OtherExecutionProvider"),
     ],
@@ -271,7 +271,7 @@ def test_bound_values_that_lie_elsewhere_are_refused(bundle: Bundle) -> None:
     with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings) as runner:
         assert runner.description["memory"] == "bound on cpu"
         lying = SimpleNamespace(device_name=lambda: "cpu")
-        with pytest.raises(RuntimeUnavailable, match="did not keep its bound values on cuda: they lie on cpu"):
+        with pytest.raises(RuntimeUnavailable, match="did not keep its bound values on cuda: they are on cpu"):
             runner._refuse_other_memory([lying], "cuda")
 
 

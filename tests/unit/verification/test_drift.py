@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.onnx_builder import model_of
 
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal
 from bnexport.errors import BundleError, UsageError
@@ -22,9 +24,13 @@ STRICT = RunSettings()
 FEEDS = {"input": np.random.default_rng(0).random((6, 1, 28, 28), dtype=np.float32)}
 
 
+def engine(opener: Callable[..., Runner]) -> RunnerSpec:
+    return RunnerSpec("odd", "cpu", MODEL_ONNX, opener, lambda _: None)
+
+
 def emulated(precision: str) -> RunnerSpec:
-    """An engine that computes in one precision whatever it is asked for."""
-    return RunnerSpec("gpu", "cpu", MODEL_ONNX, lambda bundle, *_: EmulatedRunner(bundle, precision), lambda _: None)
+    """An engine that computes in one precision, whatever its settings are."""
+    return engine(lambda bundle, *_: EmulatedRunner(bundle, precision))
 
 
 def test_a_real_engine_in_strict_float32_stays_with_its_prediction(bundle: Bundle) -> None:
@@ -45,32 +51,25 @@ def test_tf32_left_on_is_seen_from_the_first_layer_that_multiplies(bundle: Bundl
     assert [layer.error for layer in expected] == pytest.approx([layer.predicted for layer in expected])
 
 
-class _FaultyLayer(Runner):
-    """An engine with one wrong kernel: whatever follows from ``layer`` is wrong with it."""
+def faulty(layer: str, by: float) -> RunnerSpec:
+    """An engine with one wrong kernel, that of ``layer``: it changes the weight in the copy that it gets."""
 
-    def __init__(self, bundle: Bundle, layer: str, by: float) -> None:
+    def opened(bundle: Bundle, *_: object) -> Runner:
         model = onnx.load(bundle.file(MODEL_ONNX))
         node = next(node for node in model.graph.node if layer in node.output)
         weight = next(item for item in model.graph.initializer if item.name == node.input[1])
-        array = numpy_helper.to_array(weight) * np.float32(by)
-        weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(by), weight.name))
         onnx.save(model, bundle.path / MODEL_ONNX)
-        self._inner = ORT.open(bundle)
-        self.name, self.effective_device, self.description = "faulty", "cpu", {}
-        self.signature = bundle.manifest.signature
+        return ORT.open(bundle)
 
-    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self._inner.run(feeds)
+    return engine(opened)
 
 
 @pytest.mark.parametrize("wrong", range(5))
 @pytest.mark.parametrize("by", [1.01, np.nan])
 def test_the_first_layer_that_leaves_is_the_faulty_one(bundle: Bundle, wrong: int, by: float) -> None:
     names = [layer.layer for layer in layer_drift(bundle, ORT, STRICT, FEEDS, precision="float32")]
-    spec = RunnerSpec(
-        "faulty", "cpu", MODEL_ONNX, lambda opened, *_: _FaultyLayer(opened, names[wrong], by), lambda _: None
-    )
-    drift = layer_drift(bundle, spec, STRICT, FEEDS, precision="float32")
+    drift = layer_drift(bundle, faulty(names[wrong], by), STRICT, FEEDS, precision="float32")
     assert next(at for at, layer in enumerate(drift) if layer.left) == wrong
     json.dumps([asdict(layer) for layer in drift], allow_nan=False)
 
@@ -80,15 +79,7 @@ def write(
 ) -> Bundle:
     dtype = str(more.get("dtype", "float32"))
     element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", element, ["batch", *shape])],
-        [helper.make_tensor_value_info("y", element, None)],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), folder / MODEL_ONNX)
+    onnx.save(model_of(nodes, ["batch", *shape], weights, element=element), folder / MODEL_ONNX)
     out = TensorSpec("y", dtype, tuple(more.get("out", ("batch", 4))))  # type: ignore[arg-type]
     signature = Signature((TensorSpec("x", dtype, ("batch", *shape)),), (out,))
     return seal(folder, Manifest("small", 1, signature, {"source": "test"}))
@@ -147,10 +138,7 @@ def test_a_layer_whose_emulation_is_exact_may_still_round(tmp_path: Path) -> Non
     bundle = write(tmp_path, [helper.make_node("MatMul", ["x", "m"], ["y"])], {"m": np.eye(4, dtype=np.float32)}, (4,))
     feeds = {"x": np.random.default_rng(3).standard_normal((3, 4)).astype(np.float32)}
     for by, left in ((1 + 1e-6, False), (1 + 1e-4, True)):
-        spec = RunnerSpec(
-            "odd", "cpu", MODEL_ONNX, lambda opened, *_, by=by: _FaultyLayer(opened, "y", by), lambda _: None
-        )
-        (layer,) = layer_drift(bundle, spec, STRICT, feeds, precision="float32")
+        (layer,) = layer_drift(bundle, faulty("y", by), STRICT, feeds, precision="float32")
         assert (layer.predicted, layer.left) == (0, left)
 
 
@@ -182,12 +170,10 @@ def test_runners_that_can_not_be_compared_by_layer_are_refused(bundle: Bundle) -
         layer_drift(bundle, ORT, STRICT, {"input": FEEDS["input"][:, :, :3]}, precision="float32")
 
     def refuses(_bundle: Bundle, *_rest: object) -> Runner:
-        raise BundleError("this engine fuses everything", remedy="Ask another")
+        raise BundleError("this engine fuses everything", remedy="Choose another")
 
     with pytest.raises(BundleError, match="fuses everything"):
-        layer_drift(
-            bundle, RunnerSpec("odd", "cpu", MODEL_ONNX, refuses, lambda _: None), STRICT, FEEDS, precision="float32"
-        )
+        layer_drift(bundle, engine(refuses), STRICT, FEEDS, precision="float32")
 
 
 def test_the_opener_of_emulations_fits(bundle: Bundle) -> None:

@@ -26,11 +26,10 @@ from bnexport.onnx_files.models import read_model
 from bnexport.runtimes import torch_float64
 from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 from bnexport.tensors import Array, Signature
-from bnexport.verification.format_proof import format_rows
 from bnexport.verification.inputs import Batch
 from bnexport.verification.inputs import Case as ComparedCase
 from bnexport.verification.reference import Reference
-from bnexport.verification.stages import float64_rows
+from bnexport.verification.stages import float64_rows, format_rows
 from bnexport.verification.verdict import Row
 
 FILES = (MODEL_TORCHSCRIPT, MODEL_EXPORTED)
@@ -38,7 +37,7 @@ WRITERS: dict[str, Callable[..., None]] = {
     MODEL_TORCHSCRIPT: bundles.write_torchscript,
     MODEL_EXPORTED: bundles.write_exported,
 }
-#: No function of its inputs alone, a batch norm in training mode, modules that can't be copied, a batch that is none.
+#: Not functions of their inputs alone, a BatchNorm in training mode, modules that can't be copied, inputs without a batch.
 LEFT_OUT = (
     "monte-carlo-dropout",
     "weight-changed-in-forward",
@@ -87,23 +86,22 @@ def test_every_case_is_proved(case: Case, tmp_path: Path) -> None:
 
 def rows_of(bundle: Bundle, name: str, cases: list[ComparedCase], **options: object) -> list[Row]:
     model = read_model(bundle.file(MODEL_ONNX)) if MODEL_ONNX in bundle.manifest.files else None
-    return format_rows(bundle, name, cases, model=model, **options)
+    return format_rows(bundle, name, cases, model=model, **{"rounding": no_rounding, **options})
+
+
+def no_rounding(_case: ComparedCase, *, always: bool = False) -> None:
+    """The fixed bound holds."""
 
 
 @pytest.fixture(scope="module")
-def right(bundle: Bundle) -> Bundle:
-    return bundle
-
-
-@pytest.fixture(scope="module")
-def images(right: Bundle) -> ComparedCase:
-    answer = Reference(network(), right.manifest.signature, description="").evaluate({"input": X})
+def images(bundle: Bundle) -> ComparedCase:
+    answer = Reference(network(), bundle.manifest.signature, description="").evaluate({"input": X})
     return ComparedCase(Batch("images", {"input": X}), answer)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_right_file_passes(right: Bundle, images: ComparedCase, name: str) -> None:
-    weights, proof = rows_of(right, name, [images.head(7)])
+def test_a_right_file_passes(bundle: Bundle, images: ComparedCase, name: str) -> None:
+    weights, proof = rows_of(bundle, name, [images.head(7)])
     assert (weights.stage, weights.subject, weights.case, weights.passed) == ("weights", name, "bits", True)
     assert (proof.stage, proof.subject, proof.case, proof.passed, proof.n) == ("file-proof", name, "images", True, 7)
     assert proof.device == "float64 in torch"
@@ -143,7 +141,7 @@ FAULTS: dict[str, tuple[Callable[[], dict[str, Tensor]], bool, bool]] = {
     "eps dropped": (lambda: fold_by_hand(network(), eps_dropped), False, False),
     "sign of a channel": (lambda: changed(change_sign), False, False),
     "exponent bit": (lambda: changed(flip_bit(29)), False, False),
-    # The same numbers at another place: only the proof can see it.
+    # The same numbers at another place: only the proof shows it.
     "channels swapped": (lambda: changed(swap_channels), True, False),
     # Too small for any proof in float64: only the bits show it.
     "last bit": (lambda: changed(flip_bit(0)), False, True),
@@ -155,10 +153,10 @@ FAULTS: dict[str, tuple[Callable[[], dict[str, Tensor]], bool, bool]] = {
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_one_file_is_caught_by_its_own_rows(
-    right: Bundle, images: ComparedCase, tmp_path: Path, fault: str, name: str
+    bundle: Bundle, images: ComparedCase, tmp_path: Path, fault: str, name: str
 ) -> None:
     make, bits, proved = FAULTS[fault]
-    folder = copy_bundle(right, tmp_path / "1")
+    folder = copy_bundle(bundle, tmp_path / "1")
     WRITERS[name](folder / name, make())
     spoiled = reseal(folder)
     weights, proof = rows_of(spoiled, name, [images.head(9)])
@@ -171,27 +169,25 @@ def test_a_fault_in_one_file_is_caught_by_its_own_rows(
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_can_t_be_read_is_a_failed_row(
-    right: Bundle, images: ComparedCase, tmp_path: Path, name: str
+    bundle: Bundle, images: ComparedCase, tmp_path: Path, name: str
 ) -> None:
-    folder = copy_bundle(right, tmp_path / "1")
+    folder = copy_bundle(bundle, tmp_path / "1")
     (folder / name).write_bytes(b"no model")
     rows = rows_of(reseal(folder), name, [images.head(9)])
-    assert [(row.stage, row.case, row.passed) for row in rows] == [
-        ("weights", "bits", False),
-        ("file-proof", "open", False),
-    ]
+    failed = [(row.stage, row.case, row.passed) for row in rows]
+    assert failed == [("weights", "bits", False), ("file-proof", "open", False)]
     assert all("\n" not in row.reason for row in rows)
 
 
 def test_without_torch_the_report_states_it(
-    right: Bundle, images: ComparedCase, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, images: ComparedCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(name: str, *, purpose: str) -> None:
         raise MissingDependency(f"{purpose} needs {name}", remedy="Install it")
 
-    monkeypatch.setattr("bnexport.verification.format_proof.require", missing)
+    monkeypatch.setattr("bnexport.verification.stages.require", missing)
     with pytest.raises(MissingDependency, match=r"the proof of model\.pt needs torch"):
-        rows_of(right, MODEL_TORCHSCRIPT, [images.head(2)])
+        rows_of(bundle, MODEL_TORCHSCRIPT, [images.head(2)])
 
 
 class Narrow(nn.Module):
@@ -230,8 +226,8 @@ def test_what_leaves_float64_all_the_same_proves_nothing(tmp_path: Path, monkeyp
         evaluator.evaluate({"x0": np.zeros((3, 4), np.float32)})
 
 
-def test_a_script_that_is_not_frozen_is_proved_as_well(right: Bundle, images: ComparedCase, tmp_path: Path) -> None:
-    folder = copy_bundle(right, tmp_path / "1")
+def test_a_script_that_is_not_frozen_is_proved_as_well(bundle: Bundle, images: ComparedCase, tmp_path: Path) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
     plain = bnexport.bn_lenet("none").eval()
     plain.load_state_dict(fold_by_hand(network()))
     torch.jit.save(torch.jit.script(plain), str(folder / MODEL_TORCHSCRIPT))
@@ -255,19 +251,19 @@ def test_a_script_that_changes_itself_is_not_a_function(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_chunks_are_put_together_in_order(right: Bundle, images: ComparedCase, name: str) -> None:
-    signature = right.manifest.signature
-    found = [TorchFloat64Evaluator(right.file(name), signature, chunk=n).evaluate({"input": X}) for n in (2, 4, 64)]
+def test_chunks_are_put_together_in_order(bundle: Bundle, images: ComparedCase, name: str) -> None:
+    signature = bundle.manifest.signature
+    found = [TorchFloat64Evaluator(bundle.file(name), signature, chunk=n).evaluate({"input": X}) for n in (2, 4, 64)]
     assert error_of(found[0], found[2]) < 1e-14
     assert error_of(found[1], found[2]) < 1e-14
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_another_number_of_outputs_is_refused(right: Bundle, name: str) -> None:
-    signature = right.manifest.signature
+def test_another_number_of_outputs_is_refused(bundle: Bundle, name: str) -> None:
+    signature = bundle.manifest.signature
     twice = Signature(signature.inputs, signature.outputs * 2)
     with pytest.raises(BundleError, match="gives 1 outputs, the manifest states 2"):
-        TorchFloat64Evaluator(right.file(name), twice).evaluate({"input": X})
+        TorchFloat64Evaluator(bundle.file(name), twice).evaluate({"input": X})
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])

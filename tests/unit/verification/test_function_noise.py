@@ -19,7 +19,8 @@ import onnx
 import pytest
 import torch
 from cases import randomise
-from onnx import helper, numpy_helper
+from onnx import helper
+from support.onnx_builder import model_of
 from torch import nn
 
 import bnexport
@@ -50,12 +51,8 @@ def measured_here(runtime: str) -> bool:
     return same and platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() == CAPABILITY
 
 
-def one_node(operator: str, shape: list[Any], out: list[Any], **constants: Array) -> onnx.ModelProto:
-    node = helper.make_node(operator, ["x", *constants], ["y"])
-    given, made = (helper.make_tensor_value_info(name, 1, dims) for name, dims in (("x", shape), ("y", out)))
-    weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph([node], "g", [given], [made], weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+def one_node(operator: str, *shape: int | str, **constants: Array) -> onnx.ModelProto:
+    return model_of([helper.make_node(operator, ["x", *constants], ["y"])], shape, constants)
 
 
 def computed(runtime: str, model: onnx.ModelProto, x: Array) -> Array:
@@ -73,7 +70,7 @@ def computed(runtime: str, model: onnx.ModelProto, x: Array) -> Array:
 @pytest.mark.parametrize(("runtime", "operator"), ROWS)
 def test_the_table_is_what_the_engine_does(runtime: str, operator: str) -> None:
     x = np.linspace(-30, 30, 120_001).astype(np.float32)
-    found = computed(runtime, one_node(operator, ["n"], ["n"]), x)
+    found = computed(runtime, one_node(operator, "n"), x)
     error = float(np.abs(found - EXACT[operator](x.astype(np.float64))).max())
     stated, here = APPROXIMATED[runtime][operator], measured_here(runtime)
     assert error <= (1.2 if here else _ELSEWHERE) * stated, (
@@ -85,7 +82,7 @@ def test_the_table_is_what_the_engine_does(runtime: str, operator: str) -> None:
 @pytest.mark.parametrize("operator", list(SUMMED_IN_LINE["onnxruntime-cpu"]))
 def test_sums_in_line_are_the_engine_s(operator: str) -> None:
     axes = {} if operator == "GlobalAveragePool" else {"axes": np.array([2, 3])}
-    model = one_node(operator, ["n", 8, 112, 112], ["n", 8, 1, 1], **axes)
+    model = one_node(operator, "n", 8, 112, 112, **axes)
     values = np.random.default_rng(0).standard_normal((1, 8, 1, 1)).astype(np.float32)
     x = np.tile(values, (1, 1, 112, 112))
     exact = Float64Evaluator(model).evaluate({"x": x})["y"]
@@ -97,7 +94,7 @@ def test_sums_in_line_are_the_engine_s(operator: str) -> None:
 
 
 def test_equal_arguments_have_equal_errors() -> None:
-    model = one_node("Sigmoid", ["n"], ["n"])
+    model = one_node("Sigmoid", "n")
     feeds = {"x": np.array([-9.0, -9.0, -8.0])}
     draws = [ApproximatingEvaluator(model, "onnxruntime-cpu", seed=seed).evaluate(feeds)["y"] for seed in range(3)]
     exact = Float64Evaluator(model).evaluate(feeds)["y"]

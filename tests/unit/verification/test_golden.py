@@ -78,9 +78,8 @@ def test_large_inputs_have_fewer_samples(side: int, samples: int) -> None:
 
 def test_a_large_image_leaves_room_for_noise() -> None:
     signature = Signature((TensorSpec("x", "float32", ("batch", 1, 400, 400)),), ())
-    array = golden_inputs(signature, shapes={"x": (1, 400, 400)}, images=np.full((8, 1, 400, 400), 0.5, np.float32))[
-        "x"
-    ]
+    images = np.full((8, 1, 400, 400), 0.5, np.float32)
+    array = golden_inputs(signature, shapes={"x": (1, 400, 400)}, images=images)["x"]
     assert len(array) == 2
     assert (array[0] == 0.5).all()
     assert array[1].std() > 0.9
@@ -91,7 +90,7 @@ def test_a_large_image_leaves_room_for_noise() -> None:
     [
         {"preprocessing": None},
         {"dataset": None},
-        {"dataset": "someone's own"},
+        {"dataset": "unknown"},
         {"preprocessing": Preprocessing(3, 28, 28, mean=(0.0,) * 3, std=(1.0,) * 3).to_json()},
         {"signature": Signature((TensorSpec("input", "float32", ("batch", 1, 32, 32)),), SIGNATURE.outputs)},
     ],

@@ -13,7 +13,7 @@ from bnexport.data.datasets import load_test_images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 from bnexport.tensors import Signature, TensorSpec
-from bnexport.verification.budget import budget_of
+from bnexport.verification.budget import Work, budget_of
 from bnexport.verification.inputs import build_suite
 
 GOLDEN = {"input": np.zeros((3, 1, 28, 28), np.float32)}
@@ -21,7 +21,7 @@ GOLDEN = {"input": np.zeros((3, 1, 28, 28), np.float32)}
 
 def suite_of(described: Manifest, golden: dict[str, np.ndarray] = GOLDEN, *, limit: int = 10_000, **options: object):
     return build_suite(
-        described, golden, **{"data_dir": None, "seed": 0, "budget": budget_of(1, most=limit), **options}
+        described, golden, **{"data_dir": None, "seed": 0, "budget": budget_of(Work(1), most=limit), **options}
     )
 
 

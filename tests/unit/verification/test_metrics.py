@@ -1,10 +1,23 @@
 from __future__ import annotations
 
+from fractions import Fraction
+from math import comb
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bnexport.runtimes.replay import incomparable, scale
-from bnexport.verification.metrics import count_flips, measure, rule_of_three
+from bnexport.verification.metrics import (
+    accuracy_change,
+    count_flips,
+    flipped_samples,
+    mcnemar,
+    measure,
+    per_sample,
+    rule_of_three,
+)
 from bnexport.verification.verdict import Flips
 
 REFERENCE = np.array([[8.0, 1.0, 0.0], [0.0, 4.0, 2.0]])
@@ -84,3 +97,93 @@ def test_only_scores_per_class_have_labels() -> None:
     assert measure({"y": np.ones((4, 3, 2))}, {"y": np.ones((4, 3, 2))}, bound=1).flips is None
     integers = np.ones((4, 3), np.int64)
     assert measure({"y": integers}, {"y": integers}, bound=1).flips is None
+
+
+# Changed labels, sample by sample.
+
+SCORES = np.array([[0.0, 10.0, 1.0], [5.0, 4.9, 0.0], [1.0, 2.0, 9.0]])
+
+
+def changed(index: int, scores: list[float]) -> np.ndarray:
+    candidate = SCORES.copy()
+    candidate[index] = scores
+    return candidate
+
+
+def test_equal_scores_have_no_changed_label() -> None:
+    assert flipped_samples({"y": SCORES}, {"y": SCORES}, bound=0.1, labels=None) == ()
+
+
+def test_a_small_margin_explains_a_flip_and_a_large_one_does_not() -> None:
+    near = flipped_samples({"y": changed(1, [4.8, 5.0, 0.0])}, {"y": SCORES}, bound=0.02, labels=np.array([1, 0, 2]))
+    assert len(near) == 1
+    assert (near[0].index, near[0].label, near[0].reference, near[0].candidate) == (1, 0, 0, 1)
+    assert near[0].explained
+    assert near[0].margin == np.float64(5.0 - 4.9) / 10
+    assert abs(near[0].error - 0.02) < 1e-12
+    far = flipped_samples({"y": changed(2, [9.0, 2.0, 1.0])}, {"y": SCORES}, bound=0.02, labels=None)
+    assert [(item.index, item.label, item.explained) for item in far] == [(2, None, False)]
+
+
+def test_changed_labels_are_those_that_are_counted() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((500, 4))
+    candidate = scores + rng.standard_normal((500, 4)) * 0.05
+    counted = count_flips(candidate, scores, bound=0.005)
+    found = flipped_samples({"y": candidate}, {"y": scores}, bound=0.005, labels=None)
+    assert sum(item.explained for item in found) == counted.explained
+    assert sum(not item.explained for item in found) == counted.unexplained
+    assert counted.explained > 0
+    assert counted.unexplained > 0
+
+
+def test_outputs_that_can_not_be_compared_have_no_changed_label() -> None:
+    assert per_sample({}, {"y": SCORES}) is None
+    assert flipped_samples({}, {"y": SCORES}, bound=0.1, labels=None) == ()
+    assert flipped_samples({"y": SCORES[:2]}, {"y": SCORES}, bound=0.1, labels=None) == ()
+    assert flipped_samples({"y": SCORES * np.nan}, {"y": SCORES}, bound=0.1, labels=None) == ()
+    assert flipped_samples({"y": SCORES[..., None]}, {"y": SCORES[..., None]}, bound=0.1, labels=None) == ()
+
+
+def test_margins_are_shares_of_the_scale_of_several_batches() -> None:
+    found = flipped_samples(
+        {"y": changed(1, [4.8, 5.0, 0.0])}, {"y": SCORES}, bound=0.02, labels=None, scales={"y": 100.0}
+    )
+    assert abs(found[0].margin - 0.001) < 1e-12
+
+
+# Changes of accuracy.
+
+
+def test_zero_changes_are_not_evidence() -> None:
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(7, 7) == 1.0
+
+
+@pytest.mark.parametrize(("lost", "won", "p"), [(1, 0, 1.0), (5, 0, 0.0625), (10, 1, 24 / 2048), (8, 2, 112 / 1024)])
+def test_the_exact_values_of_mcnemar(lost: int, won: int, p: float) -> None:
+    assert mcnemar(lost, won) == pytest.approx(p)
+    assert mcnemar(won, lost) == mcnemar(lost, won)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mcnemar_is_the_two_sided_binomial_test(lost: int, won: int) -> None:
+    n = lost + won
+    tail = sum(Fraction(comb(n, k), 2**n) for k in range(min(lost, won) + 1))
+    assert mcnemar(lost, won) == pytest.approx(float(min(Fraction(1), 2 * tail)))
+
+
+def test_thousands_of_changes_do_not_overflow() -> None:
+    """From 1,030 changes on, the number of their orders is beyond a float."""
+    assert 0 <= mcnemar(3_000, 400) < 1e-300
+    assert 0.9 < mcnemar(2_000, 2_001) <= 1.0
+
+
+def test_accuracy_is_counted_by_the_true_class() -> None:
+    reference = np.eye(4)[[0, 1, 2, 3, 0, 1]]
+    candidate = np.eye(4)[[0, 1, 2, 0, 1, 2]]
+    labels = np.array([0, 1, 2, 3, 1, 3])  # the fourth is lost, the fifth won, the sixth wrong on both sides
+    found = accuracy_change(reference, candidate, labels)
+    assert (found.n, found.reference, found.candidate, found.lost, found.won) == (6, 4, 4, 1, 1)
+    assert found.p == 1.0
+    assert "4 of 6 labels right before, 4 after (1 lost, 1 won" in found.sentence()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from cases import CASES
 from onnx import TensorProto, helper, numpy_helper
-from support.bundles import network
+from support.bundles import exact_answer, network
+from support.onnx_builder import model_of
 
 import bnexport
 from bnexport.bundle import MODEL_ONNX, Bundle
@@ -92,7 +93,7 @@ def test_real_half_precision_is_predicted_and_recognised(name: str, precision: s
     inputs = case.inputs(batch=64)
     folded = bnexport.fold(case.model(), inputs).model
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a traced graph has no training mode that torch could know of
+        warnings.simplefilter("ignore")  # torch can't find out the training mode of a traced graph
         program = torch.onnx.export(folded, inputs, dynamo=True, verbose=False, external_data=False, optimize=False)
     source = program.model_proto.SerializeToString()
     evaluator = Float64Evaluator(source)
@@ -208,7 +209,7 @@ def test_other_weights_are_judged_by_size(exact: Outputs, emulated: dict[str, Ou
     seen = detect(other, exact, emulated, same_weights=False)
     assert seen.precision == "tf32"
     assert seen.cosine is None
-    assert "float16" in seen.sentence  # as large, and honest about it
+    assert "float16" in seen.sentence  # its error is as large
     assert compatible("tf32", seen)
     assert not compatible("float32", seen)
     far = noisy(exact, emulated, "bfloat16", 20)
@@ -218,9 +219,8 @@ def test_other_weights_are_judged_by_size(exact: Outputs, emulated: dict[str, Ou
 
 def test_the_unfolded_networks_real_float32_is_float32(bundle: Bundle, emulated: dict[str, Outputs]) -> None:
     with torch.no_grad():
-        wide = {"logits": copy.deepcopy(network()).double()(torch.from_numpy(X).double()).numpy()}
         given = {"logits": network()(torch.from_numpy(X)).numpy()}
-    assert detect(given, wide, emulated, same_weights=False).precision == "float32"
+    assert detect(given, {"logits": exact_answer(X)}, emulated, same_weights=False).precision == "float32"
 
 
 def test_values_that_are_not_finite_are_of_no_precision(exact: Outputs, emulated: dict[str, Outputs]) -> None:
@@ -256,7 +256,7 @@ def test_where_tf32_hardly_differs_a_noisy_float32_is_still_float32() -> None:
         ("float32", "float32", True),
         ("float32", "tf32-convolutions", False),
         ("float32", "tf32", False),
-        ("tf32", "float32", True),  # the report tells that TF32 was not in effect
+        ("tf32", "float32", True),  # the report states that TF32 was not in effect
         ("tf32", "tf32-convolutions", True),
         ("tf32", "tf32-cut", True),
         ("tf32", "float16", False),
@@ -279,17 +279,11 @@ def test_every_precision_has_a_rank() -> None:
 def one_node(
     node: onnx.NodeProto, weight: np.ndarray, shape: list[object], element: int = TensorProto.FLOAT
 ) -> onnx.ModelProto:
-    stored = numpy_helper.from_array(weight, "w")
+    model = model_of([node], shape, {"w": weight}, element=element)
     if element == TensorProto.BFLOAT16:
-        stored = helper.make_tensor("w", element, weight.shape, weight.ravel().tolist())
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info("x", element, shape)],
-        [helper.make_tensor_value_info("y", element, None)],
-        [stored],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+        narrow = helper.make_tensor("w", element, weight.shape, weight.ravel().tolist())
+        model.graph.initializer[0].CopyFrom(narrow)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -316,8 +310,7 @@ def test_rounding_noise_bounds_the_files_own_rounding(bundle: Bundle, exact: Out
     """The float32 file against the original in float64, and a float16 copy of it against the float32 file."""
     model = read_model(bundle.file(MODEL_ONNX))
     noise = rounding_noise(model, FEEDS)
-    with torch.no_grad():
-        original = copy.deepcopy(network()).double()(torch.from_numpy(X).double()).numpy()
+    original = exact_answer(X)
     error = np.abs(exact["logits"] - original).max() / np.abs(original).max()
     assert error / 3 < noise < error * 10
     half = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""The verifier's own test: every fault is seen on a right verifier, and a blind one is found out."""
+"""The self-test: a right verifier catches every fault, and the self-test detects a verifier that does not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REFERENCE = Path(__file__).parents[3] / "models" / "bn_lenet" / "1"
 
 @pytest.fixture(scope="module", autouse=True)
 def few_samples() -> Iterator[tuple[int, int]]:
-    """The samples that the largest network gets. Fewer only hide a fault better. The value: the product's own numbers."""
+    """The number of samples of the largest network, since few samples hide faults best. The value is the default numbers."""
     before = testing._SAMPLES, testing._MANY_SAMPLES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(testing, "_SAMPLES", 16)
@@ -55,14 +55,14 @@ def proven(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def results(proven: Bundle) -> dict[tuple[str, str], FaultResult]:
-    """Of every fault, by its name and the file of its row."""
+    """The result of every fault by its name and the file of its row."""
     found = self_test(proven)
     return {(row.name, row.where): result for row, result in zip(faults_of(proven), found, strict=True)}
 
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files go."""
+    """The folder of temporary files."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -71,7 +71,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Leave the faults with these names."""
+    """Keeps only the faults with these names."""
 
     def keep(*names: str) -> None:
         monkeypatch.setattr(testing, "faults_of", lambda bundle: named(faults_of(bundle), names))
@@ -122,7 +122,7 @@ def test_the_lowest_bit_is_below_every_tolerance(results: dict[tuple[str, str], 
 
 
 def test_a_fault_in_a_batch_norm_goes_into_the_written_file(results: dict[tuple[str, str], FaultResult]) -> None:
-    """By the fold itself: model.pt and model.pt2 keep the right weights, so the bits differ too."""
+    """The fold puts the fault there; model.pt and model.pt2 keep the right weights, so the bits differ too."""
     for name in ("eps dropped", "sign of one gamma", "stale moving statistics", "a BatchNorm skipped"):
         found = results[name, MODEL_ONNX]
         assert found.where.startswith("bn")
@@ -154,24 +154,21 @@ def test_an_interrupt_leaves_nothing(
         seen.append(len(list(temporary.iterdir())))
         raise KeyboardInterrupt
 
-    options = {}
-    if where == "between":
-        options["progress"] = interrupted
-    else:
+    if where == "inside":
         monkeypatch.setattr(testing, "effect_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        self_test(proven, **options)
+        self_test(proven, **({"progress": interrupted} if where == "between" else {}))
     assert seen == [0 if where == "between" else 1]
     assert list(temporary.iterdir()) == []
 
 
-def test_a_blind_stage_is_found_out(proven: Bundle, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blind_stage_is_detected(proven: Bundle, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     only("labels permuted", "another opset claimed", "another output name")
     monkeypatch.setattr(stages, "declaration_problem", lambda *_: None)
     found = {result.fault: result for result in self_test(proven)}
     for name in ("labels permuted", "another opset claimed"):
         assert (found[name].outcome, found[name].caught) == ("missed", ())
-    assert found["another output name"].outcome == "caught", "the outputs themselves tell of it"
+    assert found["another output name"].outcome == "caught", "the names of the outputs differ"
     assert "declaration" not in found["another output name"].caught
     report = verify(proven, runtimes=["onnxruntime-cpu"], scope=Scope(("float32",), max_samples=16, drift=False))
     assert report.passed
@@ -185,7 +182,7 @@ def test_a_bound_that_is_too_wide_excuses_nothing(
     for stage in ("file-proof", "golden", "strict", "golden-reference"):
         monkeypatch.setitem(tolerances.TOLERANCES, stage, Tolerance(1e9, "too wide"))
     seen = {result.fault: result for result in self_test(proven)}
-    assert {result.caught for result in seen.values()} == {("weights",)}, "another stage than the one made for it"
+    assert {result.caught for result in seen.values()} == {("weights",)}, "a stage other than the expected one"
     assert {result.outcome for result in seen.values()} == {"caught"}
     monkeypatch.setattr(evidence, "format_rows", lambda *_, **__: [])
     blind = {result.fault: result for result in self_test(proven)}
@@ -206,16 +203,16 @@ def test_what_changes_nothing_is_harmless(only: Callable[..., None]) -> None:
 def test_nothing_is_tried_on_a_bundle_that_fails(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each copy would fail as well, whatever was put into it."""
+    """Each copy would fail as well, with any fault."""
     folder = copy_bundle(bundle, tmp_path / "1")
-    (folder / "stranger").write_text("x")
+    (folder / "extra").write_text("x")
     found = self_test(folder)
     assert {result.outcome for result in found} == {"not tried"}
-    assert all("stranger is not in the manifest" in result.reason for result in found)
+    assert all("extra is not in the manifest" in result.reason for result in found)
 
 
 def foreign() -> nn.Module:
-    """No network that bnexport knows: two convolutions, the first without a bias, and a sum of channels."""
+    """A user's network: two convolutions, the first without a bias, and a linear layer."""
     torch.manual_seed(1)
     layers = (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12))
     return randomise(nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(12 * 64, 5))).eval()
@@ -247,21 +244,14 @@ def test_a_foreign_network_that_is_given_is_folded_again(
     assert found["high bit, sealed again", WEIGHTS].outcome == "not tried"
     tried = [item for item in found.values() if item.outcome != "not tried"]
     assert all(item.outcome == "caught" and item.expected in item.caught for item in tried), tried
-    assert {found[name, MODEL_ONNX].where for name in ("eps dropped", "a BatchNorm skipped")} <= {
-        "1 in model.onnx",
-        "4 in model.onnx",
-    }
+    places = {found[name, MODEL_ONNX].where for name in ("eps dropped", "a BatchNorm skipped")}
+    assert places <= {"1 in model.onnx", "4 in model.onnx"}
 
 
 def test_without_its_code_the_folded_layer_itself_is_changed(theirs: Bundle) -> None:
     found = {item.fault: item for item in self_test(theirs) if item.expected == "file-proof"}
-    assert {name for name, item in found.items() if item.outcome == "not tried"} == {
-        "stale moving statistics",
-        "absolute gamma",
-        "beta dropped",
-        "a BatchNorm skipped",
-        *PIXEL_FAULTS,
-    }
+    impossible = {"stale moving statistics", "absolute gamma", "beta dropped", "a BatchNorm skipped", *PIXEL_FAULTS}
+    assert {name for name, item in found.items() if item.outcome == "not tried"} == impossible
     assert "can't be folded again here" in found["beta dropped"].reason
     for name in ("another eps, 1e-3", "variance times 256/255", "moving mean dropped", "sign of one gamma"):
         assert found[name].outcome == "caught"
@@ -270,7 +260,7 @@ def test_without_its_code_the_folded_layer_itself_is_changed(theirs: Bundle) -> 
 
 @pytest.mark.slow
 def test_half_precision(tmp_path: Path, only: Callable[..., None]) -> None:
-    """What the rounding of the weights does anyway is no fault; NaN is one, not an exception."""
+    """An effect within the rounding of the weights is harmless; NaN is a fault, not an exception."""
     request = ExportRequest(inputs=("3x12x12",), precision="float16")
     exported = fold_and_export(foreign(), tmp_path / "net" / "1", request=request)
     assert exported.bundle is not None

@@ -23,24 +23,9 @@ def test_a_complete_report_without_failure_passes() -> None:
 @pytest.mark.parametrize(
     ("inputs", "cases", "after", "words"),
     [
-        (
-            "480 test images of shapes",
-            ("images", "noise"),
-            (480, 480),
-            "480 labels right before and after",
-        ),
-        (
-            "480 test images of shapes",
-            ("images",),
-            (479, 481),
-            "480 labels right before, 479 to 481 after",
-        ),
-        (
-            "30 images of x.npz, with labels",
-            ("samples",),
-            (479, 479),
-            "480 labels right before, 479 after",
-        ),
+        ("480 test images of shapes", ("images", "noise"), (480, 480), "480 labels right before and after"),
+        ("480 test images of shapes", ("images",), (479, 481), "480 labels right before, 479 to 481 after"),
+        ("30 images of x.npz, with labels", ("samples",), (479, 479), "480 labels right before, 479 after"),
         ("no real images: x", ("noise", "zeros"), (), "34 synthetic samples (noise, zeros)"),
         ("no real images: x", ("golden",), (), "5 golden vectors (stored inputs and outputs)"),
     ],

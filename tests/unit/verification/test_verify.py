@@ -28,14 +28,13 @@ FAST = ["onnxruntime-cpu"]
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """About a hundred samples per batch, thirty for the proof."""
-    monkeypatch.setattr(module_under_test, "_REAL_WORK", 3e7)
-    monkeypatch.setattr(module_under_test, "_SYNTHETIC_WORK", 3e7)
-    monkeypatch.setattr(module_under_test, "_PROOF_WORK", 9e6)
+    for name, work in (("_REAL_WORK", 3e7), ("_SYNTHETIC_WORK", 3e7), ("_PROOF_WORK", 9e6)):
+        monkeypatch.setattr(module_under_test, name, work)
 
 
 @pytest.fixture(scope="module")
 def report(bundle: Bundle) -> VerificationReport:
-    """In strict float32: in bfloat16, which OpenVINO is served in, this network of random statistics loses labels."""
+    """A report in strict float32: in bfloat16, OpenVINO's precision of serving, labels of this random network change."""
     return verify(bundle.path, scope=Scope(("float32",)))
 
 
@@ -236,7 +235,7 @@ def test_the_live_module_is_the_first_reference(bundle: Bundle) -> None:
     assert {row.stage for row in wrong.failures} >= {"golden-reference", "file-proof", "strict"}
 
 
-def test_only_the_golden_vectors_speak_for_a_users_network(bundle: Bundle, tmp_path: Path) -> None:
+def test_only_the_golden_vectors_represent_a_users_network(bundle: Bundle, tmp_path: Path) -> None:
     foreign = reseal(copy_bundle(bundle, tmp_path / "1"), network={"source": "mine.py:net", "options": {}})
     found = verify(foreign)
     assert found.passed, found.failures
@@ -300,7 +299,7 @@ def test_the_original_is_evaluated_once_on_each_input(bundle: Bundle, monkeypatc
     found = verify(bundle, runtimes=FAST, scope=Scope(max_samples=9))
     golden, cases = [row.n for row in found.rows if row.stage in ("golden", "strict")], 5
     assert len(golden) == 1 + cases
-    assert seen == [sum(golden), 0]  # all of them, and no sample at all
+    assert seen == [sum(golden), 0]  # all samples, and an empty batch
 
 
 def test_a_precision_with_the_kernels_of_float32_is_not_run_again(
