@@ -19,8 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnx.version_converter import convert_version
 
 from bnexport.errors import ModelError
-from bnexport.onnx_files.models import graphs, nodes, opset_of, refill
-from bnexport.onnx_files.names import Names, mentions, reads
+from bnexport.onnx_files.models import Names, graphs, mentions, nodes, opset_of, reads, refill
 from bnexport.optional import one_line
 
 #: Older operator sets broadcast by an attribute, and their BatchNormalization has another attribute for training.

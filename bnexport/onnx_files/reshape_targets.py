@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from bnexport.onnx_files.names import Names, mentions, reads
+from bnexport.onnx_files.models import Names, mentions, reads
 
 #: A number, or the name of a size that varies; equal names are equal sizes.
 Size: TypeAlias = int | str
