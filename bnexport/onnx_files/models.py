@@ -40,7 +40,7 @@ def read_model(source: bytes | Path) -> ModelProto:
     """
     onnx = require("onnx", purpose="reading the written file")
     name = "the model" if isinstance(source, bytes) else str(source)
-    content = _screened(source, name) if isinstance(source, bytes) else read_screened(source)
+    content = _validated(source, name) if isinstance(source, bytes) else read_validated(source)
     try:
         model: ModelProto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError has no stable import path
@@ -54,7 +54,7 @@ def read_model(source: bytes | Path) -> ModelProto:
     return model
 
 
-def read_screened(file: Path) -> bytes:
+def read_validated(file: Path) -> bytes:
     """Return the bytes of an ONNX file, validated before any engine sees them.
 
     Engines get these bytes and not the file's name, so that they follow no reference to another file.
@@ -67,14 +67,14 @@ def read_screened(file: Path) -> bytes:
             check_regular(file)
             if file.stat().st_size > limit("onnx-bytes"):
                 raise Refusal("has more than 2 GB, which protobuf can't read")
-        return _screened(file.read_bytes(), str(file))
+        return _validated(file.read_bytes(), str(file))
     except OSError as error:
         raise BundleError(
             f"{file} is not an ONNX model: it can't be read: {one_line(error)}", remedy=_REBUILD
         ) from error
 
 
-def _screened(content: bytes, name: str) -> bytes:
+def _validated(content: bytes, name: str) -> bytes:
     with refusing(f"{name} {_NOT}", BundleError, remedy=_REBUILD):
         validate_onnx(content)
     return content

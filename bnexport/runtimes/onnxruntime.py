@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
-from bnexport.onnx_files.models import read_screened
+from bnexport.onnx_files.models import read_validated
 from bnexport.optional import one_line
 from bnexport.runtimes import cuda_libraries, small_model
 from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared, device_remedy
@@ -83,7 +83,7 @@ class OnnxRuntimeRunner(Runner):
     def _opened(self) -> tuple[Any, bytes]:
         """Return the session, and the bytes that it was opened from."""
         # Bytes in place of the file's name, so that onnxruntime reads no external data next to the file.
-        model = read_screened(self._file)
+        model = read_validated(self._file)
         if self._device != "cpu":
             model = with_unique_names(model)
         prepare_device(self._ort, self.name, self._device, self._settings)

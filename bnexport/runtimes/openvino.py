@@ -12,7 +12,7 @@ import numpy as np
 
 from bnexport.environment import cpu_name
 from bnexport.errors import BnexportError, BundleError, FeedError, RuntimeUnavailable
-from bnexport.onnx_files.models import read_screened
+from bnexport.onnx_files.models import read_validated
 from bnexport.optional import one_line, require
 from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared
 from bnexport.tensors import Array, Signature
@@ -75,7 +75,7 @@ class OpenVinoRunner(Runner):
 
     def _opened(self) -> Any:
         # Bytes in place of the file's name, so that OpenVINO reads no external data next to the file.
-        content = read_screened(self._file)
+        content = read_validated(self._file)
         precision, mode = _HINTS[self._settings.precision]
         hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "EXECUTION_MODE_HINT": mode}
         if self._settings.threads is not None:

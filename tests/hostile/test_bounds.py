@@ -23,7 +23,7 @@ from bnexport.data.images import load_images
 from bnexport.errors import BadInput, BundleError, DataError
 from bnexport.files import Refusal
 from bnexport.loading.checkpoint import read_safetensors
-from bnexport.onnx_files.models import read_screened
+from bnexport.onnx_files.models import read_validated
 from bnexport.validation import validate_archive
 from bnexport.validation.archives import validate_weights
 from bnexport.validation.limits import LIMITS
@@ -133,9 +133,9 @@ LOWERED: dict[str, tuple[int, Callable[[Good], object], str]] = {
     "bundle-file-bytes": (99, lambda good: Bundle.open(good.bundle), "bytes, more than 99"),
     "name-bytes": (9, lambda good: Bundle.open(good.bundle), "more than 9 bytes"),
     "name-parts": (1, lambda good: Bundle.open(good.bundle), "2 folders deep, more than 1"),
-    "onnx-depth": (4, lambda good: read_screened(good.onnx), "more than 4 levels deep"),
-    "onnx-expanded": (1, lambda good: read_screened(good.onnx), "nodes, more than 1"),
-    "onnx-rank": (3, lambda good: read_screened(good.onnx), "dimensions, more than 3"),
+    "onnx-depth": (4, lambda good: read_validated(good.onnx), "more than 4 levels deep"),
+    "onnx-expanded": (1, lambda good: read_validated(good.onnx), "nodes, more than 1"),
+    "onnx-rank": (3, lambda good: read_validated(good.onnx), "dimensions, more than 3"),
     "safetensors-header": (9, lambda good: read_safetensors(good.bundle / WEIGHTS), "bytes, more than 9"),
     "picture-bytes": (9, lambda good: load_images(good.picture), "the limit is 9"),
 }
@@ -155,7 +155,7 @@ def test_a_model_beyond_protobuf_is_not_parsed(good: Good, monkeypatch: pytest.M
     with pytest.raises(Refusal, match="more than 2 GB"):
         validate_onnx(good.onnx.read_bytes())
     with pytest.raises(BundleError, match="more than 2 GB"):
-        read_screened(good.onnx)
+        read_validated(good.onnx)
 
 
 def test_every_limit_has_a_reason() -> None:
