@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bnexport.errors import BundleError, FeedError
+from bnexport.errors import REBUILD, BundleError, FeedError
 from bnexport.files import Refusal, sha256, write_atomically
 from bnexport.optional import one_line, require
 from bnexport.tensor_proto import read_tensor
@@ -68,7 +68,6 @@ _INNER_KEYS: dict[str, tuple[str, ...]] = {
     "preprocessing": ("channels", "height", "width", "scale", "mean", "std"),
     "onnx": ("opset", "ir_version", "precision", "quantization", "input_type"),
 }
-_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Manifest:
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:
         """Read the result of ``to_json``; BundleError for another content, a newer format, or missing or unknown keys."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise BundleError(f"{MANIFEST} is not a bnexport manifest", remedy=_REBUILD)
+            raise BundleError(f"{MANIFEST} is not a bnexport manifest", remedy=REBUILD)
         if value.get("format_version") != FORMAT_VERSION:
             raise BundleError(
                 f"{MANIFEST} has format version {value.get('format_version')!r}, but this bnexport reads {FORMAT_VERSION}",
@@ -138,7 +137,7 @@ class Manifest:
         given = set(value) - {"format", "format_version", "digest"}
         if given != known:
             odd = ", ".join(sorted(given ^ known))
-            raise BundleError(f"{MANIFEST} has missing or unknown keys: {odd}", remedy=_REBUILD)
+            raise BundleError(f"{MANIFEST} has missing or unknown keys: {odd}", remedy=REBUILD)
         try:
             values = {name: value[name] for name in known}
             _check_kinds(values)
@@ -155,7 +154,7 @@ class Manifest:
             _check_pixels(manifest)
             _check_file_table(manifest.files)
         except (FeedError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"{MANIFEST} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+            raise BundleError(f"{MANIFEST} can't be read: {one_line(error)}", remedy=REBUILD) from error
         return manifest
 
 
@@ -188,24 +187,24 @@ class Bundle:
             if not file.is_file():
                 raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=bundle_hint(folder))
             if (problem := place_problem(folder, MANIFEST)) is not None:
-                raise BundleError(f"{folder}: {problem}", remedy=_REBUILD)
-            with refusing(f"{file} can't be read: it", BundleError, remedy=_REBUILD), file.open("rb") as opened:
+                raise BundleError(f"{folder}: {problem}", remedy=REBUILD)
+            with refusing(f"{file} can't be read: it", BundleError, remedy=REBUILD), file.open("rb") as opened:
                 most = limit("manifest-bytes")
                 value = parse_json(opened.read(most + 1), max_bytes=most)
         except OSError as error:
-            raise BundleError(f"{file} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+            raise BundleError(f"{file} can't be read: {one_line(error)}", remedy=REBUILD) from error
         manifest = Manifest.from_json(value)
         if value.get("digest") != _digest(value):
-            raise BundleError(f"{file} was changed after it was written (its digest does not match)", remedy=_REBUILD)
+            raise BundleError(f"{file} was changed after it was written (its digest does not match)", remedy=REBUILD)
         return cls(folder, manifest)
 
     def file(self, name: str) -> Path:
         """Return the path of a file; BundleError if it is not in the manifest, is missing, or is a link to another file."""
         path = self.path / name
         if name not in self.manifest.files or not path.is_file():
-            raise BundleError(f"{self.path} has no {name}", remedy=_REBUILD)
+            raise BundleError(f"{self.path} has no {name}", remedy=REBUILD)
         if (problem := self._place_problem(name)) is not None:
-            raise BundleError(f"{self.path}: {problem}", remedy=_REBUILD)
+            raise BundleError(f"{self.path}: {problem}", remedy=REBUILD)
         return path
 
     def _place_problem(self, name: str) -> str | None:
@@ -250,9 +249,9 @@ class Bundle:
             except OSError as error:
                 raise BundleError(f"{self.path}: {_unreadable(name, error)}", remedy="Let this user read it") from error
             if problem is not None:
-                raise BundleError(f"{self.path}: {problem}", remedy=_REBUILD)
+                raise BundleError(f"{self.path}: {problem}", remedy=REBUILD)
         if unlisted := self.unlisted():
-            raise BundleError(f"{self.path}: {_unlisted(unlisted[0])}", remedy=_REBUILD)
+            raise BundleError(f"{self.path}: {_unlisted(unlisted[0])}", remedy=REBUILD)
 
     def golden(self) -> tuple[dict[str, Array], dict[str, Array]]:
         """Return golden inputs and outputs by name; the outputs are the unfolded network's in float64, rounded once.
@@ -270,21 +269,21 @@ class Bundle:
 
     def _validate_tensor(self, name: str) -> None:
         path = self.file(name)
-        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
+        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=REBUILD):
             try:
                 if path.stat().st_size > limit("onnx-bytes"):
                     raise Refusal("has more than 2 GB, which protobuf can't read")
                 validate_tensor(path.read_bytes())
             except OSError as error:
-                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=REBUILD) from error
 
     def _tensor(self, name: str) -> Array:
         path = self.file(name)
-        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
+        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=REBUILD):
             try:
                 return read_tensor(path.read_bytes())[1]
             except OSError as error:
-                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=REBUILD) from error
 
 
 def _unreadable(name: str, error: OSError) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import Manifest
-from bnexport.errors import BundleError, ExportError
+from bnexport.errors import REBUILD, BundleError, ExportError
 from bnexport.files import Refusal
 from bnexport.optional import one_line, require
 from bnexport.tensors import declared_problem
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 
-_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 _NOT = "is not an ONNX model that bnexport opens: it"
 #: TensorProto's number of a float type -> its name.
 _FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
@@ -44,9 +43,9 @@ def read_model(source: bytes | Path) -> ModelProto:
     try:
         model: ModelProto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError has no stable import path
-        raise BundleError(f"{name} is not an ONNX model: {one_line(error, 160)}", remedy=_REBUILD) from error
+        raise BundleError(f"{name} is not an ONNX model: {one_line(error, 160)}", remedy=REBUILD) from error
     if not model.graph.node or not model.graph.output:
-        raise BundleError(f"{name} is an ONNX file without a single node", remedy=_REBUILD)
+        raise BundleError(f"{name} is an ONNX file without a single node", remedy=REBUILD)
     for graph in graphs(model):
         for tensor in graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -63,19 +62,19 @@ def read_validated(file: Path) -> bytes:
         BundleError: The file can't be read, or could harm the process that opens it.
     """
     try:
-        with refusing(f"{file} {_NOT}", BundleError, remedy=_REBUILD):
+        with refusing(f"{file} {_NOT}", BundleError, remedy=REBUILD):
             check_regular(file)
             if file.stat().st_size > limit("onnx-bytes"):
                 raise Refusal("has more than 2 GB, which protobuf can't read")
         return _validated(file.read_bytes(), str(file))
     except OSError as error:
         raise BundleError(
-            f"{file} is not an ONNX model: it can't be read: {one_line(error)}", remedy=_REBUILD
+            f"{file} is not an ONNX model: it can't be read: {one_line(error)}", remedy=REBUILD
         ) from error
 
 
 def _validated(content: bytes, name: str) -> bytes:
-    with refusing(f"{name} {_NOT}", BundleError, remedy=_REBUILD):
+    with refusing(f"{name} {_NOT}", BundleError, remedy=REBUILD):
         validate_onnx(content)
     return content
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, UsageError
+from bnexport.errors import REBUILD, BnexportError, BundleError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds, declared_problem
 
@@ -63,7 +63,6 @@ class RunSettings:
         return ", ".join(part for part in parts if part)
 
 
-REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Words of CUDA, cuBLAS, cuDNN, torch and onnxruntime that a GPU fault contains, in lower case -> what to do. First match.
 _DEVICE_REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (

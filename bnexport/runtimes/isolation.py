@@ -24,10 +24,10 @@ import numpy as np
 
 from bnexport import errors
 from bnexport.bundle import Bundle
-from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
+from bnexport.errors import REBUILD, BnexportError, BundleError, RuntimeUnavailable
 from bnexport.optional import one_line
 from bnexport.reproducibility import OVERRIDE
-from bnexport.runtimes.base import REBUILD, Runner, RunSettings
+from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.tensors import DTYPES, Array
 
 #: Largest number of bytes of a message's JSON: a request, a description or an error.

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
+from bnexport.errors import REBUILD, BnexportError, BundleError, RuntimeUnavailable
 from bnexport.onnx_files.models import read_validated
 from bnexport.optional import one_line
 from bnexport.runtimes import cuda_libraries, small_model
-from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared, device_remedy
+from bnexport.runtimes.base import Runner, RunSettings, check_declared, device_remedy
 from bnexport.runtimes.node_placement import counts, placed_nodes, with_unique_names
 from bnexport.runtimes.onnxruntime_session import (
     check_placement,

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from bnexport.environment import cpu_name
-from bnexport.errors import BnexportError, BundleError, FeedError, RuntimeUnavailable
+from bnexport.errors import REBUILD, BnexportError, BundleError, FeedError, RuntimeUnavailable
 from bnexport.onnx_files.models import read_validated
 from bnexport.optional import one_line, require
-from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared
+from bnexport.runtimes.base import Runner, RunSettings, check_declared
 from bnexport.tensors import Array, Signature
 
 _DEVICE = "CPU"

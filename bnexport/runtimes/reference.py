@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.errors import BundleError
+from bnexport.errors import REBUILD, BundleError
 from bnexport.onnx_files.emulation import Emulator
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.optional import require
-from bnexport.runtimes.base import REBUILD, Runner
+from bnexport.runtimes.base import Runner
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:

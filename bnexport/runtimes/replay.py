@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bnexport.bundle import Bundle, Manifest
-from bnexport.errors import BundleError
-from bnexport.runtimes.base import REBUILD, Runner
+from bnexport.errors import REBUILD, BundleError
+from bnexport.runtimes.base import Runner
 from bnexport.tensors import Array
 
 #: Largest error of scale of a float32 file: golden outputs are float64 rounded once; the rest is the kernels' noise.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.errors import BnexportError, BundleError, ModelError, RuntimeUnavailable
+from bnexport.errors import REBUILD, BnexportError, BundleError, ModelError, RuntimeUnavailable
 from bnexport.optional import installed, no_warnings, one_line
 from bnexport.reproducibility import STRICT, effective_precision, float32_precision, override_problem
-from bnexport.runtimes.base import REBUILD, Runner, RunSettings, device_remedy
+from bnexport.runtimes.base import Runner, RunSettings, device_remedy
 from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:

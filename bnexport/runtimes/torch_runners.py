@@ -11,10 +11,10 @@ import numpy as np
 
 from bnexport.bundle import WEIGHTS, Bundle, Manifest
 from bnexport.data.preprocessing import original_feeds
-from bnexport.errors import BundleError, RuntimeUnavailable
+from bnexport.errors import REBUILD, BundleError, RuntimeUnavailable
 from bnexport.optional import no_warnings, one_line, quiet, require
 from bnexport.runtimes import torch_outputs
-from bnexport.runtimes.base import REBUILD, RunSettings, device_remedy
+from bnexport.runtimes.base import RunSettings, device_remedy
 from bnexport.tensors import Array, Signature
 from bnexport.validation import validate_archive
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bnexport.errors import BadInput, BundleError, DataError, ModelError, UsageError
+from bnexport.errors import REBUILD, BadInput, BundleError, DataError, ModelError, UsageError
 from bnexport.files import Refusal
 from bnexport.optional import no_warnings, one_line
 from bnexport.validation.exported_program import check_code, check_exported
@@ -64,7 +64,6 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return header
 
 
-_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Number of pickles at the start of a file of torch before 1.6: magic number, version, system, object, storages.
 _OLD_PICKLES = 5
 _OLD_NUMBER = 0x1950A86A20F9469CFC6C
@@ -309,8 +308,8 @@ def _old_storages(file: BinaryIO, start: int, places: Mapping[str, Storage], ord
 
 _SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
 ARCHIVES: dict[str, ArchiveKind] = {
-    "torchscript": ArchiveKind("a TorchScript file", BundleError, _REBUILD, "archive-inflated", _check_script),
-    "pt2": ArchiveKind("a file of torch.export (.pt2)", BundleError, _REBUILD, "archive-inflated", _check_exported),
+    "torchscript": ArchiveKind("a TorchScript file", BundleError, REBUILD, "archive-inflated", _check_script),
+    "pt2": ArchiveKind("a file of torch.export (.pt2)", BundleError, REBUILD, "archive-inflated", _check_exported),
     "checkpoint": ArchiveKind("a file of torch.save", ModelError, _SAVE, "archive-inflated", _check_checkpoint),
     "npz": ArchiveKind(
         "an .npz file", DataError, "Save plain arrays again with numpy.savez", "npz-inflated", _check_arrays

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.bundle import MODEL_ONNX, Bundle, seal
-from bnexport.errors import BnexportError, BundleError, UsageError
+from bnexport.errors import REBUILD, BnexportError, BundleError, UsageError
 from bnexport.onnx_files.emulation import Emulator
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import LINEAR, read_model
-from bnexport.runtimes.base import REBUILD, RunSettings
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.replay import scale
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
