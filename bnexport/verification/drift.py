@@ -59,7 +59,7 @@ def layer_drift(
     exact, specs = _exact_values(model, feeds, operators)
     if not specs:
         return ()
-    emulated = Emulator(model, precision).values(feeds)
+    emulated = Emulator(model, precision).intermediate(feeds)
     given = _run(bundle, model, spec, settings, feeds, specs)
     if odd := [name for name in specs if given[name].shape != exact[name].shape]:
         raise BundleError(f"{spec.name} gives {odd[0]!r} another shape than the file computes", remedy=REBUILD)

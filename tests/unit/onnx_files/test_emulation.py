@@ -187,7 +187,7 @@ def test_a_half_precision_rounds_what_every_operator_stores() -> None:
     weights = {"w": np.array([1 + 2**-12, 3.0], np.float32)}
     nodes = [helper.make_node("Mul", ["x", "w"], ["a"]), helper.make_node("Add", ["a", "a"], ["y"])]
     x = np.array([[1 + 2**-12, 1 / 3]], np.float32)
-    values = Emulator(model(nodes, weights, ["n", 2]), "float16").values({"x": x})
+    values = Emulator(model(nodes, weights, ["n", 2]), "float16").intermediate({"x": x})
     third = float(np.float16(1 / 3))
     assert values["a"].tolist() == [[1.0, float(np.float16(3 * third))]]
     assert values["y"].tolist() == [[2.0, float(np.float16(2 * values["a"][0, 1]))]]
@@ -288,7 +288,7 @@ def pads(bundle: Bundle) -> bool:
 
 def test_values_have_the_files_names_and_the_precisions_numbers(bundle: Bundle) -> None:
     emulator = Emulator(bundle.file(MODEL_ONNX), "bfloat16")
-    values = emulator.values({"input": X})
+    values = emulator.intermediate({"input": X})
     names = {name for node in onnx.load(bundle.file(MODEL_ONNX)).graph.node for name in node.output}
     assert set(values) == names
     np.testing.assert_array_equal(values["logits"], emulator.evaluate({"input": X})["logits"])
@@ -361,7 +361,7 @@ def test_an_unknown_precision_and_an_unknown_operator_are_one_sentence(bundle: B
     with pytest.raises(BundleError, match="can't be evaluated"):
         Emulator(model([helper.make_node("Teleport", ["x"], ["y"])], {}, ["n", 2]), "tf32")
     with pytest.raises(BundleError, match="can't be evaluated in bfloat16"):
-        Emulator(bundle.file(MODEL_ONNX), "bfloat16").values({"input": X[:, :, :3]})
+        Emulator(bundle.file(MODEL_ONNX), "bfloat16").intermediate({"input": X[:, :, :3]})
 
 
 @pytest.mark.needs("data")
