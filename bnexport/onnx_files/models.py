@@ -27,15 +27,14 @@ _FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
 #: Operators whose constant weight decides the work, and whose weight and bias are trained numbers.
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 #: Most elements of a constant that may hold the sizes of a shape.
-_MOST_SIZES = 64
+MAX_SIZES = 64
 
 
 def read_model(source: bytes | Path) -> ModelProto:
     """Parse an ONNX file.
 
-    Raises:
-        BundleError: The file is not an ONNX model, is empty (zero bytes parse as a model without nodes), keeps its weights in
-            other files, or is refused by the validation.
+    A BundleError refuses a file that is not an ONNX model, is empty (zero bytes parse as a model without nodes), keeps its
+    weights in other files, or does not pass the validation.
     """
     onnx = require("onnx", purpose="reading the written file")
     name = "the model" if isinstance(source, bytes) else str(source)
@@ -54,12 +53,9 @@ def read_model(source: bytes | Path) -> ModelProto:
 
 
 def read_validated(file: Path) -> bytes:
-    """Return the bytes of an ONNX file, validated before any engine sees them.
+    """Return the bytes of an ONNX file; a BundleError refuses a file that could harm the process that opens it.
 
     Engines get these bytes and not the file's name, so that they follow no reference to another file.
-
-    Raises:
-        BundleError: The file can't be read, or could harm the process that opens it.
     """
     try:
         with refusing(f"{file} {_NOT}", BundleError, remedy=REBUILD):
@@ -99,6 +95,18 @@ def without_weights(model: ModelProto) -> ModelProto:
                     getattr(target, field.name).extend(value)
                 else:
                     setattr(target, field.name, value)
+    return copy
+
+
+def for_inference(model: ModelProto) -> ModelProto:
+    """Return a copy of a model for shape inference: large weights have no data, and outputs have no declared shape."""
+    copy = without_weights(model)
+    for tensor in model.graph.initializer:
+        large = math.prod(tensor.dims) > MAX_SIZES
+        stub = type(tensor)(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type) if large else tensor
+        copy.graph.initializer.append(stub)
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
     return copy
 
 
@@ -207,21 +215,6 @@ def _precision_problem(model: ModelProto, precision: str) -> str | None:
     return None
 
 
-def _sized(model: ModelProto, sizes: Mapping[str, Sequence[int]]) -> ModelProto:
-    """Return a copy of a model whose inputs have the given sizes after the batch, without large weights and output shapes."""
-    copy = without_weights(model)
-    for tensor in model.graph.initializer:
-        bare = math.prod(tensor.dims) > _MOST_SIZES
-        stub = type(tensor)(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type) if bare else tensor
-        copy.graph.initializer.append(stub)
-    for value in copy.graph.input:
-        for dim, size in zip(list(value.type.tensor_type.shape.dim)[1:], sizes.get(value.name, ()), strict=False):
-            dim.dim_value = size
-    for value in copy.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    return copy
-
-
 def _dtype(value: ValueInfoProto) -> str:
     from onnx import helper
 
@@ -252,8 +245,13 @@ def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None
     dimensions that the file leaves open.
     """
     onnx = require("onnx", purpose="reading the written file")
+    sized = for_inference(model)
+    for value in sized.graph.input:
+        given = (sizes or {}).get(value.name, ())
+        for dim, size in zip(list(value.type.tensor_type.shape.dim)[1:], given, strict=False):
+            dim.dim_value = size
     try:
-        inferred = onnx.shape_inference.infer_shapes(_sized(model, sizes or {}))
+        inferred = onnx.shape_inference.infer_shapes(sized)
     except Exception:  # the estimate then uses the declared shapes
         inferred = model
     shapes = {
