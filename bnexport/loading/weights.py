@@ -20,7 +20,7 @@ from bnexport.loading.matching import Match, Misfit, match_names
 from bnexport.loading.torch_files import Tensors, tensor_sets
 from bnexport.nn.folded import is_folded
 from bnexport.optional import no_warnings, one_line
-from bnexport.validation.archives import read_saved
+from bnexport.validation.archives import SAVE_WEIGHTS, read_saved
 from bnexport.validation.file_kinds import kind_of, refuse_other_kinds
 from bnexport.validation.json_text import parse_json
 from bnexport.validation.limits import limit, refusing
@@ -31,7 +31,6 @@ KEYS = (
     "state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights",
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "params_ema",
 )  # fmt: skip
-_SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
 #: Limits of a message: number of names, and characters of one name.
 _SHOWN, _LONGEST = 6, 60
 
@@ -277,7 +276,7 @@ def _sets(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensors]:
     if is_safetensors(path):
         return {"": {name: _constant(value) for name, value in read_safetensors(path)[0].items()}}
     try:
-        with refusing(f"{path} is not a plain state dict: it", ModelError, remedy=_SAVE):
+        with refusing(f"{path} is not a plain state dict: it", ModelError, remedy=SAVE_WEIGHTS):
             check_regular(path)
             saved = read_saved(stack.enter_context(path.open("rb")))
             stack.enter_context(no_warnings)  # torch's classes of storages warn that they are deprecated
