@@ -66,13 +66,7 @@ class RunSettings:
 #: Words of CUDA, cuBLAS, cuDNN, torch and onnxruntime that a GPU fault contains, in lower case -> what to do. First match.
 _DEVICE_REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        (
-            "out of memory",
-            "out_of_memory",
-            "alloc_failed",
-            "failed to allocate memory",
-            "is smaller than requested bytes",
-        ),
+        ("out of memory", "out_of_memory", "alloc_failed", "failed to allocate memory", "is smaller than requested bytes"),
         "Free the GPU's memory, use a smaller batch, or run on the CPU",
     ),
     (
@@ -80,19 +74,14 @@ _DEVICE_REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
         "Install a build of the engine that has kernels for this GPU, or run on the CPU; bnexport doctor tests the engine",
     ),
     (
-        (
-            "driver version is insufficient",
-            "insufficientdriver",
-            "system_driver_mismatch",
-            "driver on your system is too old",
-        ),
+        ("driver version is insufficient", "insufficientdriver", "system_driver_mismatch", "driver on your system is too old"),
         "Update the NVIDIA driver; bnexport doctor tests the engine",
     ),
     (
         ("cublas_status_not_initialized", "cudnn_status_not_initialized"),
         "Free some of the GPU's memory, which cuBLAS and cuDNN need to start; if it is free, bnexport doctor tests them",
     ),
-)
+)  # fmt: skip
 _OTHER_FAULT = (
     "Try again in a new process, since a CUDA fault can break the old one; bnexport doctor tests the engine on this GPU"
 )
@@ -156,13 +145,11 @@ class Runner(ABC):
 
     def _outputs_for(self, sizes: Mapping[str, int]) -> list[tuple[TensorSpec, np.dtype[Any]]]:
         """Return the outputs for sizes of named dimensions; a name that the inputs lack stays."""
-        shapes = [
-            [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in s.shape] for s in self.signature.outputs
-        ]
-        return [
-            (TensorSpec(spec.name, spec.dtype, tuple(shape)), np.dtype(spec.dtype))
-            for spec, shape in zip(self.signature.outputs, shapes, strict=True)
-        ]
+        found = []
+        for spec in self.signature.outputs:
+            shape = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)
+            found.append((TensorSpec(spec.name, spec.dtype, shape), np.dtype(spec.dtype)))
+        return found
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -220,12 +207,9 @@ class Runner(ABC):
 def check_declared(
     file: Path, kind: str, specs: Sequence[TensorSpec], declared: Sequence[tuple[str, str, Sequence[int | str | None]]]
 ) -> None:
-    """Refuse a file whose inputs or outputs (``kind``) are not the manifest's (``specs``).
+    """Refuse a file whose inputs or outputs (``kind``) are not the manifest's (``specs``); the error names the difference.
 
     ``declared`` has (name, numpy's element type, shape) as the engine read them from the file.
-
-    Raises:
-        BundleError: Names the first difference.
     """
     names, expected = [name for name, _, _ in declared], [spec.name for spec in specs]
     if names != expected:
@@ -236,15 +220,9 @@ def check_declared(
 
 
 def device_remedy(text: str) -> str:
-    """Return what to do about a fault on a GPU, by the engine's message.
-
-    It recognises a full GPU, a GPU that the engine has no kernels for, and an old driver.
-    """
-    lowered = text.lower()
-    for words, remedy in _DEVICE_REMEDIES:
-        if any(word in lowered for word in words):
-            return remedy
-    return _OTHER_FAULT
+    """Return what to do about a fault on a GPU, by the engine's message."""
+    found = (remedy for words, remedy in _DEVICE_REMEDIES if any(word in text.lower() for word in words))
+    return next(found, _OTHER_FAULT)
 
 
 def plain_reason(name: str, error: BnexportError) -> str:

@@ -31,23 +31,11 @@ ELEMENTS = {row.onnxruntime: name for name, row in ELEMENT_TYPES.items()}
 
 
 class OnnxRuntimeRunner(Runner):
-    """Runs an ONNX file.
+    """Runs an ONNX file on the device "cpu", "cuda" or "tensorrt"; default settings: strict float32 as users serve it.
 
     On a GPU the provider of every node is read back after opening, since onnxruntime runs nodes and whole models on the CPU
     without an error. Only shape arithmetic (integers or bools of rank 0 or 1) may be on the CPU, where onnxruntime puts it
-    on purpose.
-
-    Args:
-        file: model.onnx.
-        signature: The declarations that the file must have.
-        device: "cpu", "cuda" or "tensorrt".
-        settings: Settings of the run; default: strict float32 as users serve it.
-
-    Raises:
-        BundleError: Not an ONNX model, a damaged one, or one with another signature.
-        RuntimeUnavailable: The device or a library is missing, a node would run elsewhere, or another precision than the
-            requested one is in effect.
-        MissingDependency: onnxruntime is not installed.
+    on purpose. RuntimeUnavailable reports a missing device or library, a node elsewhere, or another precision in effect.
     """
 
     def __init__(
@@ -119,8 +107,8 @@ class OnnxRuntimeRunner(Runner):
     def _refuse_other_settings(self) -> None:
         """Refuse a session whose settings in effect are not the requested ones."""
         found = self.description
-        for what, wanted in (("precision", self._settings.precision), ("optimisation", self._settings.optimisation)):
-            if found[what] != wanted:
+        for what in ("precision", "optimisation"):
+            if found[what] != (wanted := getattr(self._settings, what)):
                 raise RuntimeUnavailable(
                     f"{self.name}: the {what} {wanted} was requested, but {found[what]} is in effect",
                     remedy="Update onnxruntime; this version does not obey the setting",

@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 
 class ReferenceRunner(Runner):
-    """Evaluates a bundle's model.onnx with every float in float64; outputs are rounded once, to the signature's types.
-
-    Raises:
-        BundleError: The file is missing, not a model, or has other inputs than the manifest's or an unsupported operator.
-        MissingDependency: onnx is not installed.
-    """
+    """Evaluates a bundle's model.onnx with every float in float64; outputs are rounded once, to the signature's types."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.name = "reference-cpu"
@@ -69,10 +64,6 @@ class EmulatedRunner(Runner):
     """Runs a bundle's model.onnx under an emulated precision (a key of ``emulation.PRECISIONS``), as a real engine would.
 
     It replaces a missing GPU, and reports the CPU as its device. It proves nothing about any engine.
-
-    Raises:
-        BundleError: The file is missing, or can't be evaluated.
-        UsageError: The precision is unknown.
     """
 
     def __init__(self, bundle: Bundle, precision: str) -> None:

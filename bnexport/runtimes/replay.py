@@ -35,11 +35,7 @@ class Replay:
 def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
     """Run a bundle's golden inputs on the runner that will be used, and compare its answers with the golden outputs.
 
-    The bundle's hashes must have been checked.
-
-    Raises:
-        BundleError: The answers are not the stored ones, or no bound is known.
-        RuntimeUnavailable: The device failed.
+    The bundle's hashes must have been checked. A BundleError reports other answers, or an unknown bound.
     """
     bound = golden_bound(bundle.manifest, runner.name)
     inputs, expected = bundle.golden()
@@ -61,10 +57,8 @@ def golden_bound(manifest: Manifest, runtime: str) -> float:
     """Return the allowed error of a runtime's answers to the golden inputs, as a share of scale.
 
     It is GOLDEN_BOUND, or the noise of the file's precision on this model where that is more. That noise was predicted at
-    export and is in the manifest's verdict.
-
-    Raises:
-        BundleError: A bundle in half precision without a verdict that passed on a runtime of this engine.
+    export and is in the manifest's verdict. A BundleError refuses a bundle in half precision or int8 without a verdict that
+    passed on a runtime of this engine.
     """
     engine = runtime.rpartition("-")[0]
     found = [float(row["bound"]) for row in _golden_rows(manifest) if str(row["subject"]).rpartition("-")[0] == engine]
@@ -82,13 +76,10 @@ def golden_bound(manifest: Manifest, runtime: str) -> float:
 def _golden_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
     """Return the rows of the verdict at export for the golden vectors on kernels of the file's own precision."""
     rows = manifest.verification.get("rows")
-    return [
-        row
-        for row in (rows if isinstance(rows, list) else [])
-        if isinstance(row, dict)
-        and (row.get("stage"), row.get("passed"), row.get("settings", "")) == ("golden", True, "")
-        and isinstance(row.get("bound"), float)
-    ]
+    plain = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    facts = [(row.get("stage"), row.get("passed"), row.get("settings", "")) for row in plain]
+    golden = [row for row, fact in zip(plain, facts, strict=True) if fact == ("golden", True, "")]
+    return [row for row in golden if isinstance(row.get("bound"), float)]
 
 
 def incomparable(name: str, candidate: Array, reference: Array) -> str | None:
