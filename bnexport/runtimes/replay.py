@@ -76,10 +76,13 @@ def golden_bound(manifest: Manifest, runtime: str) -> float:
 def _golden_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
     """Return the rows of the verdict at export for the golden vectors on kernels of the file's own precision."""
     rows = manifest.verification.get("rows")
-    plain = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    facts = [(row.get("stage"), row.get("passed"), row.get("settings", "")) for row in plain]
-    golden = [row for row, fact in zip(plain, facts, strict=True) if fact == ("golden", True, "")]
-    return [row for row in golden if isinstance(row.get("bound"), float)]
+    return [
+        row
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+        and (row.get("stage"), row.get("passed"), row.get("settings", "")) == ("golden", True, "")
+        and isinstance(row.get("bound"), float)
+    ]
 
 
 def incomparable(name: str, candidate: Array, reference: Array) -> str | None:
