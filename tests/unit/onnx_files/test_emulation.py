@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -11,6 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from support.bundles import copy_bundle, reseal
 
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.data.datasets import load_test_images
+from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, UsageError
 from bnexport.onnx_files import emulation
 from bnexport.onnx_files.emulation import (
@@ -29,6 +35,7 @@ from bnexport.onnx_files.emulation import (
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.reference import EmulatedRunner, open_emulated
+from bnexport.tensors import Signature
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
 ANY64 = st.floats(width=64)
@@ -63,7 +70,7 @@ def test_bfloat16_is_that_of_torch_and_of_ml_dtypes(number: float) -> None:
 
 
 def tf32_by_remainder(number: float) -> float:
-    """By arithmetic of whole numbers, with no bit pattern: the multiple of a unit in the last place that is nearest."""
+    """Return the nearest multiple of a unit in the last place, by arithmetic of whole numbers instead of bit patterns."""
     if not np.isfinite(number) or number == 0:
         return number
     _, exponent = np.frexp(max(abs(number), 2.0**-126))
@@ -154,7 +161,7 @@ def tf32(array: np.ndarray) -> np.ndarray:
 
 
 def near(one: np.ndarray, other: np.ndarray) -> bool:
-    """Equal but for the order of float32 sums."""
+    """Return True if two arrays are equal except for the order of float32 sums."""
     return bool(np.abs(one - other).max() <= 1e-6 * np.abs(other).max())
 
 
@@ -169,12 +176,9 @@ def test_tf32_rounds_both_factors_and_nothing_else(operator: str) -> None:
         weights["b"] = rng.standard_normal(8).astype(np.float32)
         inputs.append("b")
     x = rng.standard_normal(shape).astype(np.float32)
-    source = model([helper.make_node(operator, inputs, ["y"])], weights, ["n", *shape[1:]])
-    by_hand = model(
-        [helper.make_node(operator, inputs, ["y"])],
-        weights | {"w": tf32(weights["w"]).astype(np.float32)},
-        ["n", *shape[1:]],
-    )
+    nodes, sizes = [helper.make_node(operator, inputs, ["y"])], ["n", *shape[1:]]
+    source = model(nodes, weights, sizes)
+    by_hand = model(nodes, weights | {"w": tf32(weights["w"]).astype(np.float32)}, sizes)
     want = Float64Evaluator(by_hand).evaluate({"x": tf32(x)})["y"]
     found = Emulator(source, "tf32").evaluate({"x": x})["y"]
     assert near(found, want)
@@ -211,14 +215,8 @@ def test_graphs_inside_nodes_and_functions_round_too() -> None:
     branch = helper.make_node("If", ["yes"], ["y"], then_branch=body, else_branch=body)
     nested = model([branch], {"w": w, "yes": np.array(True)}, ["n", 8])
     np.testing.assert_array_equal(Emulator(nested, "tf32").evaluate({"x": x})["y"], want)
-    function = helper.make_function(
-        "local",
-        "Twice",
-        ["p", "q"],
-        ["r"],
-        [helper.make_node("MatMul", ["p", "q"], ["r"])],
-        [helper.make_opsetid("", 18)],
-    )
+    product = helper.make_node("MatMul", ["p", "q"], ["r"])
+    function = helper.make_function("local", "Twice", ["p", "q"], ["r"], [product], [helper.make_opsetid("", 18)])
     calls = [
         helper.make_node("Twice", ["x", "w"], ["a"], domain="local"),
         helper.make_node("Twice", ["x", "w"], ["b"], domain="local"),
@@ -229,7 +227,7 @@ def test_graphs_inside_nodes_and_functions_round_too() -> None:
 
 
 def test_numbers_that_are_sizes_or_settings_are_not_rounded() -> None:
-    """In bfloat16 a width of 300 would be 300, one of 301 too: the output would have another shape."""
+    """In bfloat16 widths of 300 and 301 are both 300, so the output would have another shape."""
     nodes = [
         helper.make_node("Shape", ["x"], ["s"]),
         helper.make_node("Cast", ["s"], ["f"], to=TensorProto.FLOAT),
@@ -256,7 +254,7 @@ def test_the_source_stays_as_it_was_and_chunks_change_nothing(bundle: Bundle) ->
 
 
 def test_tf32_is_that_of_an_emulation_in_torch(bundle: Bundle) -> None:
-    """Independent: torch's own operators in float32, whose factors are cut by another way of rounding."""
+    """This emulation is independent: torch's own operators in float32, with factors rounded in another way."""
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         # Veltkamp's splitting: the high part has 53 - 42 = 11 significant bits.
@@ -334,10 +332,6 @@ def test_the_table_of_runners_can_open_one(bundle: Bundle) -> None:
 def test_outputs_have_the_signatures_type_and_overflow_is_infinite(
     bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from dataclasses import replace
-
-    from bnexport.tensors import Signature
-
     folder = copy_bundle(bundle, tmp_path_factory.mktemp("half") / "1")
     declared = bundle.manifest.signature
     half = reseal(folder, signature=Signature(declared.inputs, (replace(declared.outputs[0], dtype="float16"),)))
@@ -367,12 +361,6 @@ def test_an_unknown_precision_and_an_unknown_operator_are_one_sentence(bundle: B
 @pytest.mark.needs("data")
 def test_the_reference_bundles_noise_is_that_of_the_measurements() -> None:
     """TF32 in convolutions 5.2e-4, everywhere 7.6e-4, float16 9.5e-4 of scale over 10,000 images of another training."""
-    import os
-    from pathlib import Path
-
-    from bnexport.data.datasets import load_test_images
-    from bnexport.data.preprocessing import Preprocessing
-
     bundle = Bundle.open(Path(__file__).parents[3] / "models" / "bn_lenet" / "1")
     pixels, _ = load_test_images("fashion-mnist", data_dir=os.environ["BNEXPORT_DATA"], download=False)
     assert bundle.manifest.preprocessing is not None
