@@ -31,8 +31,8 @@ REFERENCE = Path(__file__).parents[2] / "models" / "bn_lenet" / "1"
 class OnlySome:
     """A finder of packages on sys.path that finds only a few of those in site-packages.
 
-    It replaces Python's own finder, so that ``importlib.util.find_spec`` finds nothing either. A finder that raises would differ
-    from an absent package for code that calls ``find_spec`` first.
+    It replaces Python's own finder, so that ``importlib.util.find_spec`` finds nothing either. A finder that raises would
+    differ from an absent package for code that calls ``find_spec`` first.
     """
 
     def __init__(self, allowed: set[str]) -> None:
