@@ -50,11 +50,6 @@ class Format:
         """Return the largest finite number."""
         return float(2.0 ** (2 ** (self.exponent - 1) - 1)) * (2.0 - 2.0**-self.mantissa)
 
-    @property
-    def half_step(self) -> float:
-        """Return the largest relative error of one rounding of a normal number: half a unit in the last place of 1.0."""
-        return float(2.0 ** -(self.mantissa + 1))
-
 
 FLOAT32 = Format("float32", 23, 8)
 TF32 = Format("TF32", 10, 8)

@@ -104,7 +104,8 @@ class Float64Evaluator:
 
     def _look(self, name: str, value: Any) -> None:
         """Refuse a value that left float64; the first run shows all values."""
-        if isinstance(value, np.ndarray) and _is_narrow(value.dtype):
+        # bfloat16 is a "V" to numpy
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fV" and value.dtype != np.float64:
             raise ProofError(
                 f"the float64 evaluation left float64 at {name!r}",
                 remedy="Report this with the model: an operator of onnx's reference implementation rounds",
@@ -179,8 +180,3 @@ def _widen_attribute(node: NodeProto, attribute: AttributeProto) -> None:
         numbers = attribute.f if attribute.name == "value_float" else list(attribute.floats)
         tensor = numpy_helper.from_array(np.asarray(numbers, np.float64))
         attribute.CopyFrom(helper.make_attribute("value", tensor))
-
-
-def _is_narrow(dtype: np.dtype[Any]) -> bool:
-    """Return whether a type is a float other than float64; bfloat16 is a "V" to numpy."""
-    return dtype.kind in "fV" and dtype != np.float64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,11 +13,6 @@ from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.optional import require
 from bnexport.runtimes.base import Runner
 from bnexport.tensors import Array
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from bnexport.runtimes.base import RunSettings
 
 
 class ReferenceRunner(Runner):
@@ -82,8 +76,3 @@ class EmulatedRunner(Runner):
         found = self._emulator.evaluate(feeds)
         with np.errstate(over="ignore"):  # infinity is what such an engine would give
             return {spec.name: found[spec.name].astype(spec.dtype) for spec in self.signature.outputs}
-
-
-def open_emulated(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    """Open a runner that emulates the precision of the settings; a ``RunnerSpec.opener``."""
-    return EmulatedRunner(bundle, settings.precision)

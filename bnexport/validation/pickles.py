@@ -87,10 +87,6 @@ def is_checkpoint_name(name: str) -> bool:
     return is_weight_name(name) or name in HARMLESS or _VERSIONS.fullmatch(name) is not None
 
 
-def _is_foreign(name: str) -> bool:
-    return name.partition(".")[0] not in _TABLED and _CLASS.fullmatch(name) is not None
-
-
 def current_name(name: str) -> str:
     """Return a name as in Python 3."""
     module, dot, rest = name.partition(".")
@@ -309,7 +305,8 @@ class _Machine:
             target.items += pairs
 
     def name(self, dotted: str) -> None:
-        if not (self._vocabulary.stand_ins and _is_foreign(dotted)):
+        foreign = dotted.partition(".")[0] not in _TABLED and _CLASS.fullmatch(dotted) is not None
+        if not (self._vocabulary.stand_ins and foreign):
             self._vocabulary.check(dotted)
         self.push(Name(dotted))
 
