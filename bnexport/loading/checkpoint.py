@@ -92,12 +92,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} holds weights but no bnexport metadata, so its network is unknown",
             remedy="Name the network too, as file.py:factory or package.module:factory with --weights",
         )
-    try:
-        text = metadata[METADATA_KEY].encode()
-        with refusing(f"the metadata of {path} can't be read: it", ModelError, remedy=_REMEDY):
-            value = parse_json(text, max_bytes=limit("safetensors-header"))
-    except UnicodeEncodeError as error:
-        raise ModelError(f"the metadata of {path} can't be read: {one_line(error)}", remedy=_REMEDY) from error
+    with refusing(f"the metadata of {path} can't be read: it", ModelError, remedy=_REMEDY):
+        value = parse_json(metadata[METADATA_KEY].encode(), max_bytes=limit("safetensors-header"))
     if isinstance(value, dict):
         _check_format(path, value.pop("format", FORMAT))
     network = value.get("network") if isinstance(value, dict) else None

@@ -45,10 +45,6 @@ def read_model(source: bytes | Path) -> ModelProto:
         raise BundleError(f"{name} is not an ONNX model: {one_line(error, 160)}", remedy=REBUILD) from error
     if not model.graph.node or not model.graph.output:
         raise BundleError(f"{name} is an ONNX file without a single node", remedy=REBUILD)
-    for graph in graphs(model):
-        for tensor in graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                raise BundleError(f"{name} keeps {tensor.name!r} in another file", remedy="Export it as one file")
     return model
 
 

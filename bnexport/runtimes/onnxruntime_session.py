@@ -17,8 +17,6 @@ from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.node_placement import CPU, PlacedNode, counts, not_shape_arithmetic
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
-#: Provider -> where its nodes run.
-DEVICES = {CPU: "cpu", CUDA: "cuda:0", TENSORRT: "cuda:0"}
 _CHANGED = "changed"
 _NO_KERNEL = "Run this model on the CPU, or replace the operators that the GPU provider has no kernels for"
 #: Variables that TensorRT's provider obeys before its options -> the value that leaves numbers and engines alone.
@@ -183,7 +181,7 @@ def check_placement(ort: Any, session: Any, nodes: Sequence[PlacedNode], name: s
         level = level if level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL else before
         if (found := not_shape_arithmetic(ort, model, nodes, level)) is not None:
             raise RuntimeUnavailable(f"{name} fell back: {found}", remedy=_NO_KERNEL)
-    return DEVICES[target.must]
+    return "cpu" if device == "cpu" else "cuda:0"
 
 
 def placement_note(device: str, nodes: Sequence[PlacedNode]) -> dict[str, str]:
