@@ -24,7 +24,7 @@ from bnexport.runtimes.torch_runners import _on_device
 from bnexport.runtimes.torch_runners import load_exported_program as load_program
 from bnexport.runtimes.torch_runners import load_torchscript as load_script
 
-#: torch 2.11's, of its own buffers.
+#: A warning of torch 2.11 about its own buffers.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 CUDA = torch.device("cuda", 0)
 

@@ -27,7 +27,7 @@ from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.runtimes.torch_outputs import flatten
 from bnexport.validation import validate_archive
 
-#: torch 2.11's, of its own buffers.
+#: A warning of torch 2.11 about its own buffers.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 #: torch.export can't trace it at all: its first dimension is not a batch.
 BATCHED = tuple(case for case in CASES if case.name != "unbatched-conv1d")
