@@ -67,9 +67,7 @@ def read_entry(file: BinaryIO, entry: Entry, max_bytes: int) -> bytes:
         raise Refusal(f"has {entry.size} bytes in {shown(entry.name)}, more than {max_bytes}")
     file.seek(entry.start)
     content = file.read(entry.packed)
-    if (
-        entry.method == DEFLATED
-    ):  # at most one byte more than declared, which detects a longer stream without unpacking a bomb
+    if entry.method == DEFLATED:  # one byte more than declared: this detects a longer stream without unpacking a bomb
         content = _unpacked(content, entry, entry.size + 1)
     if len(content) != entry.size or zlib.crc32(content) != entry.crc:
         raise Refusal(f"is damaged: {shown(entry.name)} does not have its declared size and checksum")
