@@ -12,7 +12,7 @@ from bnexport.bundle import Manifest
 from bnexport.errors import REBUILD, BundleError, ExportError
 from bnexport.files import Refusal
 from bnexport.optional import one_line, require
-from bnexport.tensors import declared_problem
+from bnexport.tensors import Declared
 from bnexport.validation.limits import limit, refusing
 from bnexport.validation.onnx_file import validate_onnx
 from bnexport.validation.paths import check_regular
@@ -178,18 +178,10 @@ def refill(group: Any, items: Sequence[Any]) -> None:
 def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
     """Return how the file differs from the manifest: names, types, shapes, opset, IR version, metadata; None if it fits."""
     stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in stored]
-    for kind, specs, values in (
-        ("input", manifest.signature.inputs, inputs),
-        ("output", manifest.signature.outputs, list(model.graph.output)),
-    ):
-        names, expected = [value.name for value in values], [spec.name for spec in specs]
-        if names != expected:
-            return f"the file has the {kind}s {names}, the manifest states {expected}"
-        for spec, value in zip(specs, values, strict=True):
-            problem = declared_problem(spec, _dtype(value), _shape(value), strict=kind == "input")
-            if problem is not None:
-                return f"{kind} {problem}"
+    inputs = [_declared(value) for value in model.graph.input if value.name not in stored]
+    problem = manifest.signature.declaration_problem(inputs, list(map(_declared, model.graph.output)))
+    if problem is not None:
+        return problem
     for what, have in (("opset", opset_of(model)), ("ir_version", model.ir_version)):
         if (want := manifest.onnx.get(what, have)) != have:
             return f"the file has {what} {have}, the manifest states {want}"
@@ -211,19 +203,15 @@ def _precision_problem(model: ModelProto, precision: str) -> str | None:
     return None
 
 
-def _dtype(value: ValueInfoProto) -> str:
+def _declared(value: ValueInfoProto) -> Declared:
     from onnx import helper
 
-    number = value.type.tensor_type.elem_type
+    number, dims = value.type.tensor_type.elem_type, value.type.tensor_type.shape.dim
     try:
-        return str(helper.tensor_dtype_to_np_dtype(number).name)
+        dtype = str(helper.tensor_dtype_to_np_dtype(number).name)
     except (KeyError, ValueError):
-        return f"element type {number}"
-
-
-def _shape(value: ValueInfoProto) -> list[int | str | None]:
-    dims = value.type.tensor_type.shape.dim
-    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
+        dtype = f"element type {number}"
+    return value.name, dtype, [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
 
 
 def trained_tensors(model: ModelProto) -> list[TensorProto]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from bnexport.errors import REBUILD, BnexportError, BundleError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
-from bnexport.tensors import Array, Signature, TensorSpec, check_feeds, declared_problem
+from bnexport.tensors import Array, Declared, Signature, TensorSpec, check_feeds
 
 #: Precisions to which float32 kernels may round. A file in float16 or bfloat16 keeps its own precision.
 KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -204,19 +204,10 @@ class Runner(ABC):
         return checked
 
 
-def check_declared(
-    file: Path, kind: str, specs: Sequence[TensorSpec], declared: Sequence[tuple[str, str, Sequence[int | str | None]]]
-) -> None:
-    """Refuse a file whose inputs or outputs (``kind``) are not the manifest's (``specs``); the error names the difference.
-
-    ``declared`` has (name, numpy's element type, shape) as the engine read them from the file.
-    """
-    names, expected = [name for name, _, _ in declared], [spec.name for spec in specs]
-    if names != expected:
-        raise BundleError(f"{file} has the {kind}s {names or 'none'}, the manifest states {expected}", remedy=REBUILD)
-    for spec, (_, dtype, shape) in zip(specs, declared, strict=True):
-        if (problem := declared_problem(spec, dtype, shape, strict=kind == "input")) is not None:
-            raise BundleError(f"{file}: {kind} {problem}", remedy=REBUILD)
+def check_declared(file: Path, signature: Signature, inputs: Sequence[Declared], outputs: Sequence[Declared]) -> None:
+    """Refuse a file whose inputs or outputs, as the engine read them, are not the manifest's; the error names the fault."""
+    if (problem := signature.declaration_problem(inputs, outputs)) is not None:
+        raise BundleError(f"{file}: {problem}", remedy=REBUILD)
 
 
 def device_remedy(text: str) -> str:

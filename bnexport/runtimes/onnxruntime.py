@@ -97,12 +97,11 @@ class OnnxRuntimeRunner(Runner):
         return True
 
     def _refuse_other_signature(self) -> None:
-        for kind, specs, found in (
-            ("input", self.signature.inputs, self._session.get_inputs()),
-            ("output", self.signature.outputs, self._session.get_outputs()),
-        ):
-            declared = [(item.name, ELEMENTS.get(item.type, item.type), item.shape) for item in found]
-            check_declared(self._file, kind, specs, declared)
+        inputs, outputs = (
+            [(item.name, ELEMENTS.get(item.type, item.type), item.shape) for item in found]
+            for found in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        check_declared(self._file, self.signature, inputs, outputs)
 
     def _refuse_other_settings(self) -> None:
         """Refuse a session whose settings in effect are not the requested ones."""

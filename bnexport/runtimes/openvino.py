@@ -69,12 +69,12 @@ class OpenVinoRunner(Runner):
             ) from error
 
     def _refuse_other_signature(self) -> None:
-        for kind, specs, ports in (
-            ("input", self.signature.inputs, self._compiled.inputs),
-            ("output", self.signature.outputs, self._compiled.outputs),
-        ):
-            wanted = {spec.name for spec in specs}
-            check_declared(self._file, kind, specs, [_declared(port, wanted) for port in ports])
+        signature, compiled = self.signature, self._compiled
+        inputs, outputs = (
+            [_declared(port, {spec.name for spec in specs}) for port in ports]
+            for specs, ports in ((signature.inputs, compiled.inputs), (signature.outputs, compiled.outputs))
+        )
+        check_declared(self._file, signature, inputs, outputs)
 
     def _described(self) -> dict[str, Any]:
         read = self._compiled.get_property
