@@ -27,7 +27,7 @@ from bnexport.validation.file_kinds import kind_of, refuse_other_kinds
 from bnexport.validation.json_text import parse_json
 from bnexport.validation.limits import limit, refusing
 from bnexport.validation.paths import check_name, check_regular
-from bnexport.validation.pickles import REBUILD, Made, Name, Storage
+from bnexport.validation.pickles import REBUILDERS, Made, Name, Storage
 
 #: Keys under which training scripts save weights, the first choice first; averaged weights count only if no others fit.
 KEYS = (
@@ -353,7 +353,7 @@ def _plain_tensor(value: Any) -> Made | None:
     """Return the call that makes a tensor, without the parameter around it; None for another value."""
     while isinstance(value, Made) and value.kind in _PARAMETER and value.arguments:
         value = value.arguments[0]
-    return value if isinstance(value, Made) and value.kind in REBUILD else None
+    return value if isinstance(value, Made) and value.kind in REBUILDERS else None
 
 
 def _maker(call: Made, saved: Saved, path: Path, made: dict[tuple[Storage, str], Tensor]) -> Callable[[], Tensor]:

@@ -25,8 +25,8 @@ STORAGES: Mapping[str, int] = {
     "torch.storage.UntypedStorage": 1, "torch.UntypedStorage": 1,
 }  # fmt: skip
 #: Functions whose arguments are (storage, offset, sizes, strides, ...).
-REBUILD = frozenset(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
-_TENSORS = REBUILD | {
+REBUILDERS = frozenset(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
+_TENSORS = REBUILDERS | {
     "torch._utils._rebuild_parameter", "torch.Size", "torch.device", "torch.per_tensor_affine", "torch.per_channel_affine",
     "torch.serialization._get_layout", "collections.OrderedDict",
 }  # fmt: skip
@@ -337,7 +337,7 @@ class _Machine:
             return
         if function.text in NOT_CALLED:
             raise Refusal(f"holds a pickle that calls {shown(function.text)}, which allocates any amount of memory")
-        if function.text in REBUILD:
+        if function.text in REBUILDERS:
             _check_tensor(arguments.items)
         if function.text == "numpy.dtype":
             _check_elements(arguments.items)
