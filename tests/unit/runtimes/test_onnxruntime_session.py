@@ -262,7 +262,7 @@ def test_bound_runs_go_through_the_binding_and_refuse_values_elsewhere(
     settings = RunSettings(binding=True)
     with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings) as runner:
         assert runner.description["memory"] == "bound on cpu"
-        monkeypatch.setattr(runner._session, "run", None)
+        monkeypatch.setattr(runner, "_direct_run", None)
         feed = np.ones((2, 1, 28, 28), np.float32)
         assert runner.run({"input": feed})["logits"].flags.owndata
         elsewhere = SimpleNamespace(device_name=lambda: "cpu")
