@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bnexport.errors import BundleError, FeedError
+from bnexport.errors import REBUILD, BundleError, FeedError
 from bnexport.files import Refusal, input_errors, sha256, write_atomically
 from bnexport.optional import one_line, require
 from bnexport.tensor_proto import read_tensor
@@ -67,7 +67,6 @@ _INNER_KEYS: dict[str, tuple[str, ...]] = {
     "preprocessing": ("channels", "height", "width", "scale", "mean", "std"),
     "onnx": ("opset", "ir_version", "precision", "quantization", "input_type"),
 }
-_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Manifest:
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:
         """Read the result of ``to_json``; BundleError for another content, a newer format, or missing or unknown keys."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise BundleError(f"{MANIFEST} is not a bnexport manifest", remedy=_REBUILD)
+            raise BundleError(f"{MANIFEST} is not a bnexport manifest", remedy=REBUILD)
         if value.get("format_version") != FORMAT_VERSION:
             raise BundleError(
                 f"{MANIFEST} has format version {value.get('format_version')!r}, but this bnexport reads {FORMAT_VERSION}",
@@ -142,7 +141,7 @@ class Manifest:
         given = set(value) - {"format", "format_version", "digest"}
         if given != known:
             odd = ", ".join(sorted(given ^ known))
-            raise BundleError(f"{MANIFEST} has missing or unknown keys: {odd}", remedy=_REBUILD)
+            raise BundleError(f"{MANIFEST} has missing or unknown keys: {odd}", remedy=REBUILD)
         try:
             values = {name: value[name] for name in known}
             _check_kinds(values)
@@ -159,7 +158,7 @@ class Manifest:
             _check_pixels(manifest)
             _check_file_table(manifest.files)
         except (FeedError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"{MANIFEST} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+            raise BundleError(f"{MANIFEST} can't be read: {one_line(error)}", remedy=REBUILD) from error
         return manifest
 
 
@@ -185,33 +184,33 @@ class Bundle:
         """
         folder = Path(path)
         file = folder / MANIFEST
-        with input_errors(file, BundleError, remedy=_REBUILD):
+        with input_errors(file, BundleError, remedy=REBUILD):
             if not folder.is_dir():
                 what = "is a file, not a bundle's directory" if folder.exists() else "does not exist"
                 raise BundleError(f"{folder} {what}", remedy="Give a directory written by bnexport fold-and-export")
             if not file.is_file():
                 raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=bundle_hint(folder))
             if (problem := place_problem(folder, MANIFEST)) is not None:
-                raise BundleError(f"{folder}: {problem}", remedy=_REBUILD)
-            with refusing(f"{file} can't be read: it", BundleError, remedy=_REBUILD), file.open("rb") as opened:
+                raise BundleError(f"{folder}: {problem}", remedy=REBUILD)
+            with refusing(f"{file} can't be read: it", BundleError, remedy=REBUILD), file.open("rb") as opened:
                 most = limit("manifest-bytes")
                 value = parse_json(opened.read(most + 1), max_bytes=most)
         manifest = Manifest.from_json(value)
         if value.get("digest") != _digest(value):
-            raise BundleError(f"{file} was changed after it was written (its digest does not match)", remedy=_REBUILD)
+            raise BundleError(f"{file} was changed after it was written (its digest does not match)", remedy=REBUILD)
         return cls(folder, manifest)
 
     def file(self, name: str) -> Path:
         """Return the path of a file; BundleError if it is not in the manifest, is missing, or is a link to another file."""
         path = self.path / name
         if name not in self.manifest.files or not path.is_file():
-            raise BundleError(f"{self.path} has no {name}", remedy=_REBUILD)
+            raise BundleError(f"{self.path} has no {name}", remedy=REBUILD)
         try:
             problem = place_problem(self.path, name)
         except OSError as error:
             problem = _unreadable(name, error)
         if problem is not None:
-            raise BundleError(f"{self.path}: {problem}", remedy=_REBUILD)
+            raise BundleError(f"{self.path}: {problem}", remedy=REBUILD)
         return path
 
     def problem(self, name: str) -> str | None:
@@ -250,9 +249,9 @@ class Bundle:
             except OSError as error:
                 raise BundleError(f"{self.path}: {_unreadable(name, error)}", remedy="Let this user read it") from error
             if problem is not None:
-                raise BundleError(f"{self.path}: {problem}", remedy=_REBUILD)
+                raise BundleError(f"{self.path}: {problem}", remedy=REBUILD)
         if unlisted := self.unlisted():
-            raise BundleError(f"{self.path}: {_unlisted(unlisted[0])}", remedy=_REBUILD)
+            raise BundleError(f"{self.path}: {_unlisted(unlisted[0])}", remedy=REBUILD)
 
     def golden(self) -> tuple[dict[str, Array], dict[str, Array]]:
         """Return golden inputs and outputs by name; the outputs are the unfolded network's in float64, rounded once.
@@ -268,8 +267,8 @@ class Bundle:
 
     def _tensor(self, name: str) -> Array:
         path = self.file(name)
-        odd = refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD)
-        with odd, input_errors(path, BundleError, remedy=_REBUILD):
+        odd = refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=REBUILD)
+        with odd, input_errors(path, BundleError, remedy=REBUILD):
             if path.stat().st_size > limit("onnx-bytes"):
                 raise Refusal("has more than 2 GB, which protobuf can't read")
             return read_tensor(path.read_bytes())[1]

@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import re
 
+#: Remedy for a damaged bundle, and for a file in it.
+REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Options without a value; in Python they are True.
 _FLAGS = (
     "allow-low-accuracy", "allow-untrained", "clamps", "dynamic-size", "force", "rename-classes", "resume", "recalibrate",

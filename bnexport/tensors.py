@@ -14,6 +14,8 @@ from bnexport.errors import FeedError
 #: A dimension is a size, or the name of one that varies ("batch").
 Dim = int | str
 Array = np.ndarray[Any, np.dtype[Any]]
+#: The declaration of an input or output in a file: name, numpy's element type, shape with a text or None for an open size.
+Declared = tuple[str, str, Sequence[int | str | None]]
 
 
 class ElementType(NamedTuple):
@@ -143,6 +145,17 @@ class Signature:
             if isinstance(dim, str)
         }
 
+    def declaration_problem(self, inputs: Sequence[Declared], outputs: Sequence[Declared]) -> str | None:
+        """Return how a file's inputs and outputs differ from these, as a sentence without its full stop; None if they fit."""
+        for kind, specs, declared in (("input", self.inputs, inputs), ("output", self.outputs, outputs)):
+            names, wanted = [name for name, _, _ in declared], [spec.name for spec in specs]
+            if names != wanted:
+                return f"the file has the {kind}s {names or 'none'}, the manifest states {wanted}"
+            for spec, (_, dtype, shape) in zip(specs, declared, strict=True):
+                if (problem := _declared_problem(spec, dtype, shape, strict=kind == "input")) is not None:
+                    return f"{kind} {problem}"
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """Return the value in manifest.json."""
         return {"inputs": [s.to_json() for s in self.inputs], "outputs": [s.to_json() for s in self.outputs]}
@@ -199,11 +212,10 @@ def other_sizes(names: Sequence[str]) -> Iterator[dict[str, int]]:
         yield dict(zip(names, itertools.cycle(steps), strict=False))
 
 
-def declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | None], *, strict: bool) -> str | None:
-    """Return how a file's declaration differs from the manifest's, as a sentence without its full stop; None if it fits.
+def _declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | None], *, strict: bool) -> str | None:
+    """Return how a file's declaration differs from the manifest's; None if it fits.
 
-    ``dtype`` is numpy's name. A text or None in ``shape`` is an open dimension. With ``strict`` the file must declare
-    each size of the manifest; callers use it for inputs, since an output's size may be open.
+    With ``strict`` the file must declare each size of the manifest. This holds for inputs, since an output's size may be open.
     """
     if dtype != spec.dtype:
         return f"{spec.name!r} is {dtype}, the manifest states {spec.dtype}"

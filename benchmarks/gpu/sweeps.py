@@ -9,7 +9,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.optional import installed
 from bnexport.runtimes.base import CONV_SEARCHES, OPTIMISATIONS, Runner, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
-from bnexport.runtimes.reference import open_emulated
+from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.verification.scope import Scope
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def emulated_spec() -> RunnerSpec:
     )
 
 
-def _open_emulated(bundle: Bundle, device: str, module: nn.Module | None, settings: RunSettings) -> Runner:
-    runner = open_emulated(bundle, device, module, settings)
+def _open_emulated(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
+    runner = EmulatedRunner(bundle, settings.precision)
     runner.name = "emulated-cpu"
     return runner

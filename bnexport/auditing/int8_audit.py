@@ -22,7 +22,7 @@ from bnexport.exporting.request import InputSpec, image_preprocessing
 from bnexport.exporting.signature import signature_of_file
 from bnexport.files import refuse_existing_file, write_atomically
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.onnx_files.models import LINEAR, multiplications, read_model, read_screened
+from bnexport.onnx_files.models import LINEAR, multiplications, read_model, read_validated
 from bnexport.optional import installed, one_line
 from bnexport.quantization.integer_emulation import EXACT, LAST_BIT, SATURATING, Int8Layer, IntegerEmulator, int8_layers
 from bnexport.quantization.writer import DYNAMIC, LayerRisk, as_qdq, dynamic_risks, is_int8_model, node_name, repaired
@@ -217,7 +217,7 @@ def _engines(source: Path, model: ModelProto, stack: ExitStack) -> tuple[dict[st
 
 def _onnx_runtime(source: Path, *, precise: bool) -> Run:
     try:
-        session = open_session(load_engine(), read_screened(source), "cpu", RunSettings(precise=precise))
+        session = open_session(load_engine(), read_validated(source), "cpu", RunSettings(precise=precise))
     except BnexportError:
         raise
     except Exception as error:  # onnxruntime's classes derive from Exception alone

@@ -23,7 +23,7 @@ import numpy as np
 from bnexport.bundle import Bundle, Manifest
 from bnexport.environment import cpu_seconds, peak_memory
 from bnexport.errors import BnexportError, RuntimeUnavailable
-from bnexport.onnx_files.models import read_screened
+from bnexport.onnx_files.models import read_validated
 from bnexport.optional import one_line
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
@@ -229,7 +229,7 @@ def _open_bare(file: Path, manifest: Manifest, threads: int) -> tuple[Run, dict[
     ort = load_engine()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(read_screened(file), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(read_validated(file), options, providers=["CPUExecutionProvider"])
     theirs, ours = [item.name for item in session.get_inputs()], [spec.name for spec in manifest.signature.inputs]
     if len(theirs) != len(ours):
         raise RuntimeUnavailable(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bnexport.errors import ExportError, UsageError
-from bnexport.onnx_files.models import read_screened
+from bnexport.onnx_files.models import read_validated
 from bnexport.protobuf_wire import Field, read_fields
 
 
@@ -60,7 +60,7 @@ def release_reads(release: str) -> Reads:
 
 def file_versions(file: Path) -> Reads:
     """Return the operator set and the file format of an ONNX file; needs neither onnx nor an engine."""
-    content = read_screened(file)
+    content = read_validated(file)
     ir_version = opset = 0
     for field in read_fields(content, 0, len(content)):
         if field.number == _IR_VERSION:

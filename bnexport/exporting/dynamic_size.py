@@ -33,9 +33,7 @@ def larger_example(specs: tuple[InputSpec, ...]) -> tuple[InputSpec, ...]:
 def check_sizes_vary(module: nn.Module, specs: tuple[InputSpec, ...]) -> None:
     """Run a copy of the network on other image sizes, and refuse a network that accepts only one.
 
-    Raises:
-        UsageError: No input is an image.
-        ExportError: A size can't vary. The message names the size, and the line at which another size fails.
+    The message names the size that can't vary, and the line at which another size fails.
     """
     words = {word for spec in specs for word in _axes(spec).values()}
     if not words:
@@ -67,10 +65,8 @@ def with_smallest_sizes(
     """Return the signature with the smallest sizes at which the graph equals the network; both are run on small inputs.
 
     The limits of torch.export (``signature_of``) do not cover every resizing, and are too strict for maps of one pixel. So
-    smaller sizes are tried one by one, down to the first that does not fit. ``specs`` are the inputs in the requested size.
-
-    Raises:
-        ExportError: The requested size is smaller: forward takes another branch there.
+    smaller sizes are tried one by one, down to the first that does not fit. ``specs`` are the inputs in the requested size,
+    which is refused if it is smaller: forward takes another branch there.
     """
     requested = signature.named_sizes({spec.name: own.shape for spec, own in zip(signature.inputs, specs, strict=True)})
     certain = signature.smallest

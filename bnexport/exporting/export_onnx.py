@@ -43,10 +43,8 @@ def export_onnx(
     """Write ``model.onnx``: one file, dynamic batch, the same bytes for the same folded network.
 
     ``inputs`` are examples with a batch of at least 2, because the exporter treats a batch of 1 as a constant. ``exported``
-    returns ``export_flat`` of the network, for a caller that writes several formats.
-
-    Raises:
-        ExportError: The exporter can't write the graph, or the written file is not as requested.
+    returns ``export_flat`` of the network, for a caller that writes several formats. An ExportError reports a graph that the
+    exporter can't write, and a written file that is not as requested.
     """
     ir_version = target.resolved_ir_version()
     _refuse_dropped(folded)

@@ -36,9 +36,6 @@ def export_program(
 
     ``inputs`` are examples with a batch of at least 2, which are not written. ``exported`` returns ``export_flat`` of the
     network, which is changed; without it the graph is exported here.
-
-    Raises:
-        ExportError: torch.export can't export the folded graph again, or can't write it.
     """
     buffer = io.BytesIO()
     with quiet(), torch.no_grad():

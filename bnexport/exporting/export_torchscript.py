@@ -24,9 +24,6 @@ def export_torchscript(folded: GraphModule, path: Path) -> None:
     the batch. Freezing only turns parameters into constants: its numerical optimisations are off, so that the weights in the
     file are the folded weights bit for bit. Outputs nested in a dict or a tuple are returned flat, in the order of the
     bundle's signature.
-
-    Raises:
-        ExportError: TorchScript can't compile the graph.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.jit is deprecated and warns at each call

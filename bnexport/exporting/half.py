@@ -25,10 +25,8 @@ def in_precision(folded: GraphModule, inputs: tuple[Tensor, ...], precision: str
     """Return a copy of the folded graph that computes in another precision, with inputs and outputs of the same types.
 
     Each weight is rounded once, from the folded float32 weight. Float inputs are cast at the start and float outputs at the
-    end, so that the tensors of clients and servers stay float32 in every precision. ``folded`` is not changed.
-
-    Raises:
-        ExportError: A weight is too large for the precision, or an operator of the graph does not support it.
+    end, so that the tensors of clients and servers stay float32 in every precision. ``folded`` is not changed. An ExportError
+    reports a weight that is too large for the precision, and an operator that does not support it.
     """
     dtype = PRECISIONS[precision]
     if dtype is torch.float32:

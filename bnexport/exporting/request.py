@@ -50,11 +50,7 @@ class OnnxTarget:
     ir_version: int | None = option("Version of the ONNX file format.  [default: lowest possible, at least 8]", None)
 
     def resolved_ir_version(self) -> int:
-        """Return the IR version to write.
-
-        Raises:
-            ExportError: The opset is unknown, or needs a newer IR version than the requested one.
-        """
+        """Return the IR version to write, or refuse the requested one if the opset needs a newer one."""
         import onnx
 
         newest = onnx.defs.onnx_opset_version()
@@ -176,13 +172,7 @@ class ExportRequest:
         labels: tuple[str, ...] | None,
         scores: int | None = None,
     ) -> None:
-        """Refuse a given data set or folder that can't be used. ``dataset`` is the given data set, or the checkpoint's.
-
-        Raises:
-            UsageError: ``data_dir`` without a data set, a data set without a preprocessing, or classes that are not the
-                network's.
-            DataError: The images are missing or damaged.
-        """
+        """Refuse a given data set or folder that can't be used. ``dataset`` is the given data set, or the checkpoint's."""
         if self.dataset is None and self.data_dir is None:
             return
         if dataset is None:
@@ -211,15 +201,7 @@ class ExportRequest:
         return (own.to_json() if isinstance(own, Preprocessing) else own) or fitted_preprocessing(stated, specs)
 
     def check_pixels(self, inputs: Sequence[InputSpec | TensorSpec], image: Mapping[str, Any] | None) -> None:
-        """Refuse uint8 input (``input_type``) for a network that does not take one float32 image with a known preprocessing.
-
-        Args:
-            inputs: The network's inputs.
-            image: JSON of the preprocessing, if it is known.
-
-        Raises:
-            UsageError: Another number of inputs, another type or shape, or no preprocessing.
-        """
+        """Refuse uint8 input (``input_type``) for a network that does not take one float32 image with a known preprocessing."""
         if self.input_type != "uint8":
             return
         if len(inputs) != 1:
@@ -282,11 +264,7 @@ def _no_pixels(found: str) -> UsageError:
 
 
 def read_share(given: float | str | None, flag: str) -> float | None:
-    """Return a share from 0 to 1, given as a number or as "1%".
-
-    Raises:
-        UsageError: It is neither.
-    """
+    """Return a share from 0 to 1, given as a number or as "1%"."""
     if given is None:
         return None
     try:
@@ -426,11 +404,7 @@ def image_preprocessing(
 ) -> dict[str, Any] | None:
     """Return the JSON of the preprocessing of a network with one image input; None without mean and std.
 
-    ``mean`` and ``std`` are per channel, of pixels from 0 to 1.
-
-    Raises:
-        UsageError: One without the other, several inputs or another shape, or values of pixels from 0 to 255.
-        DataError: Another number of values than channels, or values that are not finite or not positive.
+    ``mean`` and ``std`` are per channel, of pixels from 0 to 1; values of pixels from 0 to 255 are refused.
     """
     if mean is None and std is None:
         return None

@@ -133,10 +133,6 @@ def signature_of(
     A tensor returned alone is called "logits". Others are named by their keys or fields, joined by "." if they are nested:
     "out", "features.0"; without keys "output_0", "output_1", ... in the order in which forward returns them. None is not an
     output. With ``dynamic_size``, height and width of image inputs, and sizes that depend on them, are names in the signature.
-
-    Raises:
-        ExportError: The network has another precision than float32; an input has an output's name; one tensor is returned
-            twice; or an output is not a tensor, has no batch dimension, or has an element type that no engine supports.
     """
     _refuse_other_precisions(folded)
     with torch.no_grad():
@@ -217,8 +213,7 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
 def signature_of_file(model: ModelProto) -> Signature:
     """Return the declared names, element types and shapes of a file; open sizes without a name get one.
 
-    Raises:
-        ExportError: A shape that is not declared, no batch, or a precision that the strict float32 bounds do not fit.
+    An ExportError refuses an undeclared shape, a missing batch, and a precision that the strict float32 bounds do not fit.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     for name, tensor in stored.items():

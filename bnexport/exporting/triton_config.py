@@ -32,15 +32,10 @@ def triton_config(
     ``dynamic_batching`` without a delay batches the requests that were queued while the previous batch ran. Triton's ONNX
     Runtime backend otherwise gives every instance all cores; one thread per instance keeps the 99th percentile low.
 
-    Args:
-        name: The model's name, which must be its folder's name.
-        signature: Inputs and outputs, batch first. Triton writes the dimensions without the batch, or with a fixed batch.
-        max_batch_size: Largest batch that Triton forms; ignored if the batch is fixed.
-        preferred_batch: Batch that Triton's batcher prefers; None: it has no preference.
-        threads: Threads of one instance, on a CPU.
-        label_filename: File of class names next to the configuration, for the first output: Triton's classification
-            extension returns them.
-        more: Further blocks, such as instance groups.
+    ``name`` must be the name of the model's folder. ``max_batch_size`` is ignored if the batch is fixed; the batcher may prefer
+    the batch ``preferred_batch``. ``threads`` are those of one instance on a CPU. Triton's classification extension returns the
+    class names in ``label_filename``, next to the configuration, for the first output. ``more`` are further blocks, such as
+    instance groups.
     """
     batched = signature.batched
     preferred = "" if preferred_batch is None else f"preferred_batch_size: [ {preferred_batch} ] "

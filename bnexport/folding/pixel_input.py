@@ -29,8 +29,7 @@ from bnexport.folding.onnx_backend.reading import check_valid
 from bnexport.folding.plan import GrowthBudget
 from bnexport.folding.torch_backend.torch_graph import TorchGraph
 from bnexport.folding.torch_backend.torch_writer import TorchWriter
-from bnexport.onnx_files.models import graphs, refill
-from bnexport.onnx_files.names import Names
+from bnexport.onnx_files.models import Names, graphs, refill
 
 aten = torch.ops.aten
 

@@ -69,22 +69,14 @@ class Checkpoint:
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically: a reader sees the old file or the new one.
-
-    Raises:
-        OutputError: The file can't be written.
-    """
+    """Write a checkpoint atomically: a reader sees the old file or the new one."""
     named = {**checkpoint.state, **{OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()}}
     text = json.dumps({"format": FORMAT, **checkpoint.metadata}, allow_nan=False)
     save_tensors(path, named, {METADATA_KEY: text})
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Raises:
-        OutputError: The file can't be written.
-    """
+    """Write a safetensors file, whole or not at all."""
     safetensors = require("safetensors.torch", purpose="writing a checkpoint")
     # clone: safetensors refuses tensors that share memory, as tied weights do.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
@@ -92,12 +84,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a file written by ``save_checkpoint``.
-
-    Raises:
-        ModelError: The file is missing, empty, damaged, not safetensors, safetensors without bnexport's metadata, or of a
-            newer format.
-    """
+    """Read a file written by ``save_checkpoint``; a ModelError refuses any other file, and one of a newer format."""
     every, metadata = _read_tensors(path)
     state = _weights_of(every)
     optimizer = {name.removeprefix(OPTIMIZER): value for name, value in every.items() if name not in state}
@@ -106,12 +93,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} holds weights but no bnexport metadata, so its network is unknown",
             remedy="Name the network too, as file.py:factory or package.module:factory with --weights",
         )
-    try:
-        text = metadata[METADATA_KEY].encode()
-        with refusing(f"the metadata of {path} can't be read: it", ModelError, remedy=_REMEDY):
-            value = parse_json(text, max_bytes=limit("safetensors-header"))
-    except UnicodeEncodeError as error:
-        raise ModelError(f"the metadata of {path} can't be read: {one_line(error)}", remedy=_REMEDY) from error
+    with refusing(f"the metadata of {path} can't be read: it", ModelError, remedy=_REMEDY):
+        value = parse_json(metadata[METADATA_KEY].encode(), max_bytes=limit("safetensors-header"))
     if isinstance(value, dict):
         _check_format(path, value.pop("format", FORMAT))
     network = value.get("network") if isinstance(value, dict) else None
@@ -136,9 +119,6 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     """Read any safetensors file: its weights and its string metadata.
 
     The file is read once, so that header and data are of the same version of the file.
-
-    Raises:
-        ModelError: The file is missing, empty, damaged or not safetensors.
     """
     state, metadata = _read_tensors(path)
     return _weights_of(state), metadata
@@ -162,9 +142,6 @@ def read_arrays(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
     """Read a safetensors file into numpy arrays, without torch and safetensors, which serving machines lack.
 
     bfloat16 becomes float32; tensors of types that numpy lacks (8-bit floats) are left out.
-
-    Raises:
-        ModelError: The file is missing, empty, damaged or not safetensors.
     """
     content, header = _read(Path(path))
     data = memoryview(content)[8 + int.from_bytes(content[:8], "little") :]
@@ -183,11 +160,7 @@ def _array(data: memoryview, dtype: str) -> Array:
 
 
 def checkpoint_file(path: Path) -> Path:
-    """Return the checkpoint at a path: the file itself, or the best file of a run directory.
-
-    Raises:
-        ModelError: A folder without a checkpoint.
-    """
+    """Return the checkpoint at a path: the file itself, or the best file of a run directory."""
     if not path.is_dir():
         return path
     for name in RUN_FILES:

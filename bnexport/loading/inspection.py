@@ -30,12 +30,7 @@ class Inspection:
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Read the statistics.
-
-    Raises:
-        ModelError: The file is missing, damaged, or holds no BatchNorm.
-        BundleError: A bundle whose weights were changed.
-    """
+    """Read the statistics; a ModelError refuses a damaged file, and one without a BatchNorm."""
     notes = []
     if (path / MANIFEST).exists():
         bundle = Bundle.open(path)

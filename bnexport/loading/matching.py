@@ -45,12 +45,9 @@ class Misfit:
 def match_names(
     wanted: Collection[str], found: Collection[str], *, aliases: Mapping[str, Collection[str]] | None = None
 ) -> Match | Misfit:
-    """Map a network's names to a file's names, or return the reason why they do not fit.
+    """Map a network's names (``wanted``) to a file's names (``found``), or return the reason why they do not fit.
 
-    Args:
-        wanted: Names of the network's state dict.
-        found: Names in the file.
-        aliases: Name in the network -> names of the same tensor (tied weights); one of them is enough.
+    ``aliases`` has the names of the same tensor (tied weights) of a name in the network; one of them is enough.
     """
     closest = _closest(wanted, found, aliases or {})
     if isinstance(closest, Match):
@@ -114,7 +111,7 @@ def _unchanged(names: Collection[str]) -> dict[str, str]:
 
 
 def _renamed(names: Collection[str]) -> dict[str, str]:
-    new = dict(zip(names, names, strict=True))
+    new = _unchanged(names)
     for pattern, replacement in RENAMES:
         new = {name: pattern.sub(replacement, text) for name, text in new.items()}
     return new

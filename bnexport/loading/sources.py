@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
 import os
-from collections.abc import Callable, Mapping
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,6 @@ from torch import nn
 from bnexport.bundle import MANIFEST
 from bnexport.errors import ModelError, UsageError
 from bnexport.loading.checkpoint import METADATA_KEY, Checkpoint, checkpoint_file, load_checkpoint, read_safetensors
-from bnexport.loading.user_code import call_factory
 from bnexport.loading.weights import WeightsFile, is_safetensors, load_weights
 from bnexport.loading.zoo import build_from_zoo, zoo_facts, zoo_of, zoo_problem
 from bnexport.nn.calling import to_eval_mode
@@ -29,8 +33,7 @@ KNOWN: dict[str, Callable[..., nn.Module]] = {"bn_lenet": bn_lenet}
 def unknown_reason(network: Mapping[str, Any]) -> str | None:
     """Return the reason why a network can't be rebuilt here, as the end of a sentence; None if it can.
 
-    Args:
-        network: The entry of a checkpoint or manifest: ``{"source": ..., "options": {...}}``.
+    ``network`` is the entry of a checkpoint or manifest: ``{"source": ..., "options": {...}}``.
     """
     source = network.get("source")
     if source in KNOWN:
@@ -42,12 +45,7 @@ def unknown_reason(network: Mapping[str, Any]) -> str | None:
 
 
 def build_known(network: Mapping[str, Any]) -> nn.Module:
-    """Build a known network from its entry in a checkpoint or manifest, without weights.
-
-    Raises:
-        ModelError: The network is unknown, or does not accept these options.
-        MissingDependency: The package that defines it is not installed.
-    """
+    """Build a known network from its entry in a checkpoint or manifest, without weights."""
     source, options = network.get("source"), network.get("options") or {}
     if isinstance(source, str) and zoo_of(source) is not None:
         return build_from_zoo(source, options)
@@ -118,11 +116,9 @@ def _from_path(source: str, weights: WeightsFile | None, options: Mapping[str, A
 
 def _from_factory(source: str, weights: WeightsFile | None, options: Mapping[str, Any]) -> LoadedModel:
     """Load a user's own network; a checkpoint of this factory adds its options, labels and other metadata."""
-    stated: Mapping[str, Any] = {}
-    if weights is not None and _has_metadata(weights.path):
-        metadata = load_checkpoint(weights.path).metadata
-        if Path(metadata["network"]["source"]).name == Path(source).name:  # the folder may have moved
-            stated = metadata
+    stated = _metadata_of(weights)
+    if stated and Path(stated["network"]["source"]).name != Path(source).name:  # the folder may have moved
+        stated = {}
     options = {**((stated.get("network") or {}).get("options") or {}), **options}
     network = {"source": source, "options": options}
     module = call_factory(source, options)
@@ -133,7 +129,8 @@ def _from_factory(source: str, weights: WeightsFile | None, options: Mapping[str
 def _from_name(source: str, weights: WeightsFile | None, options: Mapping[str, Any]) -> LoadedModel:
     if weights is None and source in KNOWN:
         raise ModelError(f"{source} needs weights", remedy="Pass --weights FILE")
-    stated = {} if weights is None else _options_of(weights.path, source)
+    found = _metadata_of(weights).get("network") or {}
+    stated = (found.get("options") or {}) if found.get("source") == source else {}
     network = {"source": source, "options": {**stated, **options} if options else stated}
     module = build_known(network)
     notes = () if weights is None else load_weights(module, weights)
@@ -253,18 +250,106 @@ def checkpoint_of(loaded: LoadedModel) -> Checkpoint:
     return Checkpoint(loaded.module.state_dict(), metadata)
 
 
-def _options_of(weights: Path, source: str) -> Any:
-    """Return the options that a bnexport checkpoint of this network states; none for plain weights."""
-    if not _has_metadata(weights):
+def _metadata_of(weights: WeightsFile | None) -> Mapping[str, Any]:
+    """Return the metadata of a bnexport checkpoint; {} for plain weights."""
+    if weights is None or not is_safetensors(weights.path) or METADATA_KEY not in read_safetensors(weights.path)[1]:
         return {}
-    network = load_checkpoint(weights).metadata["network"]
-    return (network.get("options") or {}) if network["source"] == source else {}
-
-
-def _has_metadata(path: Path) -> bool:
-    return is_safetensors(path) and METADATA_KEY in read_safetensors(path)[1]
+    return load_checkpoint(weights.path).metadata
 
 
 def _in_eval_mode(module: nn.Module) -> nn.Module:
     """Switch a network in training mode to eval mode; others may have layers in training mode on purpose."""
     return to_eval_mode(module) if module.training else module
+
+
+# --- a user's own code ---
+
+
+def call_factory(source: str, options: Mapping[str, Any]) -> nn.Module:
+    """Import the code of ``file.py:factory`` or ``package.module:factory``, and call the factory with named arguments.
+
+    A ModelError reports code that is missing, fails at a line, or does not return a module.
+    """
+    place = source.rpartition(":")[0]
+    file = Path(place) if place.endswith(".py") else None
+    # A file can import its neighbours, as with python FILE; a package in the current folder is found, as with python -m.
+    # The user's code may print, which on standard output would break --json.
+    with (
+        _importing_from("" if file is None else str(file.parent.resolve())),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        module = _import_module(place) if file is None else _import_file(file)
+        return _made_by(module, source, options)
+
+
+def _made_by(module: Any, source: str, options: Mapping[str, Any]) -> nn.Module:
+    place, _, name = source.rpartition(":")
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise ModelError(
+            f"{place} has no function {name!r}", remedy="Name a function or class that returns the network"
+        )
+    try:
+        network = factory(**options)
+    except (Exception, SystemExit) as error:
+        raise ModelError(
+            f"{source} failed{_line_of(error, place)}: {type(error).__name__}: {one_line(error)}",
+            remedy="The factory is called without arguments (or the given ones) and must return a torch.nn.Module",
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"{source} returned a {type(network).__name__}, not a torch.nn.Module",
+            remedy="Return the network itself from the factory",
+        )
+    return network
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist", remedy="Give the path of a Python file, then a colon and a function")
+    name = f"bnexport_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles of the user's module look themselves up here
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        sys.modules.pop(name, None)
+        if not isinstance(error, (Exception, SystemExit)):
+            raise
+        raise ModelError(
+            f"{path} can't be run{_line_of(error, str(path))}: {type(error).__name__}: {one_line(error)}",
+            remedy="Fix that line; python FILE shows the whole error",
+        ) from error
+    return module
+
+
+def _import_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise ModelError(
+            f"the module {name} can't be imported: {type(error).__name__}: {one_line(error)}",
+            remedy="Install it, run from the folder that holds it, or name its file: path/file.py:factory",
+        ) from error
+
+
+@contextlib.contextmanager
+def _importing_from(folder: str) -> Iterator[None]:
+    """Search ``folder`` first for imports; folders that the user's code adds to the path stay."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _line_of(error: BaseException, place: str) -> str:
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f" at line {error.lineno}"
+    place = str(Path(place))  # ./net.py is net.py in a traceback
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(place)]
+    return f" at line {lines[-1]}" if lines else ""

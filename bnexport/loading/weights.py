@@ -5,33 +5,41 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
 from bnexport.errors import ModelError, UsageError
+from bnexport.files import Refusal
 from bnexport.loading.checkpoint import RUN_FILES, checkpoint_file, read_safetensors
 from bnexport.loading.matching import Match, Misfit, match_names
-from bnexport.loading.torch_files import Tensors, tensor_sets
 from bnexport.nn.folded import is_folded
 from bnexport.optional import no_warnings, one_line
-from bnexport.validation.archives import read_saved
+from bnexport.validation.archives import SAVE_WEIGHTS, Saved, read_saved
 from bnexport.validation.file_kinds import kind_of, refuse_other_kinds
 from bnexport.validation.json_text import parse_json
 from bnexport.validation.limits import limit, refusing
 from bnexport.validation.paths import check_name, check_regular
+from bnexport.validation.pickles import REBUILDERS, Made, Name, Storage
 
 #: Keys under which training scripts save weights, the first choice first; averaged weights count only if no others fit.
 KEYS = (
     "state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights",
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "params_ema",
 )  # fmt: skip
-_SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
+#: Calls around a tensor that make it a parameter.
+_PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+#: Levels of dictionaries that are searched for sets of weights.
+_LEVELS = 4
+#: Values by name; a tensor is made when its function is called.
+Tensors = dict[str, Callable[[], Tensor]]
 #: Limits of a message: number of names, and characters of one name.
 _SHOWN, _LONGEST = 6, 60
 
@@ -45,13 +53,7 @@ class WeightsFile:
 
     @classmethod
     def of(cls, weights: Any, key: str | None = None) -> WeightsFile | None:
-        """Return the weights file of a path: of a bundle, the best one of a run directory, or the file itself.
-
-        Raises:
-            UsageError: ``weights`` is not a path, or there is a key without weights.
-            ModelError: A folder without weights.
-            BundleError: A bundle whose files were changed.
-        """
+        """Return the weights file of a path: of a bundle, the best one of a run directory, or the file itself."""
         if weights is None:
             if key is not None:
                 raise UsageError(f"the key {key!r} needs a weights file", remedy="Pass --weights FILE")
@@ -79,13 +81,8 @@ def load_weights(module: nn.Module, weights: WeightsFile | Path) -> tuple[str, .
 
     Accepts safetensors, files of ``torch.save`` and the index of either in several files. A file of ``torch.save`` is read as
     data and not unpickled. It may have the weights under keys, next to plain values. Names may have the prefixes of wrappers
-    (``matching``).
-
-    Returns:
-        Sentences for the user about choices in the file.
-
-    Raises:
-        ModelError: The file is missing, empty, damaged, of another kind, names code, or its tensors do not fit the module.
+    (``matching``). The result is sentences for the user about choices in the file. A ModelError refuses a file that is missing,
+    damaged, of another kind, names code, or does not fit the module.
     """
     weights = weights if isinstance(weights, WeightsFile) else WeightsFile(weights)
     expected = module.state_dict(keep_vars=True)
@@ -99,7 +96,7 @@ def load_weights(module: nn.Module, weights: WeightsFile | Path) -> tuple[str, .
             )
         fit = match_names(expected, sets[chosen], aliases=_aliases(expected))
         if isinstance(fit, Misfit):
-            state = _made(sets[chosen])
+            state = {name: make() for name, make in sets[chosen].items()}
             if not _accepts(module, state):
                 raise _misfit(weights.path, type(module).__name__, fit, sets, chosen, len(expected))
             module.load_state_dict(state)
@@ -111,7 +108,10 @@ def load_weights(module: nn.Module, weights: WeightsFile | Path) -> tuple[str, .
         tied = [state[other] for other in aliases.get(name, ()) if other in state]
         state[name] = tied[0] if tied else expected[name].detach()
     module.load_state_dict(state)
-    return (*notes, *_ignored(weights.path, fit))
+    if not fit.ignored:
+        return notes
+    ignored = _some(list(fit.ignored))
+    return (*notes, f"{weights.path} holds counters, which are not weights and were ignored: {ignored}")
 
 
 def _aliases(expected: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -120,10 +120,6 @@ def _aliases(expected: Mapping[str, Any]) -> dict[str, list[str]]:
     for name, value in expected.items():
         names.setdefault(id(value), []).append(name)
     return {name: group for group in names.values() if len(group) > 1 for name in group}
-
-
-def _made(tensors: Tensors) -> dict[str, Tensor]:
-    return {name: make() for name, make in tensors.items()}
 
 
 def _accepts(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
@@ -136,9 +132,8 @@ def _accepts(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
 
 
 def _check_values(path: Path, title: str, state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> None:
-    misshapen = [
-        name for name, value in state.items() if not is_lazy(expected[name]) and value.shape != expected[name].shape
-    ]
+    sized = [name for name in state if not is_lazy(expected[name])]
+    misshapen = [name for name in sized if state[name].shape != expected[name].shape]
     if misshapen:
         name = min(misshapen)
         raise ModelError(
@@ -148,9 +143,8 @@ def _check_values(path: Path, title: str, state: Mapping[str, Tensor], expected:
         )
     for name, value in state.items():
         want = expected[name].dtype
-        if (want.is_floating_point and not value.dtype.is_floating_point) or (
-            value.is_complex() and not want.is_complex
-        ):
+        integers = want.is_floating_point and not value.dtype.is_floating_point
+        if integers or (value.is_complex() and not want.is_complex):
             raise ModelError(
                 f"{path} does not fit {title}: {name} is {value.dtype} in the file and {want} in the network",
                 remedy="Give the weights of the float network, not quantized ones",
@@ -173,12 +167,6 @@ def _misfit(path: Path, title: str, misfit: Misfit, sets: Mapping[str, Tensors],
         text + _listing(sets),
         remedy="Give the weights of this network, or the factory that builds the network of these weights",
     )
-
-
-def _ignored(path: Path, fit: Match) -> list[str]:
-    if not fit.ignored:
-        return []
-    return [f"{path} holds counters, which are not weights and were ignored: {_some(list(fit.ignored))}"]
 
 
 def _chosen(
@@ -277,11 +265,11 @@ def _sets(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensors]:
     if is_safetensors(path):
         return {"": {name: _constant(value) for name, value in read_safetensors(path)[0].items()}}
     try:
-        with refusing(f"{path} is not a plain state dict: it", ModelError, remedy=_SAVE):
+        with refusing(f"{path} is not a plain state dict: it", ModelError, remedy=SAVE_WEIGHTS):
             check_regular(path)
             saved = read_saved(stack.enter_context(path.open("rb")))
             stack.enter_context(no_warnings)  # torch's classes of storages warn that they are deprecated
-            return tensor_sets(saved, path)
+            return _tensor_sets(saved, path)
     except OSError as error:
         raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
 
@@ -334,3 +322,75 @@ def _some(names: list[str], most: int = _SHOWN) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+# --- tensors of a file of torch.save, made from its data: nothing in the file is unpickled or called ---
+
+
+def _tensor_sets(saved: Saved, path: Path) -> dict[str, Tensors]:
+    """Return every dictionary of named tensors in a saved value, by its keys from the outermost on, joined by dots."""
+    made: dict[tuple[Storage, str], Tensor] = {}
+    sets: dict[str, Tensors] = {}
+    for place, pairs in _tables(saved.value, "", _LEVELS, set()):
+        tensors = {name: part for name, value in pairs if (part := _plain_tensor(value)) is not None}
+        if tensors:
+            sets[place] = {name: _maker(part, saved, path, made) for name, part in tensors.items()}
+    return sets
+
+
+def _tables(value: Any, place: str, levels: int, seen: set[int]) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """Yield the place and the named values of each dictionary; a repeated dictionary is yielded once."""
+    if not isinstance(value, Made) or not value.is_mapping or id(value) in seen:
+        return
+    seen.add(id(value))
+    pairs = [(key, item) for key, item in value.pairs() if isinstance(key, str)]
+    yield place, pairs
+    for key, item in pairs if levels > 1 else ():
+        yield from _tables(item, f"{place}.{key}" if place else key, levels - 1, seen)
+
+
+def _plain_tensor(value: Any) -> Made | None:
+    """Return the call that makes a tensor, without the parameter around it; None for another value."""
+    while isinstance(value, Made) and value.kind in _PARAMETER and value.arguments:
+        value = value.arguments[0]
+    return value if isinstance(value, Made) and value.kind in REBUILDERS else None
+
+
+def _maker(call: Made, saved: Saved, path: Path, made: dict[tuple[Storage, str], Tensor]) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        remedy = "Copy or download the file again"
+        try:
+            with refusing(path, ModelError, remedy=remedy):
+                return _tensor(call, saved, made)
+        except (RuntimeError, ValueError, TypeError, AttributeError, OSError) as error:  # torch's errors for odd sizes
+            text = f"{path} holds a tensor that can't be made: {one_line(error, 120)}"
+            raise ModelError(text, remedy=remedy) from error
+
+    return make
+
+
+def _tensor(call: Made, saved: Saved, made: dict[tuple[Storage, str], Tensor]) -> Tensor:
+    storage, offset, sizes, strides, *rest = call.arguments
+    if call.kind.endswith("qtensor"):
+        raise Refusal("holds quantized tensors; give the weights of the float network")
+    types = [part.text for part in rest if isinstance(part, Name)]  # of _rebuild_tensor_v3
+    kind = types[0] if types else storage.kind
+    if (storage, kind) not in made:
+        made[storage, kind] = _flat(storage, kind, saved)
+    tensor = made[storage, kind].as_strided(sizes.items, strides.items, offset)
+    if any(isinstance(part, Made) and part.kind == "dict" and part.items for part in rest):
+        raise Refusal("holds a conjugated or negated view; save tensor.resolve_conj().resolve_neg()")
+    return tensor
+
+
+def _flat(storage: Storage, kind: str, saved: Saved) -> Tensor:
+    """Return all elements of a storage in one dimension."""
+    found: Any = getattr(torch, kind.rpartition(".")[2])
+    dtype: torch.dtype = found if isinstance(found, torch.dtype) else found.dtype
+    content = saved.bytes_of(storage)
+    if len(content) != storage.numel * storage.itemsize:
+        raise Refusal(f"ends inside the tensor storage {storage.key!r}")
+    if saved.swapped:
+        width = dtype.itemsize // (2 if dtype.is_complex else 1)
+        content = np.frombuffer(content, np.uint8).reshape(-1, width)[:, ::-1].tobytes()
+    return torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)

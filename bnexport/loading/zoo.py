@@ -68,16 +68,7 @@ def zoo_problem(source: str) -> str | None:
 
 
 def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
-    """Build a network by its name, with random weights.
-
-    Args:
-        source: ``torchvision:NAME`` or ``timm:NAME``.
-        options: Named arguments of its constructor: numbers, flags, texts.
-
-    Raises:
-        ModelError: The network is unknown, or does not accept an option.
-        MissingDependency: The package is not installed.
-    """
+    """Build ``torchvision:NAME`` or ``timm:NAME`` with random weights; ``options`` are arguments of its constructor."""
     zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
     try:
         require(zoo.package, purpose=source)
@@ -170,9 +161,8 @@ def _options_of(builder: Callable[..., Any]) -> set[str]:
     module = sys.modules[builder.__module__]
     found = [item for item in vars(module).values() if getattr(item, "__module__", "") == module.__name__]
     functions = [inspect.signature(item).parameters for item in found if inspect.isfunction(item)]
-    classes = [
-        inspect.signature(item).parameters for item in found if inspect.isclass(item) and issubclass(item, nn.Module)
-    ]
+    networks = [item for item in found if inspect.isclass(item) and issubclass(item, nn.Module)]
+    classes = [inspect.signature(item).parameters for item in networks]
     return own.union(*functions, *(names for names in classes if "num_classes" in names))
 
 

@@ -10,17 +10,16 @@ Rounding goes to nearest, ties to even, with gradual underflow and overflow to i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.errors import BundleError, UsageError
+from bnexport.errors import UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator, widen_array
-from bnexport.onnx_files.models import nodes, read_model
-from bnexport.optional import one_line
+from bnexport.onnx_files.models import graphs_within, nodes, read_model
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
@@ -50,11 +49,6 @@ class Format:
     def largest(self) -> float:
         """Return the largest finite number."""
         return float(2.0 ** (2 ** (self.exponent - 1) - 1)) * (2.0 - 2.0**-self.mantissa)
-
-    @property
-    def half_step(self) -> float:
-        """Return the largest relative error of one rounding of a normal number: half a unit in the last place of 1.0."""
-        return float(2.0 ** -(self.mantissa + 1))
 
 
 FLOAT32 = Format("float32", 23, 8)
@@ -97,9 +91,8 @@ def cut_to(array: Array, to: Format) -> Array:
 
 def step_of(array: Array, of: Format) -> Array:
     """Return a unit in the last place of each finite number, in float64; below the smallest normal number, its unit."""
-    _, exponent = np.frexp(
-        np.maximum(np.abs(array.astype(np.float64)), of.smallest)
-    )  # |x| in 2 ** [exponent - 1, exponent)
+    size = np.maximum(np.abs(array.astype(np.float64)), of.smallest)
+    _, exponent = np.frexp(size)  # size in 2 ** [exponent - 1, exponent)
     return np.asarray(np.ldexp(1.0, exponent - 1 - of.mantissa))
 
 
@@ -119,16 +112,7 @@ def _shortened(array: Array, mantissa: int) -> Array:
 
 
 #: Operators that multiply and sum -> how many of their first inputs are factors; the rest (bias) is added in float32.
-FACTORS: dict[str, int] = {
-    "Conv": 2,
-    "ConvTranspose": 2,
-    "Gemm": 2,
-    "MatMul": 2,
-    "Einsum": 8,
-    "LSTM": 3,
-    "GRU": 3,
-    "RNN": 3,
-}
+_FACTORS = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "MatMul": 2, "Einsum": 8, "LSTM": 3, "GRU": 3, "RNN": 3}
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 
@@ -164,48 +148,33 @@ def words_of(name: str) -> str:
     return _WORDS.get(name) or precision_of(name).words
 
 
-_PRODUCTS = tuple(FACTORS)
+_PRODUCTS = tuple(_FACTORS)
 
 PRECISIONS: dict[str, Precision] = {
     row.name: row
     for row in (
         Precision("float32", FLOAT32, None, (), "IEEE 754-2019, binary32"),
         Precision(
-            "tf32",
-            FLOAT32,
-            TF32,
-            _PRODUCTS,
+            "tf32", FLOAT32, TF32, _PRODUCTS,
             "ONNX Runtime's CUDA provider and TensorRT by default. NVIDIA, Accelerating AI Training with NVIDIA TF32 Tensor "
             "Cores: factors rounded to 10 mantissa bits, products exact, sums in float32. PTX's cvt.rna.tf32.f32 rounds ties "
             "away from zero, here they go to even: one in 8,192 random float32 numbers is a tie",
         ),
+        Precision("tf32-convolutions", FLOAT32, TF32, _CONVOLUTIONS, "torch on CUDA by default: cudnn.conv.fp32_precision"),
         Precision(
-            "tf32-convolutions", FLOAT32, TF32, _CONVOLUTIONS, "torch on CUDA by default: cudnn.conv.fp32_precision"
-        ),
-        Precision(
-            "tf32-cut",
-            FLOAT32,
-            TF32,
-            _PRODUCTS,
+            "tf32-cut", FLOAT32, TF32, _PRODUCTS,
             "kernels that hand float32 numbers to mma without cvt.rna, which leaves the last 13 bits unread: a bias, and about "
             "2.4 times the error",
             cuts=True,
         ),
+        Precision("float16", FLOAT16, None, (), "IEEE 754-2019, binary16: 65504 is the largest number, 2**-24 the smallest"),
+        Precision("bfloat16", BFLOAT16, None, (), "torch, Tensor Attributes, torch.bfloat16: float32 cut to 7 mantissa bits"),
         Precision(
-            "float16", FLOAT16, None, (), "IEEE 754-2019, binary16: 65504 is the largest number, 2**-24 the smallest"
-        ),
-        Precision(
-            "bfloat16", BFLOAT16, None, (), "torch, Tensor Attributes, torch.bfloat16: float32 cut to 7 mantissa bits"
-        ),
-        Precision(
-            "bfloat16-products",
-            FLOAT32,
-            BFLOAT16,
-            _PRODUCTS,
+            "bfloat16-products", FLOAT32, BFLOAT16, _PRODUCTS,
             'torch on CPUs that have bfloat16 after set_float32_matmul_precision("medium"): oneDNN, floating-point math mode',
         ),
     )
-}
+}  # fmt: skip
 
 #: Precision -> the roundings of engines of that name, the usual one first. Only the error shows which one a GPU uses.
 ROUNDINGS: dict[str, tuple[str, ...]] = {"tf32": ("tf32", "tf32-cut")}
@@ -222,22 +191,13 @@ SETTINGS = {("Resize", 1), ("Resize", 2), ("Upsample", 1)}
 
 
 class Emulator(Float64Evaluator):
-    """Evaluates an ONNX file with the roundings of a precision.
-
-    Args:
-        source: The file, its bytes, or the model read from it (which is not changed).
-        precision: A key of PRECISIONS.
-        chunk: See ``Float64Evaluator``.
-
-    Raises:
-        BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.
-        UsageError: The precision is unknown.
-    """
+    """Evaluates an ONNX file with the roundings of a precision, a key of PRECISIONS, as ``Float64Evaluator`` otherwise."""
 
     _weight_type = np.float32  # without loss, because no precision stores wider numbers
 
     def __init__(self, source: bytes | Path | ModelProto, precision: str, *, chunk: int | None = None) -> None:
         self.precision = precision_of(precision)
+        self.arithmetic = precision
         model = read_model(source) if isinstance(source, bytes | Path) else source
         super().__init__(model, chunk=chunk)
         self._named = {name for node in model.graph.node for name in node.output if name}
@@ -247,18 +207,10 @@ class Emulator(Float64Evaluator):
         """Return outputs like ``Float64Evaluator.evaluate``, as float32 arrays of the precision's numbers."""
         return super().evaluate(self._stored(feeds))
 
-    def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return every array that a node of the main graph computes, by its name in the file, for few samples.
-
-        All samples are evaluated at once, since not every value has the batch first. A BundleError reports a failed evaluation.
-        """
-        given = self._stored({name: feeds[name] for name in self.inputs if name in feeds})
-        try:
-            with np.errstate(all="ignore"):  # infinity is a valid result here
-                found = self._engine.run(None, given, intermediate=True)
-        except Exception as error:  # numpy raises any class inside an operator
-            raise _not_emulated(self.precision, error) from error
-        return {name: value for name, value in found.items() if name in self._named and isinstance(value, np.ndarray)}
+    def intermediate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Return every array that a node of the main graph computes, by its name in the file, for few samples."""
+        found = super().intermediate(self._stored(feeds))
+        return {name: value for name, value in found.items() if name in self._named}
 
     def _stored(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return {name: _rounded(widen_array(array), self.precision.storage) for name, array in feeds.items()}
@@ -268,11 +220,7 @@ class Emulator(Float64Evaluator):
 
 
 def precision_of(name: str) -> Precision:
-    """Return the precision of a name.
-
-    Raises:
-        UsageError: The name is not known.
-    """
+    """Return the row of a name, or raise a UsageError."""
     if name not in PRECISIONS:
         raise UsageError(f"the precision {name!r} is not known", remedy=f"Known: {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
@@ -395,7 +343,7 @@ class _Rounding:
         run = node.run
         untouched = [name in exempt for name in node.input]
         kept = [FLOAT32 if name in exempt else self._precision.storage for name in node.output]
-        count = FACTORS[node.op_type] if node.op_type in self._precision.operators and not node.onnx_node.domain else 0
+        count = _FACTORS[node.op_type] if node.op_type in self._precision.operators and not node.onnx_node.domain else 0
 
         def rounding_run(*inputs: Any, **options: Any) -> tuple[Any, ...]:
             given = [
@@ -458,7 +406,7 @@ def _exempt(owner: Any) -> frozenset[str]:
     settings: set[str] = set()
     sizes: set[str] = set()
     constants: set[str] = set()
-    for graph in _with_inner(owner):
+    for graph in (owner, *graphs_within(owner.node)):
         constants |= {item.name for item in getattr(graph, "initializer", ())}
         for node in graph.node:
             settings |= {name for at, name in enumerate(node.input) if (node.op_type, at) in SETTINGS}
@@ -474,19 +422,3 @@ def _of_sizes(node: NodeProto, sizes: set[str], constants: set[str]) -> bool:
     given = {name for name in node.input if name}
     plain = not any(item.type in (item.GRAPH, item.GRAPHS) for item in node.attribute)
     return plain and bool(given & sizes) and given <= sizes | constants
-
-
-def _with_inner(owner: Any) -> Iterator[Any]:
-    """Yield a graph or function, and every graph inside it."""
-    yield owner
-    for node in owner.node:
-        for attribute in node.attribute:
-            if attribute.type == attribute.GRAPH:
-                yield from _with_inner(attribute.g)
-
-
-def _not_emulated(precision: Precision, error: Exception) -> BundleError:
-    return BundleError(
-        f"the written file can't be evaluated in {precision.name}: {one_line(error, 200)}",
-        remedy="Check that the file is the one that was exported, and the inputs those it takes",
-    )

@@ -34,17 +34,13 @@ _TYPE_ATTRIBUTES = ("to", "dtype")
 
 
 class Float64Evaluator:
-    """Evaluates an ONNX file with every float widened to float64.
+    """Evaluates an ONNX file, its bytes, or the model read from it (which is not changed) with every float in float64.
 
-    Args:
-        source: The file, its bytes, or the model read from it (which is not changed).
-        chunk: Samples evaluated at once where the batch dimension varies; bounds the memory. None: as many as have 2 million
-            elements, at most 64.
-
-    Raises:
-        BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.
+    ``chunk`` samples are evaluated at once where the batch dimension varies, which bounds the memory. None: as many as have 2
+    million elements, at most 64. A BundleError reports a file that onnx's reference implementation can't evaluate.
     """
 
+    arithmetic = "float64"
     _weight_type: type[np.floating[Any]] = np.float64
 
     def __init__(self, source: bytes | Path | ModelProto, *, chunk: int | None = None) -> None:
@@ -60,15 +56,13 @@ class Float64Evaluator:
         except BnexportError:
             raise
         except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
-            raise _not_evaluated(error) from error
+            raise self._not_evaluated(error) from error
         self._checked = False
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return outputs in float64; input name -> (n, ...), floats of any width, n >= 1.
 
-        Raises:
-            BundleError: The file can't be evaluated with these inputs.
-            ProofError: A value inside was not float64: the result would prove nothing.
+        A ProofError reports a value inside that was not float64: the result would prove nothing.
         """
         wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
         size = len(next(iter(wide.values()), np.empty(0)))
@@ -86,25 +80,35 @@ class Float64Evaluator:
         except BnexportError:
             raise
         except Exception as error:  # numpy raises any class inside an operator
-            raise _not_evaluated(error) from error
+            raise self._not_evaluated(error) from error
 
     def intermediate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return every computed array by its name in the file, for few samples, since all are evaluated at once."""
+        """Return every computed array by its name in the file, for few samples.
+
+        All samples are evaluated at once, since not every value has the batch first.
+        """
         wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
         try:
             with np.errstate(all="ignore"):
                 values = self._engine.run(None, wide, intermediate=True)
         except Exception as error:  # numpy raises any class inside an operator
-            raise _not_evaluated(error) from error
+            raise self._not_evaluated(error) from error
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
     def _look(self, name: str, value: Any) -> None:
         """Refuse a value that left float64; the first run shows all values."""
-        if isinstance(value, np.ndarray) and _is_narrow(value.dtype):
+        # bfloat16 is a "V" to numpy
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fV" and value.dtype != np.float64:
             raise ProofError(
                 f"the float64 evaluation left float64 at {name!r}",
                 remedy="Report this with the model: an operator of onnx's reference implementation rounds",
             )
+
+    def _not_evaluated(self, error: Exception) -> BundleError:
+        return BundleError(
+            f"the written file can't be evaluated in {self.arithmetic}: {one_line(error, 200)}",
+            remedy="Check that the file is the one that was exported, and the inputs those it takes",
+        )
 
 
 def samples_at_once(feeds: Mapping[str, Array]) -> int:
@@ -121,12 +125,10 @@ def widen_array(array: Array) -> Array:
 def wide_evaluator(
     model: ModelProto, weights: Mapping[str, Array] | None = None, *, to: type[np.floating[Any]] = np.float64
 ) -> Evaluator:
-    """Return an evaluator of a model with every float widened to float64; the model's weights are read once.
+    """Return an evaluator of a model with every float widened to float64; the model is not changed.
 
-    Args:
-        model: A model, which is not changed.
-        weights: Values that replace initializers, by name.
-        to: Type of the weights: float32 for an emulation, which would round them to that type anyway.
+    ``weights`` replace initializers of the same name. The weights are of the type ``to``: float32 for an emulation, which
+    would round them to that type anyway.
     """
     from onnx import numpy_helper
 
@@ -162,8 +164,7 @@ def _widen_tensor(tensor: TensorProto) -> None:
     from onnx import numpy_helper
 
     if tensor.data_type in _NARROW:
-        wide = numpy_helper.to_array(tensor).astype(np.float64)
-        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
 
 
 def _widen_attribute(node: NodeProto, attribute: AttributeProto) -> None:
@@ -178,15 +179,3 @@ def _widen_attribute(node: NodeProto, attribute: AttributeProto) -> None:
         numbers = attribute.f if attribute.name == "value_float" else list(attribute.floats)
         tensor = numpy_helper.from_array(np.asarray(numbers, np.float64))
         attribute.CopyFrom(helper.make_attribute("value", tensor))
-
-
-def _is_narrow(dtype: np.dtype[Any]) -> bool:
-    """Return whether a type is a float other than float64; bfloat16 is a "V" to numpy."""
-    return dtype.kind in "fV" and dtype != np.float64
-
-
-def _not_evaluated(error: Exception) -> BundleError:
-    return BundleError(
-        f"the written file can't be evaluated in float64: {one_line(error, 200)}",
-        remedy="Check that the file is the one that was exported",
-    )

@@ -104,9 +104,6 @@ def convolution(x: Array, weight: Array, bias: Array | None, axes: tuple[WindowA
 
     Blocks of windows are unfolded and multiplied by the weight. A depthwise convolution has too little work per element for
     that: it is a sum over the taps.
-
-    Raises:
-        ValueError: The channels do not fit the weight and the groups, or a window is larger than the padded input.
     """
     n, outputs = x.shape[0], weight.shape[0]
     counts = tuple(axis.count for axis in axes)
@@ -163,13 +160,9 @@ def room_of(weights: int) -> int:
 
 
 def _blocks(many: int, parts: int, cost: int, room: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of several whole items, or of some parts of one item if a whole item is too large.
+    """Yield blocks of several whole items, or of some of the parts of one item if a whole item is too large.
 
-    Args:
-        many: Items.
-        parts: Parts of an item.
-        cost: Elements of one part.
-        room: Largest number of elements of a block.
+    A part has ``cost`` elements, and a block at most ``room``.
     """
     room = max(room // max(cost, 1), 1)
     items, pieces = max(room // max(parts, 1), 1), max(min(room, parts), 1)

@@ -1,18 +1,18 @@
-"""Read a written ONNX file: parse, validate, compare with the manifest, and count its work."""
+"""Read a written ONNX file: parse, validate, compare with the manifest, list its names, and count its work."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import Manifest
-from bnexport.errors import BundleError, ExportError
+from bnexport.errors import REBUILD, BundleError, ExportError
 from bnexport.files import Refusal
-from bnexport.onnx_files.names import graphs_within
 from bnexport.optional import one_line, require
-from bnexport.tensors import declared_problem
+from bnexport.tensors import Declared
 from bnexport.validation.limits import limit, refusing
 from bnexport.validation.onnx_file import validate_onnx
 from bnexport.validation.paths import check_regular
@@ -21,61 +21,52 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 
-_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 _NOT = "is not an ONNX model that bnexport opens: it"
 #: TensorProto's number of a float type -> its name.
 _FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
 #: Operators whose constant weight decides the work, and whose weight and bias are trained numbers.
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 #: Most elements of a constant that may hold the sizes of a shape.
-_MOST_SIZES = 64
+MAX_SIZES = 64
 
 
 def read_model(source: bytes | Path) -> ModelProto:
     """Parse an ONNX file.
 
-    Raises:
-        BundleError: The file is not an ONNX model, is empty (zero bytes parse as a model without nodes), keeps its weights in
-            other files, or is refused by the validation.
+    A BundleError refuses a file that is not an ONNX model, is empty (zero bytes parse as a model without nodes), keeps its
+    weights in other files, or does not pass the validation.
     """
     onnx = require("onnx", purpose="reading the written file")
     name = "the model" if isinstance(source, bytes) else str(source)
-    content = _screened(source, name) if isinstance(source, bytes) else read_screened(source)
+    content = _validated(source, name) if isinstance(source, bytes) else read_validated(source)
     try:
         model: ModelProto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError has no stable import path
-        raise BundleError(f"{name} is not an ONNX model: {one_line(error, 160)}", remedy=_REBUILD) from error
+        raise BundleError(f"{name} is not an ONNX model: {one_line(error, 160)}", remedy=REBUILD) from error
     if not model.graph.node or not model.graph.output:
-        raise BundleError(f"{name} is an ONNX file without a single node", remedy=_REBUILD)
-    for graph in graphs(model):
-        for tensor in graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                raise BundleError(f"{name} keeps {tensor.name!r} in another file", remedy="Export it as one file")
+        raise BundleError(f"{name} is an ONNX file without a single node", remedy=REBUILD)
     return model
 
 
-def read_screened(file: Path) -> bytes:
-    """Return the bytes of an ONNX file, validated before any engine sees them.
+def read_validated(file: Path) -> bytes:
+    """Return the bytes of an ONNX file; a BundleError refuses a file that could harm the process that opens it.
 
     Engines get these bytes and not the file's name, so that they follow no reference to another file.
-
-    Raises:
-        BundleError: The file can't be read, or could harm the process that opens it.
     """
     try:
-        with refusing(f"{file} {_NOT}", BundleError, remedy=_REBUILD):
+        with refusing(f"{file} {_NOT}", BundleError, remedy=REBUILD):
             check_regular(file)
             if file.stat().st_size > limit("onnx-bytes"):
                 raise Refusal("has more than 2 GB, which protobuf can't read")
-        return _screened(file.read_bytes(), str(file))
+        return _validated(file.read_bytes(), str(file))
     except OSError as error:
         raise BundleError(
-            f"{file} is not an ONNX model: it can't be read: {one_line(error)}", remedy=_REBUILD
+            f"{file} is not an ONNX model: it can't be read: {one_line(error)}", remedy=REBUILD
         ) from error
 
 
-def _screened(content: bytes, name: str) -> bytes:
-    with refusing(f"{name} {_NOT}", BundleError, remedy=_REBUILD):
+def _validated(content: bytes, name: str) -> bytes:
+    with refusing(f"{name} {_NOT}", BundleError, remedy=REBUILD):
         validate_onnx(content)
     return content
 
@@ -101,6 +92,58 @@ def without_weights(model: ModelProto) -> ModelProto:
                 else:
                     setattr(target, field.name, value)
     return copy
+
+
+def for_inference(model: ModelProto) -> ModelProto:
+    """Return a copy of a model for shape inference: large weights have no data, and outputs have no declared shape."""
+    copy = without_weights(model)
+    for tensor in model.graph.initializer:
+        large = math.prod(tensor.dims) > MAX_SIZES
+        stub = type(tensor)(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type) if large else tensor
+        copy.graph.initializer.append(stub)
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return copy
+
+
+def subgraphs(node: NodeProto) -> list[GraphProto]:
+    """Return the graphs in a node's attributes."""
+    found: list[GraphProto] = []
+    for attribute in node.attribute:
+        if attribute.type == attribute.GRAPH:
+            found.append(attribute.g)
+        found += attribute.graphs
+    return found
+
+
+def graphs_within(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    """Yield every graph inside some nodes, at any depth."""
+    for node in nodes:
+        for graph in subgraphs(node):
+            yield graph
+            yield from graphs_within(graph.node)
+
+
+def mentioned_inside(node: NodeProto) -> list[str]:
+    """Return every name that the graphs inside a node read or return; outer values are among them."""
+    found: list[str] = []
+    for graph in graphs_within([node]):
+        found += [value.name for value in graph.output]
+        found += [name for inner in graph.node for name in inner.input if name]
+    return found
+
+
+def reads(node: NodeProto) -> list[str]:
+    """Return every name that a node reads, once per reading, those inside its graphs too."""
+    return [*(name for name in node.input if name), *mentioned_inside(node)]
+
+
+def mentions(graph: GraphProto) -> Counter[str]:
+    """Count how often each name is read: by nodes, by the graphs inside them, as an output of the graph."""
+    count: Counter[str] = Counter(value.name for value in graph.output)
+    for node in graph.node:
+        count.update(reads(node))
+    return count
 
 
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
@@ -135,18 +178,10 @@ def refill(group: Any, items: Sequence[Any]) -> None:
 def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
     """Return how the file differs from the manifest: names, types, shapes, opset, IR version, metadata; None if it fits."""
     stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in stored]
-    for kind, specs, values in (
-        ("input", manifest.signature.inputs, inputs),
-        ("output", manifest.signature.outputs, list(model.graph.output)),
-    ):
-        names, expected = [value.name for value in values], [spec.name for spec in specs]
-        if names != expected:
-            return f"the file has the {kind}s {names}, the manifest states {expected}"
-        for spec, value in zip(specs, values, strict=True):
-            problem = declared_problem(spec, _dtype(value), _shape(value), strict=kind == "input")
-            if problem is not None:
-                return f"{kind} {problem}"
+    inputs = [_declared(value) for value in model.graph.input if value.name not in stored]
+    problem = manifest.signature.declaration_problem(inputs, list(map(_declared, model.graph.output)))
+    if problem is not None:
+        return problem
     for what, have in (("opset", opset_of(model)), ("ir_version", model.ir_version)):
         if (want := manifest.onnx.get(what, have)) != have:
             return f"the file has {what} {have}, the manifest states {want}"
@@ -168,34 +203,15 @@ def _precision_problem(model: ModelProto, precision: str) -> str | None:
     return None
 
 
-def _sized(model: ModelProto, sizes: Mapping[str, Sequence[int]]) -> ModelProto:
-    """Return a copy of a model whose inputs have the given sizes after the batch, without large weights and output shapes."""
-    copy = without_weights(model)
-    for tensor in model.graph.initializer:
-        bare = math.prod(tensor.dims) > _MOST_SIZES
-        stub = type(tensor)(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type) if bare else tensor
-        copy.graph.initializer.append(stub)
-    for value in copy.graph.input:
-        for dim, size in zip(list(value.type.tensor_type.shape.dim)[1:], sizes.get(value.name, ()), strict=False):
-            dim.dim_value = size
-    for value in copy.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    return copy
-
-
-def _dtype(value: ValueInfoProto) -> str:
+def _declared(value: ValueInfoProto) -> Declared:
     from onnx import helper
 
-    number = value.type.tensor_type.elem_type
+    number, dims = value.type.tensor_type.elem_type, value.type.tensor_type.shape.dim
     try:
-        return str(helper.tensor_dtype_to_np_dtype(number).name)
+        dtype = str(helper.tensor_dtype_to_np_dtype(number).name)
     except (KeyError, ValueError):
-        return f"element type {number}"
-
-
-def _shape(value: ValueInfoProto) -> list[int | str | None]:
-    dims = value.type.tensor_type.shape.dim
-    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
+        dtype = f"element type {number}"
+    return value.name, dtype, [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
 
 
 def trained_tensors(model: ModelProto) -> list[TensorProto]:
@@ -219,8 +235,13 @@ def work_of(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None = None)
     leaves open.
     """
     onnx = require("onnx", purpose="reading the written file")
+    sized = for_inference(model)
+    for value in sized.graph.input:
+        given = (sizes or {}).get(value.name, ())
+        for dim, size in zip(list(value.type.tensor_type.shape.dim)[1:], given, strict=False):
+            dim.dim_value = size
     try:
-        inferred = onnx.shape_inference.infer_shapes(_sized(model, sizes or {}))
+        inferred = onnx.shape_inference.infer_shapes(sized)
     except Exception:  # the estimate then uses the declared shapes
         inferred = model
     shapes = {
@@ -245,3 +266,26 @@ def attributes(node: NodeProto) -> dict[str, Any]:
     from onnx import helper
 
     return {item.name: helper.get_attribute_value(item) for item in node.attribute}
+
+
+class Names:
+    """Creates names that a model does not use."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self._taken: set[str] = set()
+        inner = list(graphs(model))
+        for graph in inner:
+            for group in (graph.input, graph.output, graph.initializer, graph.value_info):
+                self._taken.update(item.name for item in group)
+        for owner in (*inner, *model.functions):
+            for node in owner.node:
+                self._taken.update([node.name, *node.input, *node.output])
+
+    def free(self, *parts: str) -> str:
+        """Return the parts joined by "_", with a number if that name is used."""
+        wanted = "_".join(parts)
+        name, number = wanted, 1
+        while name in self._taken:
+            name, number = f"{wanted}_{number}", number + 1
+        self._taken.add(name)
+        return name

@@ -19,8 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnx.version_converter import convert_version
 
 from bnexport.errors import ModelError
-from bnexport.onnx_files.models import graphs, nodes, opset_of, refill
-from bnexport.onnx_files.names import Names, mentions, reads
+from bnexport.onnx_files.models import Names, graphs, mentions, nodes, opset_of, reads, refill
 from bnexport.optional import one_line
 
 #: Older operator sets broadcast by an attribute, and their BatchNormalization has another attribute for training.
@@ -146,12 +145,11 @@ def _spatial(model: ModelProto) -> bool:
     MXNet's exporter writes these files, and its own runtime normalised each channel. ONNX Runtime refuses the files.
     """
     found = False
-    lengths = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
     for node in _batch_norms(model):
-        attributes = {item.name: item for item in node.attribute}
-        per_channel = all(lengths.get(name) == 1 for name in node.input[1:5])
-        if "spatial" in attributes and not attributes["spatial"].i and per_channel:
-            node.attribute.remove(attributes["spatial"])
+        spatial = next((item for item in node.attribute if item.name == "spatial" and not item.i), None)
+        if spatial is not None and all(ranks.get(name) == 1 for name in node.input[1:5]):
+            node.attribute.remove(spatial)
             found = True
     return found
 
@@ -190,12 +188,7 @@ def _listed_initializers(model: ModelProto) -> bool:
         return False  # the format demands the listing
     inputs = {value.name for value in model.graph.input}
     stored = {tensor.name for tensor in model.graph.initializer}
-    weights = {
-        name
-        for node in nodes(model)
-        for place, name in enumerate(node.input)
-        if place in _WEIGHTS.get(node.op_type, ())
-    }
+    weights = {node.input[at] for node in nodes(model) for at in _WEIGHTS.get(node.op_type, ()) if at < len(node.input)}
     if not weights & stored or not stored <= inputs:
         return False
     refill(model.graph.input, [value for value in model.graph.input if value.name not in stored])
@@ -225,8 +218,7 @@ def _batch_norms(model: ModelProto) -> Iterator[NodeProto]:
 def upgraded(model: ModelProto, name: str, to: int = OLDEST_OPSET) -> ModelProto:
     """Return a model of operator set ``to`` or newer: the same, or converted by onnx.
 
-    Raises:
-        ModelError: onnx.version_converter fails, or an operator is in training mode, which the converter would drop.
+    A ModelError refuses an operator in training mode, which the converter would drop.
     """
     opset = opset_of(model)
     if opset >= to:

@@ -23,12 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import FunctionProto, ModelProto, NodeProto, helper
+from onnx import FunctionProto, ModelProto, NodeProto
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from bnexport.onnx_files import kernels
-from bnexport.onnx_files.models import nodes
+from bnexport.onnx_files.models import attributes, nodes, opset_of
 from bnexport.tensors import Array
 
 
@@ -90,28 +90,16 @@ class _OldArithmetic(OpRun):
         return (type(self).compute(a, b),)
 
 
-class Add(_OldArithmetic):
-    """``a + b``."""
-
-    compute = staticmethod(np.add)
-
-
-class Sub(_OldArithmetic):
-    """``a - b``."""
-
-    compute = staticmethod(np.subtract)
-
-
-class Mul(_OldArithmetic):
-    """``a * b``."""
-
-    compute = staticmethod(np.multiply)
-
-
-class Div(_OldArithmetic):
-    """``a / b``."""
-
-    compute = staticmethod(lambda a, b: a / b if a.dtype.kind == "f" else a // b)
+#: Operator -> its class; onnx reads the operator from the name of the class.
+_OLD_ARITHMETIC = {
+    name: type(name, (_OldArithmetic,), {"compute": staticmethod(compute)})
+    for name, compute in (
+        ("Add", np.add),
+        ("Sub", np.subtract),
+        ("Mul", np.multiply),
+        ("Div", lambda a, b: a / b if a.dtype.kind == "f" else a // b),
+    )
+}
 
 
 class Relu(OpRun):
@@ -136,10 +124,7 @@ class Erf(OpRun):
     """The error function by the C library, in the type of the input."""
 
     def _run(self, x: Array) -> tuple[Array]:
-        return (np.asarray(_erf(x)).astype(x.dtype),)
-
-
-_erf = np.frompyfunc(math.erf, 1, 1)
+        return (np.asarray(np.frompyfunc(math.erf, 1, 1)(x)).astype(x.dtype),)
 
 
 class QuantizeLinear(OpRun):
@@ -184,24 +169,23 @@ def _axes(x: Array, kernel: Sequence[int], options: dict[str, Any]) -> tuple[ker
     )
 
 
-def _values(node: NodeProto) -> dict[str, Any]:
-    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
-
-
-def _explicit(node: NodeProto) -> bool:
-    """Return whether the padding is given in numbers."""
-    return _padded(node) and _values(node).get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
-
-
 def _padded(node: NodeProto) -> bool:
-    """Return whether no negative padding cuts the input."""
-    return all(number >= 0 for number in _values(node).get("pads", ()))
+    """Return True if no negative padding cuts the input."""
+    return all(number >= 0 for number in attributes(node).get("pads", ()))
+
+
+def _transposes(node: NodeProto) -> bool:
+    """Return True if a ConvTranspose has its padding, and not the size of its output, in numbers."""
+    options = attributes(node)
+    return (
+        _padded(node) and options.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID") and "output_shape" not in options
+    )
 
 
 def _by_channel(node: NodeProto) -> bool:
-    """Return whether codes have one scale, or one for each channel."""
-    values = _values(node)
-    return not any(values.get(name) for name in ("block_size", "output_dtype", "precision"))
+    """Return True if codes have one scale, or one for each channel."""
+    options = attributes(node)
+    return not any(options.get(name) for name in ("block_size", "output_dtype", "precision"))
 
 
 def _one_output(node: NodeProto) -> bool:
@@ -210,12 +194,12 @@ def _one_output(node: NodeProto) -> bool:
 
 #: Operator -> (class, newest operator set that needs it, nodes that it can compute).
 _TABLE: dict[str, tuple[Any, int, Callable[[NodeProto], bool]]] = {
-    **{operator.__name__: (operator, 6, lambda _node: True) for operator in (Add, Sub, Mul, Div)},
+    **{name: (operator, 6, lambda _node: True) for name, operator in _OLD_ARITHMETIC.items()},
     "BatchNormalization": (
-        BatchNormalization, 99, lambda node: _one_output(node) and not _values(node).get("training_mode")
+        BatchNormalization, 99, lambda node: _one_output(node) and not attributes(node).get("training_mode")
     ),
     "Conv": (Conv, 99, _padded),
-    "ConvTranspose": (ConvTranspose, 99, lambda node: _explicit(node) and "output_shape" not in _values(node)),
+    "ConvTranspose": (ConvTranspose, 99, _transposes),
     "AveragePool": (AveragePool, 99, _padded),
     "MaxPool": (MaxPool, 99, lambda node: _padded(node) and _one_output(node)),
     "Relu": (Relu, 99, _one_output),
@@ -232,8 +216,7 @@ def better_operators(model: ModelProto) -> list[Any] | None:
     for node in nodes(model):
         if node.op_type in _TABLE and node.domain in ("", "ai.onnx"):
             by_kind.setdefault(node.op_type, []).append(node)
-    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    found = []
+    opset, found = opset_of(model), []
     for kind, group in by_kind.items():
         operator, newest, supports = _TABLE[kind]
         plain = not any(item.ref_attr_name for node in group for item in node.attribute)
@@ -295,12 +278,7 @@ class Evaluator(ReferenceEvaluator):
 
 
 def evaluator_of(model: ModelProto, weights: Mapping[str, Array]) -> Evaluator:
-    """Return the evaluator of a model with better operators.
-
-    Args:
-        model: A model whose main graph may lack its initializers.
-        weights: The main graph's initializers by name; those of the model are replaced.
-    """
+    """Return the evaluator of a model with better operators; ``weights`` are the main graph's initializers by name."""
     evaluator = Evaluator(model, new_ops=better_operators(model))
     evaluator.rt_inits_.update(weights)
     return evaluator

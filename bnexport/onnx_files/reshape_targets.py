@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from bnexport.onnx_files.names import Names, mentions, reads
+from bnexport.onnx_files.models import MAX_SIZES, Names, attributes, for_inference, mentions, reads
 
 #: A number, or the name of a size that varies; equal names are equal sizes.
 Size: TypeAlias = int | str
@@ -28,8 +28,6 @@ Sizes: TypeAlias = NDArray[Any]
 Dims: TypeAlias = dict[str, list[Size]]
 
 _INTEGERS = (TensorProto.INT32, TensorProto.INT64)
-#: Targets and indices are short; longer tensors are not sizes.
-_MAX_SIZES = 64
 #: Number of inferences: each finds the shapes after one more computed target that onnx does not follow.
 _MAX_ROUNDS = 8
 #: Operators that pick or join sizes.
@@ -39,11 +37,7 @@ _FOLLOWED = ("Shape", "Identity", "Cast", "Concat", "Gather", "Squeeze", "Unsque
 def simplify_reshapes(model: ModelProto) -> int:
     """Give each Reshape of the main graph a constant target if it provably computes the same, and drop dead size nodes.
 
-    Args:
-        model: Valid; changed in place.
-
-    Returns:
-        The number of changed Reshape nodes.
+    The model is valid, and changed in place. The number of changed Reshape nodes is returned.
     """
     constants = _constants(model)
     reshapes = [node for node in model.graph.node if _is(node, "Reshape") and len(node.input) == 2]  # 1 before opset 5
@@ -77,7 +71,7 @@ def _sizes_of(
         dims = _dims(inferred)
         known = dict(constants)
         for node in model.graph.node:
-            if len(node.output) == 1 and (value := _sizes(node, known, dims)) is not None and value.size <= _MAX_SIZES:
+            if len(node.output) == 1 and (value := _sizes(node, known, dims)) is not None and value.size <= MAX_SIZES:
                 known[node.output[0]] = value
         shapes = {node.output[0]: shape for node in computed if (shape := _stated(node, known, dims)) is not None}
         if shapes == stated:
@@ -105,22 +99,9 @@ def _stated(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> list[Siz
 
 def _without_claims(model: ModelProto) -> ModelProto:
     """Return a copy without large weights and without declared shapes of inner values and outputs, which may be wrong."""
-    bare = ModelProto(ir_version=model.ir_version)
-    bare.opset_import.extend(model.opset_import)
-    bare.functions.extend(model.functions)
-    graph = bare.graph
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
-    graph.initializer.extend(
-        tensor
-        if math.prod(tensor.dims) <= _MAX_SIZES
-        else TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
-        for tensor in model.graph.initializer
-    )
-    for value in graph.output:
-        value.type.tensor_type.ClearField("shape")
-    for value in graph.input:
+    bare = for_inference(model)
+    del bare.graph.value_info[:]
+    for value in bare.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if not dim.HasField("dim_value") and not dim.dim_param:
                 dim.dim_param = f"{value.name}\0{axis}"
@@ -151,13 +132,13 @@ def _constants(model: ModelProto) -> dict[str, Sizes]:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name not in replaceable}
     found = {}
     for name, tensor in tensors.items():
-        if tensor.data_type in _INTEGERS and math.prod(tensor.dims) <= _MAX_SIZES:
+        if tensor.data_type in _INTEGERS and math.prod(tensor.dims) <= MAX_SIZES:
             found[name] = _numbers(numpy_helper.to_array(tensor))
     for node in model.graph.node:
         for item in node.attribute if _is(node, "Constant") else ():
             if item.name in ("value_int", "value_ints"):
                 found[node.output[0]] = _numbers(np.array(helper.get_attribute_value(item)))
-            elif item.name == "value" and item.t.data_type in _INTEGERS and math.prod(item.t.dims) <= _MAX_SIZES:
+            elif item.name == "value" and item.t.data_type in _INTEGERS and math.prod(item.t.dims) <= MAX_SIZES:
                 found[node.output[0]] = _numbers(numpy_helper.to_array(item.t))
     return found
 
@@ -170,19 +151,17 @@ def _sizes(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> Sizes | N
     """Return the sizes that a node picks or joins from sizes; None for other operations."""
     if node.op_type not in _FOLLOWED or node.domain not in ("", "ai.onnx"):
         return None
-    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+    options = attributes(node)
     if node.op_type == "Shape":
         sizes = dims.get(node.input[0])
-        return (
-            None if sizes is None else np.array(sizes[attributes.get("start", 0) : attributes.get("end")], dtype=object)
-        )
+        return None if sizes is None else np.array(sizes[options.get("start", 0) : options.get("end")], dtype=object)
     values = [known[name] for name in node.input if name in known]
     if not values or len(values) < len(node.input) or values[0].ndim > 1:
         return None
     data, *rest = values
     if node.op_type in ("Gather", "Reshape") and not rest:
         return None
-    if node.op_type == "Identity" or (node.op_type == "Cast" and attributes.get("to") in _INTEGERS):
+    if node.op_type == "Identity" or (node.op_type == "Cast" and options.get("to") in _INTEGERS):
         return data
     if node.op_type == "Concat":
         return np.concatenate([data, *rest]) if all(item.ndim == 1 for item in (data, *rest)) else None
@@ -195,24 +174,21 @@ def _sizes(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> Sizes | N
     if node.op_type == "Reshape":
         return data.reshape(-1) if rest[0].tolist() == [-1] else None
     if node.op_type == "Slice":
-        return _cut(data, attributes, rest)
+        return _cut(data, options, rest)
     return None
 
 
 def _picked(data: Sizes, index: Sizes) -> Sizes | None:
-    if (
-        data.ndim != 1
-        or index.ndim > 1
-        or not all(isinstance(at, int) and -len(data) <= at < len(data) for at in index.flat)
-    ):
+    if data.ndim != 1 or index.ndim > 1:
         return None
-    return np.array(data[index.astype(np.int64)], dtype=object)
+    inside = all(isinstance(at, int) and -len(data) <= at < len(data) for at in index.flat)
+    return np.array(data[index.astype(np.int64)], dtype=object) if inside else None
 
 
-def _cut(data: Sizes, attributes: Mapping[str, Any], rest: Sequence[Sizes]) -> Sizes | None:
+def _cut(data: Sizes, options: Mapping[str, Any], rest: Sequence[Sizes]) -> Sizes | None:
     """Return a slice; its places are attributes before opset 10, and inputs from opset 10."""
     keys = ("starts", "ends", "axes", "steps")
-    given = dict(zip(keys, [list(item.flat) for item in rest], strict=False)) if rest else attributes
+    given = dict(zip(keys, [list(item.flat) for item in rest], strict=False)) if rest else options
     parts = [given.get(key, default) for key, default in zip(keys, (None, None, [0], [1]), strict=True)]
     if data.ndim != 1 or any(part is None or len(part) != 1 or not isinstance(part[0], int) for part in parts):
         return None

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from bnexport.errors import BnexportError
-from bnexport.onnx_files.names import mentions
+from bnexport.onnx_files.models import mentions
 from bnexport.quantization.codes import LARGEST, Coding, Range, coding_of, correction, saturating_channels
 from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer, casts_of_pixels
 from bnexport.tensors import Array

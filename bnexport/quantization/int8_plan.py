@@ -15,8 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError, UsageError
-from bnexport.onnx_files.models import attributes, opset_of
-from bnexport.onnx_files.names import subgraphs
+from bnexport.onnx_files.models import attributes, opset_of, subgraphs
 from bnexport.quantization.codes import ABSORBED, MOVERS
 from bnexport.tensors import Array
 

@@ -16,8 +16,7 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from bnexport.errors import ModelError
-from bnexport.onnx_files.models import attributes, check_written, nodes, refill
-from bnexport.onnx_files.names import Names, mentions
+from bnexport.onnx_files.models import Names, attributes, check_written, mentions, nodes, refill
 from bnexport.onnx_files.normalisation import normalise, upgraded
 from bnexport.quantization.codes import (
     Coding,

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, UsageError
+from bnexport.errors import REBUILD, BnexportError, BundleError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
-from bnexport.tensors import Array, Signature, TensorSpec, check_feeds, declared_problem
+from bnexport.tensors import Array, Declared, Signature, TensorSpec, check_feeds
 
 #: Precisions to which float32 kernels may round. A file in float16 or bfloat16 keeps its own precision.
 KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -63,17 +63,10 @@ class RunSettings:
         return ", ".join(part for part in parts if part)
 
 
-REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Words of CUDA, cuBLAS, cuDNN, torch and onnxruntime that a GPU fault contains, in lower case -> what to do. First match.
 _DEVICE_REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        (
-            "out of memory",
-            "out_of_memory",
-            "alloc_failed",
-            "failed to allocate memory",
-            "is smaller than requested bytes",
-        ),
+        ("out of memory", "out_of_memory", "alloc_failed", "failed to allocate memory", "is smaller than requested bytes"),
         "Free the GPU's memory, use a smaller batch, or run on the CPU",
     ),
     (
@@ -81,19 +74,14 @@ _DEVICE_REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
         "Install a build of the engine that has kernels for this GPU, or run on the CPU; bnexport doctor tests the engine",
     ),
     (
-        (
-            "driver version is insufficient",
-            "insufficientdriver",
-            "system_driver_mismatch",
-            "driver on your system is too old",
-        ),
+        ("driver version is insufficient", "insufficientdriver", "system_driver_mismatch", "driver on your system is too old"),
         "Update the NVIDIA driver; bnexport doctor tests the engine",
     ),
     (
         ("cublas_status_not_initialized", "cudnn_status_not_initialized"),
         "Free some of the GPU's memory, which cuBLAS and cuDNN need to start; if it is free, bnexport doctor tests them",
     ),
-)
+)  # fmt: skip
 _OTHER_FAULT = (
     "Try again in a new process, since a CUDA fault can break the old one; bnexport doctor tests the engine on this GPU"
 )
@@ -223,34 +211,16 @@ class Runner(ABC):
         return checked
 
 
-def check_declared(
-    file: Path, kind: str, specs: Sequence[TensorSpec], declared: Sequence[tuple[str, str, Sequence[int | str | None]]]
-) -> None:
-    """Refuse a file whose inputs or outputs (``kind``) are not the manifest's (``specs``).
-
-    ``declared`` has (name, numpy's element type, shape) as the engine read them from the file.
-
-    Raises:
-        BundleError: Names the first difference.
-    """
-    names, expected = [name for name, _, _ in declared], [spec.name for spec in specs]
-    if names != expected:
-        raise BundleError(f"{file} has the {kind}s {names or 'none'}, the manifest states {expected}", remedy=REBUILD)
-    for spec, (_, dtype, shape) in zip(specs, declared, strict=True):
-        if (problem := declared_problem(spec, dtype, shape, strict=kind == "input")) is not None:
-            raise BundleError(f"{file}: {kind} {problem}", remedy=REBUILD)
+def check_declared(file: Path, signature: Signature, inputs: Sequence[Declared], outputs: Sequence[Declared]) -> None:
+    """Refuse a file whose inputs or outputs, as the engine read them, are not the manifest's; the error names the fault."""
+    if (problem := signature.declaration_problem(inputs, outputs)) is not None:
+        raise BundleError(f"{file}: {problem}", remedy=REBUILD)
 
 
 def device_remedy(text: str) -> str:
-    """Return what to do about a fault on a GPU, by the engine's message.
-
-    It recognises a full GPU, a GPU that the engine has no kernels for, and an old driver.
-    """
-    lowered = text.lower()
-    for words, remedy in _DEVICE_REMEDIES:
-        if any(word in lowered for word in words):
-            return remedy
-    return _OTHER_FAULT
+    """Return what to do about a fault on a GPU, by the engine's message."""
+    found = (remedy for words, remedy in _DEVICE_REMEDIES if any(word in text.lower() for word in words))
+    return next(found, _OTHER_FAULT)
 
 
 def plain_reason(name: str, error: BnexportError) -> str:

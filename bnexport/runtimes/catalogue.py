@@ -156,27 +156,16 @@ RUNNERS: tuple[RunnerSpec, ...] = (
     RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec("onnxruntime", "tensorrt", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec(
-        "openvino",
-        "cpu",
-        MODEL_ONNX,
-        _open_openvino,
-        _openvino_problem,
-        "bfloat16",
-        ("float32", "bfloat16"),
-        same_as_float32=_openvino_same,
-        extra="openvino",
+        "openvino", "cpu", MODEL_ONNX, _open_openvino, _openvino_problem, "bfloat16", ("float32", "bfloat16"),
+        same_as_float32=_openvino_same, extra="openvino",
     ),
     # Off by default: the file proof already evaluates it.
     RunnerSpec("reference", "cpu", MODEL_ONNX, _open_reference, _reference_problem, default=False),
-)
+)  # fmt: skip
 
 
 def runner_spec(name: str) -> RunnerSpec:
-    """Return the row of a name.
-
-    Raises:
-        UsageError: The name is unknown.
-    """
+    """Return the row of a name, or raise a UsageError."""
     for spec in RUNNERS:
         if spec.name == name:
             return spec

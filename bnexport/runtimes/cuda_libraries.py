@@ -139,13 +139,18 @@ class Conflict:
 
 def conflicts() -> tuple[Conflict, ...]:
     """Return the conflicts among torch, onnxruntime and cuDNN; packages that are not installed are left out."""
-    engines = {name: version for name, version in (("torch", _torch()), ("onnxruntime", _onnxruntime())) if version}
+    torch, onnxruntime = _imported("torch"), _imported("onnxruntime")
+    built = {
+        "torch": getattr(getattr(torch, "version", None), "cuda", None),
+        "onnxruntime": getattr(onnxruntime, "cuda_version", None),
+    }
+    engines = {name: str(version) for name, version in built.items() if version}  # not those built without CUDA
     found = []
     if len({_major(version) for version in engines.values()}) > 1:
-        built = " and ".join(f"{name} for CUDA {version}" for name, version in engines.items())
+        names = " and ".join(f"{name} for CUDA {version}" for name, version in engines.items())
         found.append(
             Conflict(
-                f"the installed {built} need different CUDA libraries, of which one process can load only one set",
+                f"the installed {names} need different CUDA libraries, of which one process can load only one set",
                 "Install both for one CUDA version: onnxruntime-gpu is built for CUDA 13 since 1.28, "
                 "pip install -U 'onnxruntime-gpu[cuda,cudnn]' torch",
             )
@@ -165,16 +170,6 @@ def conflicts() -> tuple[Conflict, ...]:
 
 def _major(version: str) -> str:
     return version.partition(".")[0]
-
-
-def _torch() -> str:
-    """Return the CUDA version that torch is built for; "" for a build without CUDA, or without torch."""
-    return str(getattr(getattr(_imported("torch"), "version", None), "cuda", None) or "")
-
-
-def _onnxruntime() -> str:
-    """Return the CUDA version that onnxruntime is built for, from its own record; "" for a build without CUDA."""
-    return str(getattr(_imported("onnxruntime"), "cuda_version", None) or "")
 
 
 def _imported(name: str) -> ModuleType | None:

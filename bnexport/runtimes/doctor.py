@@ -48,11 +48,7 @@ class Diagnosis:
     conflicts: tuple[Conflict, ...] = ()  # Installed CUDA packages that do not fit together
 
     def broken(self, names: Sequence[str] = ()) -> tuple[Health, ...]:
-        """Return the named runtimes that fail; without names, the failing CPU runtimes that this distribution brings.
-
-        Raises:
-            UsageError: A name is not in RUNNERS.
-        """
+        """Return the named runtimes that fail; without names, the failing CPU runtimes that this distribution brings."""
         wanted = [runner_spec(name).name for name in names] or [s.name for s in RUNNERS if _is_expected(s)]
         return tuple(health for health in self.runtimes if health.runtime in wanted and not health.works)
 

@@ -24,10 +24,10 @@ import numpy as np
 
 from bnexport import errors
 from bnexport.bundle import Bundle
-from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
+from bnexport.errors import REBUILD, BnexportError, BundleError, RuntimeUnavailable
 from bnexport.optional import one_line
 from bnexport.reproducibility import OVERRIDE
-from bnexport.runtimes.base import REBUILD, Runner, RunSettings
+from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.tensors import DTYPES, Array
 
 #: Largest number of bytes of a message's JSON: a request, a description or an error.
@@ -36,11 +36,7 @@ _ARRAYS = "arrays"
 
 
 def send(stream: BinaryIO, head: Mapping[str, Any], arrays: Mapping[str, Array] | None = None) -> None:
-    """Write one message to a pipe: plain JSON values, and arrays by name, of an element type in DTYPES.
-
-    Raises:
-        OSError: The other process has ended.
-    """
+    """Write one message to a pipe: plain JSON values, and arrays by name, of an element type in DTYPES."""
     contiguous = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
     table = [[name, array.dtype.name, list(array.shape)] for name, array in contiguous.items()]
     text = json.dumps({**head, _ARRAYS: table}).encode()
@@ -51,12 +47,7 @@ def send(stream: BinaryIO, head: Mapping[str, Any], arrays: Mapping[str, Array] 
 
 
 def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Read one message, with arrays in separate memory.
-
-    Raises:
-        EOFError: The other process has ended.
-        ValueError: Not a message.
-    """
+    """Read one message, with arrays in separate memory; EOFError after the other process has ended."""
     size = int.from_bytes(_exactly(stream, 8), "little")
     if size > _MAX_HEAD:
         raise ValueError(f"a message of {size} bytes")
@@ -115,21 +106,11 @@ ENVIRONMENT: tuple[Variable, ...] = (
 
 
 class IsolatedRunner(Runner):
-    """Runs a row of RUNNERS in a separate process.
+    """Runs the row ``name`` of RUNNERS in a separate process, with ``deadline`` seconds for one answer.
 
     Device and description are those of the child's engine. Errors are raised as in the child. A child that dies or does not
-    answer is an error of one sentence. The child ends with ``close``, at an interrupt, or when the interpreter ends.
-
-    Args:
-        name: Name of the row: "onnxruntime-cuda".
-        bundle: The bundle that it reads.
-        settings: Settings of the run.
-        deadline: Seconds for one answer.
-
-    Raises:
-        BnexportError: Any error of opening in the child.
-        BundleError: The child died of its file on the CPU.
-        RuntimeUnavailable: Python can't be started, or the child died on a GPU, or did not answer in time.
+    answer is an error of one sentence: a BundleError on the CPU, where the file is to blame, else RuntimeUnavailable. The child
+    ends with ``close``, at an interrupt, or when the interpreter ends.
     """
 
     def __init__(self, name: str, bundle: Bundle, settings: RunSettings, *, deadline: float = DEADLINE) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
-from bnexport.onnx_files.models import read_screened
+from bnexport.errors import REBUILD, BnexportError, BundleError, RuntimeUnavailable
+from bnexport.onnx_files.models import read_validated
 from bnexport.optional import one_line
 from bnexport.runtimes import cuda_libraries, small_model
-from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared, device_remedy
+from bnexport.runtimes.base import Runner, RunSettings, check_declared, device_remedy
 from bnexport.runtimes.node_placement import counts, placed_nodes, with_unique_names
 from bnexport.runtimes.onnxruntime_session import (
     check_placement,
@@ -32,23 +32,11 @@ ELEMENTS = {row.onnxruntime: name for name, row in ELEMENT_TYPES.items()}
 
 
 class OnnxRuntimeRunner(Runner):
-    """Runs an ONNX file.
+    """Runs an ONNX file on the device "cpu", "cuda" or "tensorrt"; default settings: strict float32 as users serve it.
 
     On a GPU the provider of every node is read back after opening, since onnxruntime runs nodes and whole models on the CPU
     without an error. Only shape arithmetic (integers or bools of rank 0 or 1) may be on the CPU, where onnxruntime puts it
-    on purpose.
-
-    Args:
-        file: model.onnx.
-        signature: The declarations that the file must have.
-        device: "cpu", "cuda" or "tensorrt".
-        settings: Settings of the run; default: strict float32 as users serve it.
-
-    Raises:
-        BundleError: Not an ONNX model, a damaged one, or one with another signature.
-        RuntimeUnavailable: The device or a library is missing, a node would run elsewhere, or another precision than the
-            requested one is in effect.
-        MissingDependency: onnxruntime is not installed.
+    on purpose. RuntimeUnavailable reports a missing device or library, a node elsewhere, or another precision in effect.
     """
 
     def __init__(
@@ -86,7 +74,7 @@ class OnnxRuntimeRunner(Runner):
     def _opened(self) -> tuple[Any, bytes]:
         """Return the session, and the bytes that it was opened from."""
         # Bytes in place of the file's name, so that onnxruntime reads no external data next to the file.
-        model = read_screened(self._file)
+        model = read_validated(self._file)
         if self._device != "cpu":
             model = with_unique_names(model)
         prepare_device(self._ort, self.name, self._device, self._settings)
@@ -112,18 +100,17 @@ class OnnxRuntimeRunner(Runner):
         return True
 
     def _refuse_other_signature(self) -> None:
-        for kind, specs, found in (
-            ("input", self.signature.inputs, self._session.get_inputs()),
-            ("output", self.signature.outputs, self._session.get_outputs()),
-        ):
-            declared = [(item.name, ELEMENTS.get(item.type, item.type), item.shape) for item in found]
-            check_declared(self._file, kind, specs, declared)
+        inputs, outputs = (
+            [(item.name, ELEMENTS.get(item.type, item.type), item.shape) for item in found]
+            for found in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        check_declared(self._file, self.signature, inputs, outputs)
 
     def _refuse_other_settings(self) -> None:
         """Refuse a session whose settings in effect are not the requested ones."""
         found = self.description
-        for what, wanted in (("precision", self._settings.precision), ("optimisation", self._settings.optimisation)):
-            if found[what] != wanted:
+        for what in ("precision", "optimisation"):
+            if found[what] != (wanted := getattr(self._settings, what)):
                 raise RuntimeUnavailable(
                     f"{self.name}: the {what} {wanted} was requested, but {found[what]} is in effect",
                     remedy="Update onnxruntime; this version ignores the setting",

@@ -18,17 +18,10 @@ from bnexport.runtimes.node_placement import CPU, PlacedNode, counts, not_shape_
 from bnexport.tensors import Array
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
-#: Provider -> where its nodes run.
-DEVICES = {CPU: "cpu", CUDA: "cuda:0", TENSORRT: "cuda:0"}
 _CHANGED = "changed"
 _NO_KERNEL = "Run this model on the CPU, or replace the operators that the GPU provider has no kernels for"
 #: Variables that TensorRT's provider obeys before its options -> the value that leaves numbers and engines alone.
-_TENSORRT_VARIABLES = {
-    "ORT_TENSORRT_FP16_ENABLE": "0",
-    "ORT_TENSORRT_BF16_ENABLE": "0",
-    "ORT_TENSORRT_INT8_ENABLE": "0",
-    "ORT_TENSORRT_ENGINE_CACHE_ENABLE": "0",
-}
+_TENSORRT_VARIABLES = {f"ORT_TENSORRT_{what}_ENABLE": "0" for what in ("FP16", "BF16", "INT8", "ENGINE_CACHE")}
 
 
 @dataclass(frozen=True)
@@ -52,45 +45,25 @@ TARGETS: dict[str, Target] = {
 }
 #: RunSettings.optimisation -> onnxruntime's name.
 LEVELS = {
-    "all": "ORT_ENABLE_ALL",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "basic": "ORT_ENABLE_BASIC",
-    "none": "ORT_DISABLE_ALL",
-}
+    "all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC", "none": "ORT_DISABLE_ALL",
+}  # fmt: skip
 #: Options of providers that affect the results; the others (memory, streams) are left out of a description.
 _REPORTED_OPTIONS = (
-    "device_id",
-    "use_tf32",
-    "cudnn_conv_algo_search",
-    "cudnn_conv_use_max_workspace",
-    "prefer_nhwc",
-    "fuse_conv_bias",
-    "enable_cuda_graph",
-    "trt_fp16_enable",
-    "trt_bf16_enable",
-    "trt_int8_enable",
-    "trt_engine_cache_enable",
-    "trt_timing_cache_enable",
-    "trt_builder_optimization_level",
-)
+    "device_id", "use_tf32", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace", "prefer_nhwc", "fuse_conv_bias",
+    "enable_cuda_graph", "trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable", "trt_engine_cache_enable",
+    "trt_timing_cache_enable", "trt_builder_optimization_level",
+)  # fmt: skip
 
 
 def load_engine() -> Any:
-    """Return onnxruntime, without its warnings on stderr.
-
-    Raises:
-        MissingDependency: onnxruntime is not installed, or one of its libraries is missing.
-    """
+    """Return onnxruntime, without its warnings on stderr; MissingDependency if it or one of its libraries is missing."""
     ort = require("onnxruntime", purpose="the onnxruntime runner")
     ort.set_default_logger_severity(4)
     return ort
 
 
 def provider_options(provider: str, settings: RunSettings) -> dict[str, str]:
-    """Return the options of a provider.
-
-    Sources: onnxruntime, "CUDA Execution Provider" and "TensorRT Execution Provider", configuration options.
-    """
+    """Return the options of a provider (onnxruntime, "CUDA Execution Provider", "TensorRT Execution Provider")."""
     if provider == CUDA:
         return {
             "device_id": "0",
@@ -99,24 +72,14 @@ def provider_options(provider: str, settings: RunSettings) -> dict[str, str]:
             # FALLBACK. None of them measures times (onnxruntime issue 22705, pull request 19470).
             "cudnn_conv_algo_search": settings.conv_search.upper(),
         }
-    if provider == TENSORRT:
-        return {
-            "device_id": "0",
-            "trt_fp16_enable": "0",
-            "trt_bf16_enable": "0",
-            "trt_int8_enable": "0",
-            # A cached engine may be one of another precision.
-            "trt_engine_cache_enable": "0",
-            "trt_timing_cache_enable": "0",
-        }
+    if provider == TENSORRT:  # a cached engine may be one of another precision
+        off = ("fp16", "bf16", "int8", "engine_cache", "timing_cache")
+        return {"device_id": "0", **{f"trt_{what}_enable": "0" for what in off}}
     return {}
 
 
 def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> Any:
-    """Open a session on the bytes of a file with the providers of a device (a key of TARGETS); onnxruntime's errors pass.
-
-    onnxruntime adds the CPU provider; ``check_placement`` judges the nodes that ended there.
-    """
+    """Open a session on the bytes of a file with the providers of a device (a key of TARGETS); onnxruntime's errors pass."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised as exceptions, which bnexport converts
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[settings.optimisation])
@@ -143,9 +106,8 @@ def direct_run(session: Any) -> Callable[..., list[Array]]:
 def prepare_device(ort: Any, name: str, device: str, settings: RunSettings) -> None:
     """Load a device's libraries for the runner called ``name``.
 
-    Raises:
-        RuntimeUnavailable: This onnxruntime is built without a provider, TensorRT's libraries are missing, or the
-            environment forbids the precision.
+    RuntimeUnavailable if this onnxruntime is built without a provider, TensorRT's libraries are missing, or the environment
+    forbids the precision.
     """
     if device == "cpu":
         return
@@ -208,11 +170,8 @@ def tf32_override() -> str | None:
 def check_placement(ort: Any, session: Any, nodes: Sequence[PlacedNode], name: str, device: str, model: bytes) -> str:
     """Return where the nodes of a session run ("cpu" or "cuda:0"), or refuse a session that fell back to another device.
 
-    On a GPU a node may be on the CPU when all its outputs are integers or bools of rank 0 or 1: shape arithmetic. ``name`` is
-    the runner's, and ``model`` holds the bytes that the session was opened from.
-
-    Raises:
-        RuntimeUnavailable: A node is on another device, or the requested provider took none.
+    ``name`` is the runner's, and ``model`` holds the bytes that the session was opened from. RuntimeUnavailable if a node is on
+    another device, except shape arithmetic on the CPU, or if the requested provider took none.
     """
     target, remedy = TARGETS[device], cuda_libraries.REMEDIES.get(device, "")
     if target.must not in session.get_providers():
@@ -233,7 +192,7 @@ def check_placement(ort: Any, session: Any, nodes: Sequence[PlacedNode], name: s
         level = level if level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL else before
         if (found := not_shape_arithmetic(ort, model, nodes, level)) is not None:
             raise RuntimeUnavailable(f"{name} fell back: {found}", remedy=_NO_KERNEL)
-    return DEVICES[target.must]
+    return "cpu" if device == "cpu" else "cuda:0"
 
 
 def placement_note(device: str, nodes: Sequence[PlacedNode]) -> dict[str, str]:

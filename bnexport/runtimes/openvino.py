@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from bnexport.environment import cpu_name
-from bnexport.errors import BnexportError, BundleError, FeedError, RuntimeUnavailable
-from bnexport.onnx_files.models import read_screened
+from bnexport.errors import REBUILD, BnexportError, BundleError, FeedError, RuntimeUnavailable
+from bnexport.onnx_files.models import read_validated
 from bnexport.optional import one_line, require
-from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared
+from bnexport.runtimes.base import Runner, RunSettings, check_declared
 from bnexport.tensors import Array, Signature
 
 _DEVICE = "CPU"
@@ -26,36 +26,16 @@ _HINTS = {"float32": ("f32", "ACCURACY"), "bfloat16": ("bf16", "PERFORMANCE")}
 #: Starts of lines in OpenVINO's errors that do not describe the error.
 _ASIDE = ("Exception from ", "Check '", "To facilitate ")
 #: Layers that compute nothing.
-_PASSIVE = frozenset(
-    {
-        "Input",
-        "Output",
-        "Const",
-        "Reorder",
-        "Convert",
-        "Reshape",
-        "Flatten",
-        "Subgraph",
-        "ShapeOf",
-        "Split",
-        "Concatenation",
-    }
-)
+_PASSIVE = frozenset({
+    "Input", "Output", "Const", "Reorder", "Convert", "Reshape", "Flatten", "Subgraph", "ShapeOf", "Split", "Concatenation",
+})  # fmt: skip
 
 
 class OpenVinoRunner(Runner):
     """Runs an ONNX file.
 
-    Args:
-        file: model.onnx.
-        signature: The declarations that the file must have.
-        settings: Threads, and the precision: "float32", or "bfloat16", which OpenVINO serves with where the CPU has it. This
-            engine has no other setting.
-
-    Raises:
-        BundleError: Not an ONNX model that OpenVINO can load, or one with another signature.
-        RuntimeUnavailable: OpenVINO does not obey the precision.
-        MissingDependency: openvino is not installed.
+    The settings of this engine are threads and the precision: "float32", or "bfloat16", which OpenVINO serves with where the
+    CPU has it. RuntimeUnavailable if OpenVINO does not obey the precision.
     """
 
     def __init__(self, file: Path, signature: Signature, *, settings: RunSettings | None = None) -> None:
@@ -67,7 +47,7 @@ class OpenVinoRunner(Runner):
         self._engine = require("openvino", purpose="the OpenVINO runner")
         self._compiled = self._opened()
         self._refuse_other_signature()
-        self.effective_device = ", ".join(map(str.lower, self._property("EXECUTION_DEVICES")))
+        self.effective_device = ", ".join(map(str.lower, self._compiled.get_property("EXECUTION_DEVICES")))
         self.description = self._described()
         self._refuse_coarser()
         self._request = self._compiled.create_infer_request()
@@ -75,7 +55,7 @@ class OpenVinoRunner(Runner):
 
     def _opened(self) -> Any:
         # Bytes in place of the file's name, so that OpenVINO reads no external data next to the file.
-        content = read_screened(self._file)
+        content = read_validated(self._file)
         precision, mode = _HINTS[self._settings.precision]
         hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "EXECUTION_MODE_HINT": mode}
         if self._settings.threads is not None:
@@ -89,15 +69,16 @@ class OpenVinoRunner(Runner):
             ) from error
 
     def _refuse_other_signature(self) -> None:
-        for kind, specs, ports in (
-            ("input", self.signature.inputs, self._compiled.inputs),
-            ("output", self.signature.outputs, self._compiled.outputs),
-        ):
-            wanted = {spec.name for spec in specs}
-            check_declared(self._file, kind, specs, [_declared(port, wanted) for port in ports])
+        signature, compiled = self.signature, self._compiled
+        inputs, outputs = (
+            [_declared(port, {spec.name for spec in specs}) for port in ports]
+            for specs, ports in ((signature.inputs, compiled.inputs), (signature.outputs, compiled.outputs))
+        )
+        check_declared(self._file, signature, inputs, outputs)
 
     def _described(self) -> dict[str, Any]:
-        precision = self._property("INFERENCE_PRECISION_HINT").get_type_name()
+        read = self._compiled.get_property
+        precision = read("INFERENCE_PRECISION_HINT").get_type_name()
         return {
             "engine": "openvino",
             "version": str(self._engine.__version__).partition("-")[0],
@@ -105,8 +86,8 @@ class OpenVinoRunner(Runner):
             "processor": cpu_name(),
             "file": self._file.name,
             "precision": _PRECISIONS.get(precision, precision),
-            "execution mode": str(self._property("EXECUTION_MODE_HINT")).rpartition(".")[2].lower(),
-            "threads": int(self._property("INFERENCE_NUM_THREADS")),
+            "execution mode": str(read("EXECUTION_MODE_HINT")).rpartition(".")[2].lower(),
+            "threads": int(read("INFERENCE_NUM_THREADS")),
             "layers": self._layers(),
         }
 
@@ -119,9 +100,6 @@ class OpenVinoRunner(Runner):
             return {}
         counts = Counter(precision for kind, precision in layers if kind not in _PASSIVE)
         return {_PRECISIONS.get(precision, precision): n for precision, n in sorted(counts.items())}
-
-    def _property(self, name: str) -> Any:
-        return self._compiled.get_property(name)
 
     def _refuse_coarser(self) -> None:
         """Refuse a layer in half precision if float32 is requested and the file itself is float32."""

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.errors import BundleError
+from bnexport.errors import REBUILD, BundleError
 from bnexport.onnx_files.emulation import Emulator
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.optional import require
-from bnexport.runtimes.base import REBUILD, Runner
+from bnexport.runtimes.base import Runner
 from bnexport.tensors import Array
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from bnexport.runtimes.base import RunSettings
 
 
 class ReferenceRunner(Runner):
-    """Evaluates a bundle's model.onnx with every float in float64; outputs are rounded once, to the signature's types.
-
-    Raises:
-        BundleError: The file is missing, not a model, or has other inputs than the manifest's or an unsupported operator.
-        MissingDependency: onnx is not installed.
-    """
+    """Evaluates a bundle's model.onnx with every float in float64; outputs are rounded once, to the signature's types."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.name = "reference-cpu"
@@ -69,10 +58,6 @@ class EmulatedRunner(Runner):
     """Runs a bundle's model.onnx under an emulated precision (a key of ``emulation.PRECISIONS``), as a real engine would.
 
     It replaces a missing GPU, and reports the CPU as its device. It proves nothing about any engine.
-
-    Raises:
-        BundleError: The file is missing, or can't be evaluated.
-        UsageError: The precision is unknown.
     """
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
@@ -91,8 +76,3 @@ class EmulatedRunner(Runner):
         found = self._emulator.evaluate(feeds)
         with np.errstate(over="ignore"):  # infinity is what such an engine would give
             return {spec.name: found[spec.name].astype(spec.dtype) for spec in self.signature.outputs}
-
-
-def open_emulated(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    """Open a runner that emulates the precision of the settings; a ``RunnerSpec.opener``."""
-    return EmulatedRunner(bundle, settings.precision)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bnexport.bundle import Bundle, Manifest
-from bnexport.errors import BundleError
-from bnexport.runtimes.base import REBUILD, Runner
+from bnexport.errors import REBUILD, BundleError
+from bnexport.runtimes.base import Runner
 from bnexport.tensors import Array
 
 #: Largest error of scale of a float32 file: golden outputs are float64 rounded once; the rest is the kernels' noise.
@@ -35,11 +35,7 @@ class Replay:
 def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
     """Run a bundle's golden inputs on the runner that will be used, and compare its answers with the golden outputs.
 
-    The bundle's hashes must have been checked.
-
-    Raises:
-        BundleError: The answers are not the stored ones, or no bound is known.
-        RuntimeUnavailable: The device failed.
+    The bundle's hashes must have been checked. A BundleError reports other answers, or an unknown bound.
     """
     bound = golden_bound(bundle.manifest, runner.name)
     inputs, expected = bundle.golden()
@@ -63,10 +59,8 @@ def golden_bound(manifest: Manifest, runtime: str) -> float:
     """Return the allowed error of a runtime's answers to the golden inputs, as a share of scale.
 
     It is GOLDEN_BOUND, or the noise of the file's precision on this model where that is more. That noise was predicted at
-    export and is in the manifest's verdict.
-
-    Raises:
-        BundleError: A bundle in half precision without a verdict that passed on a runtime of this engine.
+    export and is in the manifest's verdict. A BundleError refuses a bundle in half precision or int8 without a verdict that
+    passed on a runtime of this engine.
     """
     engine = runtime.rpartition("-")[0]
     found = [float(row["bound"]) for row in _golden_rows(manifest) if str(row["subject"]).rpartition("-")[0] == engine]

@@ -7,7 +7,6 @@ gemm.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,33 +25,23 @@ SIGNATURE = Signature(
     (TensorSpec("input", "float32", ("batch", 1, 8, 8)),), (TensorSpec("logits", "float32", ("batch", 3)),)
 )
 OPSET, IR_VERSION = 18, 8
+#: Conv 1 to 2, 3x3, no padding; flatten; addition of ones; Linear 72 to 3.
+_SHAPES = {"kernel": (2, 1, 3, 3), "shift": (2,), "matrix": (3, 72), "bias": (3,)}
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Conv 1 to 2, 3x3, no padding; flatten; addition of ones; Linear 72 to 3."""
-
-    kernel: Array  # (2, 1, 3, 3)
-    shift: Array  # (2,)
-    matrix: Array  # (3, 72)
-    bias: Array  # (3,)
-
-
-def small_weights() -> Weights:
+def small_weights() -> dict[str, Array]:
     """Return the same float32 numbers on every machine."""
     rng = np.random.default_rng(0)
-    shapes = ((2, 1, 3, 3), (2,), (3, 72), (3,))
-    return Weights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in _SHAPES.items()}
 
 
 def expected(images: Array) -> Array:
     """Return the answer of numpy in float64: images (n, 1, 8, 8) to (n, 3)."""
-    weights = small_weights()
+    weights = {name: array.astype(np.float64) for name, array in small_weights().items()}
     windows = np.lib.stride_tricks.sliding_window_view(images[:, 0].astype(np.float64), (3, 3), axis=(1, 2))
-    maps = np.einsum("nhwij,cij->nchw", windows, weights.kernel[:, 0].astype(np.float64))
-    maps += weights.shift.astype(np.float64)[:, None, None]
+    maps = np.einsum("nhwij,cij->nchw", windows, weights["kernel"][:, 0]) + weights["shift"][:, None, None]
     flat = maps.reshape(len(images), -1)  # (n, 72)
-    result: Array = (flat + 1) @ weights.matrix.astype(np.float64).T + weights.bias
+    result: Array = (flat + 1) @ weights["matrix"].T + weights["bias"]
     return result
 
 
@@ -62,8 +51,7 @@ def write_onnx(file: Path) -> None:
     The nodes around Reshape are those that exporters write for ``x.view(x.size(0), -1)``. Source of the field numbers:
     onnx.proto, IR version 8.
     """
-    weights = small_weights()
-    tensors = [write_tensor(getattr(weights, name), name) for name in ("kernel", "shift", "matrix", "bias")]
+    tensors = [write_tensor(values, name) for name, values in small_weights().items()]
     numbers = {"first": np.array(0), "axes": np.array([0]), "rest": np.array([-1]), "one": np.array([1])}
     tensors += [write_tensor(values.astype(np.int64), name) for name, values in numbers.items()]
     nodes = [
@@ -132,10 +120,8 @@ def torch_module() -> nn.Module:
             result: torch.Tensor = self.linear(maps.view(maps.size(0), -1) + made)
             return result
 
-    weights, module = small_weights(), Small()
-    for parameter, values in zip(
-        module.parameters(), (weights.kernel, weights.shift, weights.matrix, weights.bias), strict=True
-    ):
+    module = Small()
+    for parameter, values in zip(module.parameters(), small_weights().values(), strict=True):
         parameter.data.copy_(torch.from_numpy(values))
     module.eval()
     return module

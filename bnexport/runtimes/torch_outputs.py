@@ -6,14 +6,15 @@ import copy
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.errors import BnexportError, BundleError, ModelError, RuntimeUnavailable
+from bnexport.errors import REBUILD, BnexportError, BundleError, ModelError, RuntimeUnavailable
 from bnexport.optional import installed, no_warnings, one_line
 from bnexport.reproducibility import STRICT, effective_precision, float32_precision, override_problem
-from bnexport.runtimes.base import REBUILD, Runner, RunSettings, device_remedy
+from bnexport.runtimes.base import Runner, RunSettings, device_remedy
 from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:
@@ -32,16 +33,8 @@ _WEIGHT_ELSEWHERE = re.compile(
 )
 #: Words of torch for faults of CUDA and its libraries, many of which are plain RuntimeError.
 _DEVICE_WORDS = (
-    "CUDA",
-    "cuDNN",
-    "CUDNN_",
-    "CUBLAS_",
-    "cuBLAS",
-    "cuFFT",
-    "nvrtc",
-    "NVIDIA driver",
-    "unable to find an engine",
-)
+    "CUDA", "cuDNN", "CUDNN_", "CUBLAS_", "cuBLAS", "cuFFT", "nvrtc", "NVIDIA driver", "unable to find an engine",
+)  # fmt: skip
 REMEDY = "Install an NVIDIA driver and a torch built for CUDA; in a container hand the GPU through"
 
 
@@ -57,11 +50,7 @@ class TorchRunner(Runner):
     _settings: RunSettings
 
     def start(self, name: str, signature: Signature, device: str, settings: RunSettings | None) -> None:
-        """Set the common attributes, before the file is opened.
-
-        Raises:
-            RuntimeUnavailable: The device is missing, or the environment forbids the precision.
-        """
+        """Set the common attributes, before the file is opened; refuse a device or precision that is impossible here."""
         self.name = f"{name}-{device}"
         self.signature = signature
         self._settings = settings or RunSettings()
@@ -95,14 +84,20 @@ class TorchRunner(Runner):
         text = str(error)
         if text.startswith(_INTERPRETER):
             text = _RAISED.split(text)[-1]
+        short = one_line(RuntimeError(text))
         if any(words in text for words in _TWO_DEVICES) or _WEIGHT_ELSEWHERE.search(text):
             return BundleError(
-                f"{self.name}: the network keeps or makes a tensor on another device than its input: {_short(text)}",
+                f"{self.name}: the network keeps or makes a tensor on another device than its input: {short}",
                 remedy="Register the tensor as a buffer, or make it with device=x.device; then write the bundle again",
             )
         if not device_fault(error):
-            return BundleError(f"{self.name} can't run its file: {_short(text)}", remedy=REBUILD)
+            return BundleError(f"{self.name} can't run its file: {short}", remedy=REBUILD)
         return super()._translated(RuntimeError(text))
+
+    def refuse_other_arguments(self, file: Path, taken: int) -> None:
+        """Refuse a file whose function does not take as many inputs as the signature has."""
+        if taken != (expected := len(self.signature.inputs)):
+            raise BundleError(f"{file} takes {taken} inputs, the manifest states {expected}", remedy=REBUILD)
 
     def close(self) -> None:
         """Free the module."""
@@ -148,12 +143,7 @@ def need(name: str, device: str) -> torch.device:
 
 
 def private_copy(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """Return a copy of a user's module in eval mode on a device; the module itself is never changed.
-
-    Raises:
-        ModelError: The module can't be copied.
-        RuntimeUnavailable: The GPU does not take the module: its memory is full, or CUDA failed.
-    """
+    """Return a copy of a user's module in eval mode on a device; the module itself is never changed."""
     from bnexport.nn.calling import to_eval_mode
 
     try:
@@ -169,12 +159,8 @@ def private_copy(module: nn.Module, device: torch.device | str, dtype: torch.dty
         ) from error
 
 
-def _short(text: str) -> str:
-    return one_line(RuntimeError(text))
-
-
 def device_fault(error: Exception) -> bool:
-    """Return whether an exception of torch is a fault of the GPU or its libraries, and not of a file or network."""
+    """Return True if an exception of torch is a fault of the GPU or its libraries, and not of a file or network."""
     import torch
 
     kinds = tuple(
@@ -190,8 +176,7 @@ def call(
 ) -> tuple[dict[str, Array], torch.device]:
     """Call a module with arrays in the signature's order; the caller sets the precision of float32 kernels.
 
-    Returns:
-        Outputs by name (fewer than the signature's when the module gives fewer), and their device.
+    Return outputs by name (fewer than the signature's when the module gives fewer), and their device.
     """
     import torch
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from bnexport.bundle import WEIGHTS, Bundle, Manifest
 from bnexport.data.preprocessing import original_feeds
-from bnexport.errors import BundleError, RuntimeUnavailable
+from bnexport.errors import REBUILD, BundleError, RuntimeUnavailable
 from bnexport.optional import no_warnings, one_line, quiet, require
 from bnexport.runtimes import torch_outputs
-from bnexport.runtimes.base import REBUILD, RunSettings, device_remedy
+from bnexport.runtimes.base import RunSettings, device_remedy
 from bnexport.tensors import Array, Signature
 from bnexport.validation import validate_archive
 
@@ -28,11 +28,6 @@ class TorchEagerRunner(torch_outputs.TorchRunner):
     """Runs a copy of the original, unfolded module in eval mode; the module given is never changed.
 
     ``manifest`` is that of the bundle: where its files take pixels, the module gets what the preprocessing makes of them.
-
-    Raises:
-        RuntimeUnavailable: The device is missing, or full.
-        ModelError: The module can't be copied.
-        BundleError: The module's outputs do not fit the signature.
     """
 
     def __init__(
@@ -59,13 +54,7 @@ class TorchEagerRunner(torch_outputs.TorchRunner):
 def open_bundle(
     bundle: Bundle, *, device: str = "cpu", module: nn.Module | None = None, settings: RunSettings | None = None
 ) -> TorchEagerRunner:
-    """Open a bundle's original network; ``module`` is the live one, for a bundle whose network only its author has.
-
-    Raises:
-        RuntimeUnavailable: The device is missing, or ``module`` for a network that can't be rebuilt here.
-        BundleError: The bundle holds no weights.
-        ModelError: The weights do not fit the network.
-    """
+    """Open a bundle's original network; ``module`` is the live one, for a bundle whose network only its author has."""
     torch_outputs.need(f"torch-{device}", device)
     if module is None:
         from bnexport.loading.sources import unknown_reason
@@ -81,13 +70,7 @@ def open_bundle(
 
 
 def original_network(bundle: Bundle) -> nn.Module:
-    """Rebuild the unfolded network in eval mode, from the manifest and the bundle's weights.
-
-    Raises:
-        BundleError: The bundle holds no weights.
-        ModelError: Not a network of bnexport's sources, or the weights are damaged or another network's.
-        MissingDependency: The package that defines the network is not installed.
-    """
+    """Rebuild the unfolded network in eval mode, from the manifest and the bundle's weights."""
     from bnexport.loading.sources import build_known
     from bnexport.loading.weights import load_weights
     from bnexport.nn.calling import to_eval_mode
@@ -98,12 +81,7 @@ def original_network(bundle: Bundle) -> nn.Module:
 
 
 class TorchScriptRunner(torch_outputs.TorchRunner):
-    """Runs a TorchScript file, model.pt, in torch's interpreter.
-
-    Raises:
-        RuntimeUnavailable: The device is missing, is full, or failed.
-        BundleError: The file is not a TorchScript file, or has another signature.
-    """
+    """Runs a TorchScript file, model.pt, in torch's interpreter."""
 
     def __init__(
         self, file: Path, signature: Signature, *, device: str = "cpu", settings: RunSettings | None = None
@@ -111,23 +89,12 @@ class TorchScriptRunner(torch_outputs.TorchRunner):
         self.start("torchscript", signature, device, settings)
         self.description["file"] = file.name
         self._module = load_torchscript(file, self._device)
-        self._refuse_other_arguments(file)
+        self.refuse_other_arguments(file, len(list(self._module.graph.inputs())) - 1)  # the first is the module itself
         self.probe()
-
-    def _refuse_other_arguments(self, file: Path) -> None:
-        expected = len(self.signature.inputs)
-        taken = len(list(self._module.graph.inputs())) - 1  # the first is the module itself
-        if taken != expected:
-            raise BundleError(f"{file} takes {taken} inputs, the manifest states {expected}", remedy=REBUILD)
 
 
 def load_torchscript(file: Path, device: str | torch.device = "cpu") -> Any:
-    """Load a TorchScript file in eval mode.
-
-    Raises:
-        BundleError: The file is not a TorchScript file, is damaged, or is refused by the validation.
-        RuntimeUnavailable: The device is full, or failed.
-    """
+    """Load a TorchScript file in eval mode; a BundleError refuses another or a damaged file."""
     validate_archive(file, "torchscript")
     torch = require("torch", purpose="the TorchScript runner")
     try:
@@ -154,12 +121,7 @@ def tensor_constants(graph: Any) -> list[Any]:
 
 
 class ExportedProgramRunner(torch_outputs.TorchRunner):
-    """Runs model.pt2, an exported program of torch.export.
-
-    Raises:
-        RuntimeUnavailable: The device is missing, or full.
-        BundleError: Not a file of torch.export, or one with another signature.
-    """
+    """Runs model.pt2, an exported program of torch.export."""
 
     def __init__(
         self, file: Path, signature: Signature, *, device: str = "cpu", settings: RunSettings | None = None
@@ -167,11 +129,7 @@ class ExportedProgramRunner(torch_outputs.TorchRunner):
         self.start("torch-export", signature, device, settings)
         self.description["file"] = file.name
         program = load_exported_program(file)
-        taken = len(program.graph_signature.user_inputs)
-        if taken != len(signature.inputs):
-            raise BundleError(
-                f"{file} takes {taken} inputs, the manifest states {len(signature.inputs)}", remedy=REBUILD
-            )
+        self.refuse_other_arguments(file, len(program.graph_signature.user_inputs))
         try:
             self._module = _on_device(program, self._device).module()
         except Exception as error:  # a full GPU, or a graph that can't be moved
@@ -180,11 +138,7 @@ class ExportedProgramRunner(torch_outputs.TorchRunner):
 
 
 def load_exported_program(file: Path) -> ExportedProgram:
-    """Load a file of torch.export on the CPU.
-
-    Raises:
-        BundleError: Not such a file, a damaged one, or one that the validation refuses.
-    """
+    """Load a file of torch.export on the CPU; a BundleError refuses another or a damaged file."""
     validate_archive(file, "pt2")
     torch: Any = require("torch", purpose="the torch.export runner")
     try:

@@ -16,8 +16,7 @@ from bnexport.data.images import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import cpu_name
 from bnexport.errors import BnexportError, ModelError, RuntimeUnavailable, UsageError
-from bnexport.loading.sources import KNOWN, build_known
-from bnexport.loading.user_code import call_factory
+from bnexport.loading.sources import KNOWN, build_known, call_factory
 from bnexport.loading.zoo import zoo_of
 from bnexport.nn.batch_norm import BATCH_NORMS
 from bnexport.nn.calling import to_eval_mode

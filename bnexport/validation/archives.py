@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bnexport.errors import BadInput, BundleError, DataError, ModelError, UsageError
+from bnexport.errors import REBUILD, BadInput, BundleError, DataError, ModelError, UsageError
 from bnexport.files import Refusal
 from bnexport.optional import no_warnings, one_line
 from bnexport.validation.exported_program import check_code, check_exported
@@ -64,7 +64,6 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return header
 
 
-_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Number of pickles at the start of a file of torch before 1.6: magic number, version, system, object, storages.
 _OLD_PICKLES = 5
 _OLD_NUMBER = 0x1950A86A20F9469CFC6C
@@ -94,7 +93,7 @@ class ArchiveKind:
     error: type[BadInput]  # Class of the raised error
     remedy: str  # Second sentence of the error
     inflated: str  # Row of LIMITS for the total of unpacked bytes
-    check: Callable[[_Archive], None]  # Validates the contents
+    check: Callable[[_Archive], object]  # Validates the contents
 
 
 def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | None = None) -> None:
@@ -103,14 +102,7 @@ def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | Non
     The validation covers declared and real sizes, names, nesting, the steps and names of pickles, TorchScript's code,
     expressions in a .pt2 file, and object arrays in an .npz file. Weights are not read, so gigabytes take milliseconds.
 
-    Args:
-        path: The file.
-        kind: A row of ARCHIVES: "torchscript", "pt2", "checkpoint", "npz".
-        error: Raised instead of the kind's own error.
-
-    Raises:
-        UsageError: The kind is unknown.
-        BadInput: The file is missing or refused; ARCHIVES has the class of the error.
+    ``kind`` is a row of ARCHIVES, which has the class of the error for a missing or refused file; ``error`` replaces it.
     """
     if kind not in ARCHIVES:
         raise UsageError(f"the kind of archive {kind!r} is unknown", remedy=f"Choose one of {', '.join(ARCHIVES)}")
@@ -137,20 +129,15 @@ class Saved:
 
 def validate_weights(file: BinaryIO) -> None:
     """Refuse a torch state dict, in an archive or in the older format, that holds more than tensors."""
-    _read_saved(file, WEIGHTS_ALONE)
+    read_saved(file, WEIGHTS_ALONE)
 
 
-def read_saved(file: BinaryIO) -> Saved:
+def read_saved(file: BinaryIO, vocabulary: Vocabulary = CHECKPOINT) -> Saved:
     """Read a file of torch.save: weights, and plain values next to them. Refuse a file that names code."""
-    return _read_saved(file, CHECKPOINT)
-
-
-def _read_saved(file: BinaryIO, vocabulary: Vocabulary) -> Saved:
     file.seek(0)
     start = file.read(4)
     if start == MAGIC:
-        archive = _open_archive(file, ARCHIVES["checkpoint"])
-        return _from_archive(archive, vocabulary)
+        return _from_archive(_open_archive(file, ARCHIVES["checkpoint"]), vocabulary)
     if start[:1] == _PICKLE:
         return _from_old_format(file, vocabulary)
     raise Refusal("is neither safetensors nor a file of torch.save")
@@ -215,13 +202,9 @@ def _check_script(archive: _Archive) -> None:
 
 
 #: Files and folders in addition to the pickles and the code. ``extra`` contains files of its author, which are not read.
-_SCRIPT_FILES = frozenset({"data", "constants", "version", "byteorder", ".data", "extra", ".format_version"}) | {
-    ".storage_alignment"
-}
-
-
-def _check_checkpoint(archive: _Archive) -> None:
-    _from_archive(archive, WEIGHTS_ALONE)
+_SCRIPT_FILES = frozenset(
+    {"data", "constants", "version", "byteorder", ".data", "extra", ".format_version", ".storage_alignment"}
+)
 
 
 def _from_archive(archive: _Archive, vocabulary: Vocabulary) -> Saved:
@@ -307,12 +290,16 @@ def _old_storages(file: BinaryIO, start: int, places: Mapping[str, Storage], ord
     return bytes_of
 
 
-_SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
+#: Remedy for a weights file with more than tensors.
+SAVE_WEIGHTS = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
 ARCHIVES: dict[str, ArchiveKind] = {
-    "torchscript": ArchiveKind("a TorchScript file", BundleError, _REBUILD, "archive-inflated", _check_script),
-    "pt2": ArchiveKind("a file of torch.export (.pt2)", BundleError, _REBUILD, "archive-inflated", _check_exported),
-    "checkpoint": ArchiveKind("a file of torch.save", ModelError, _SAVE, "archive-inflated", _check_checkpoint),
+    "torchscript": ArchiveKind("a TorchScript file", BundleError, REBUILD, "archive-inflated", _check_script),
+    "pt2": ArchiveKind("a file of torch.export (.pt2)", BundleError, REBUILD, "archive-inflated", _check_exported),
+    "checkpoint": ArchiveKind(
+        "a file of torch.save", ModelError, SAVE_WEIGHTS, "archive-inflated",
+        lambda archive: _from_archive(archive, WEIGHTS_ALONE),
+    ),
     "npz": ArchiveKind(
         "an .npz file", DataError, "Save plain arrays again with numpy.savez", "npz-inflated", _check_arrays
     ),
-}
+}  # fmt: skip

@@ -105,12 +105,9 @@ def _check_target(target: Any) -> None:
     if _SYMBOLIC.fullmatch(target) or _PYTHON.fullmatch(target):
         return
     found = _OPERATOR.fullmatch(target)
-    if found is None:
-        raise Refusal(f"calls {shown(target)}, which is not an operator of a network")
-    namespace, name = found.groups()
-    if namespace == "higher_order" and name in _GRAPHS:
-        return
-    if namespace not in NAMESPACES or name in FORBIDDEN:
+    namespace, name = found.groups() if found else ("", "")
+    of_graphs = namespace == "higher_order" and name in _GRAPHS
+    if not of_graphs and (namespace not in NAMESPACES or name in FORBIDDEN):
         raise Refusal(f"calls {shown(target)}, which is not an operator of a network")
 
 
@@ -167,28 +164,13 @@ def _table(value: Any, key: str) -> dict[str, Any]:
 
 
 #: Names that torch writes into an expression (torch.utils._sympy.functions, and sympy's Max, Min and comparisons).
-FUNCTIONS = frozenset(
-    {"FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv"}
-    | {"PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "TruncToInt", "RoundToInt", "ToFloat"}
-    | {"Identity", "IsNonOverlappingAndDenseIndicator", "Max", "Min", "Abs", "Eq", "Ne", "Lt", "Le", "Gt", "Ge"}
-    | {
-        "And",
-        "Or",
-        "Not",
-        "ceiling",
-        "floor",
-        "oo",
-        "int_oo",
-        "Add",
-        "Mul",
-        "Pow",
-        "Integer",
-        "Rational",
-        "true",
-        "false",
-    }
-    | {"Equality", "Unequality", "StrictLessThan", "StrictGreaterThan", "LessThan", "GreaterThan", "Symbol", "Float"}
-)
+FUNCTIONS = frozenset({
+    "FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv",
+    "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "TruncToInt", "RoundToInt", "ToFloat",
+    "Identity", "IsNonOverlappingAndDenseIndicator", "Max", "Min", "Abs", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or",
+    "Not", "ceiling", "floor", "oo", "int_oo", "Add", "Mul", "Pow", "Integer", "Rational", "true", "false", "Equality",
+    "Unequality", "StrictLessThan", "StrictGreaterThan", "LessThan", "GreaterThan", "Symbol", "Float",
+})  # fmt: skip
 #: Name of a size that varies. It has at most six digits, because torch counts up to the number.
 _SYMBOL = re.compile(r"[a-z]{1,8}\d{1,6}")
 #: Function whose first argument is a text -> pattern of the text.

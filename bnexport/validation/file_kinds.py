@@ -32,6 +32,11 @@ class _Content:
     start: bytes
     size: int
 
+    @property
+    def text(self) -> bytes:
+        """The start without a byte order mark and white space in front."""
+        return self.start.removeprefix(b"\xef\xbb\xbf").lstrip()
+
     @functools.cached_property
     def names(self) -> frozenset[str]:
         """Names of the files inside a zip archive."""
@@ -56,24 +61,9 @@ def _starts(*magics: bytes, at: int = 0) -> Callable[[_Content], bool]:
     return lambda content: content.start[at:].startswith(magics)
 
 
-def _is_text(*beginnings: bytes) -> Callable[[_Content], bool]:
-    """Return a test of the first visible characters, in lower case."""
-    return lambda content: content.start.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(beginnings)
-
-
 def _is_safetensors(content: _Content) -> bool:
-    length = int.from_bytes(content.start[:8], "little")
-    return (
-        content.start[8:9] == b"{" and content.start[:4] != MAGIC and 1 < length < 2**32
-    )  # text gives a larger number
-
-
-def _is_pickled_module(content: _Content) -> bool:
-    return any(current_name(name).startswith("torch.nn.modules.") for name in content.code)
-
-
-def _is_torch(content: _Content) -> bool:
-    return "data.pkl" in content.names or content.start[2:].startswith(OLD_TORCH)
+    length = int.from_bytes(content.start[:8], "little")  # a larger number if the file is text
+    return content.start[8:9] == b"{" and content.start[:4] != MAGIC and 1 < length < 2**32
 
 
 def _is_onnx(content: _Content) -> bool:
@@ -93,12 +83,12 @@ KINDS: tuple[FileKind, ...] = (
     FileKind(
         "html", "is an HTML page, not the file behind it",
         "Download the file itself; the page may ask for a login or show an error",
-        _is_text(b"<!doctype html", b"<html", b"<head", b"<?xml"),
+        lambda content: content.text.lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")),
     ),
     FileKind(
         "index", "is the index of weights in several files",
         "Name the network's code and give the index with --weights {path}",
-        lambda content: content.start.lstrip()[:1] == b"{" and b'"weight_map"' in content.start,
+        lambda content: content.text[:1] == b"{" and b'"weight_map"' in content.start,
     ),
     FileKind(
         "torchscript", "is a TorchScript file of torch.jit.save",
@@ -114,11 +104,12 @@ KINDS: tuple[FileKind, ...] = (
         "module", "is a pickled module: it names {code}, code which bnexport does not run",
         "Save the weights alone, where you trust the file: "
         + _LOAD.format("torch.load({path!r}, weights_only=False).state_dict()"),
-        _is_pickled_module,
+        lambda content: any(current_name(name).startswith("torch.nn.modules.") for name in content.code),
     ),
     FileKind(
         "torch", "is a file of torch.save with weights and without the network",
-        "Name the network's code and these weights: file.py:factory --weights {path}", _is_torch,
+        "Name the network's code and these weights: file.py:factory --weights {path}",
+        lambda content: "data.pkl" in content.names or content.start[2:].startswith(OLD_TORCH),
     ),
     FileKind(
         "pickle", "is a pickle, and not a file of torch.save",

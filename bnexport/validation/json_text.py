@@ -16,6 +16,11 @@ from bnexport.validation.limits import limit, shown
 #: A string, closed or not. A pattern that can fail at the end would be tried again from every quote.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _NESTING = re.compile(rb"[\[\]{}]")
+#: A whole pair, an escaped backslash (the characters after it are not an escape), or a lone half of a character, which is the
+#: group: such a string can't be encoded.
+_ESCAPES = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\\\|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+)
 
 
 def parse_json(content: bytes, *, max_bytes: int) -> Any:
@@ -38,7 +43,7 @@ def parse_json(content: bytes, *, max_bytes: int) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise Refusal(f"is not JSON: {one_line(error)}") from error
-    if _has_surrogate(text):
+    if "\\u" in text and any(found.group(1) for found in _ESCAPES.finditer(text)):
         raise Refusal("has an unpaired surrogate in a string")
     return value
 
@@ -86,14 +91,3 @@ def _number(text: str) -> float:
     if not math.isfinite(value):
         raise Refusal("has a number in its JSON that is too large for a float")
     return value
-
-
-def _has_surrogate(text: str) -> bool:
-    """Return True if an escape in the text stands for half a character: such a string can't be encoded."""
-    return "\\u" in text and any(found.group(1) for found in _ESCAPES.finditer(text))
-
-
-#: A whole pair, an escaped backslash (the characters after it are not an escape), or a lone half, which is the group.
-_ESCAPES = re.compile(
-    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\\\|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
-)

@@ -23,14 +23,16 @@ _KB, _MB, _GB = 2**10, 2**20, 2**30
 
 LIMITS: dict[str, Limit] = {
     # Names
-    "name-bytes": Limit(255, "bytes in one part of a file name", "file systems take no longer ones"),
-    "name-parts": Limit(16, "folders deep a file may lie", "a bundle has two levels, an archive of torch about eight"),
+    "name-bytes": Limit(255, "bytes in one part of a file name", "file systems allow no longer names"),
+    "name-parts": Limit(
+        16, "levels of folders above a file", "a bundle has two levels, an archive of torch about eight"
+    ),
     "bundle-files": Limit(10_000, "files in a bundle", "a bundle has about ten; each one is hashed"),
     "bundle-file-bytes": Limit(16 * _GB, "bytes of one file of a bundle", "each one is hashed, a gigabyte a second"),
     # JSON
     "manifest-bytes": Limit(8 * _MB, "bytes of manifest.json", "a LeNet needs 24 kB, and a BatchNorm about 300 bytes"),
     "tuning-bytes": Limit(64 * _KB, "bytes of tuned.json", "three choices need 1 kB"),
-    "json-depth": Limit(64, "levels of lists and objects in JSON", "a manifest has 8; Python's parser recurses"),
+    "json-depth": Limit(64, "levels of lists and objects in JSON", "a manifest has 8; Python's parser is recursive"),
     "json-values": Limit(2_000_000, "lists, objects and separators in JSON", "each value takes about 80 bytes"),
     "json-digits": Limit(20, "digits of a whole number in JSON", "64 bits need no more"),
     "sample-elements": Limit(
@@ -54,11 +56,11 @@ LIMITS: dict[str, Limit] = {
     # Pickles
     "pickle-bytes": Limit(64 * _MB, "bytes of one pickle", "a checkpoint needs about 170 per tensor"),
     "pickle-steps": Limit(2_000_000, "steps of one pickle", "a checkpoint needs about 40 per tensor"),
-    "pickle-depth": Limit(64, "levels of values in a pickle", "a state dict has 4; what walks through it recurses"),
+    "pickle-depth": Limit(64, "levels of values in a pickle", "a state dict has 4; its readers are recursive"),
     # Texts in archives
     "code-bytes": Limit(64 * _MB, "bytes of one text in an archive", "the code of EfficientNetV2-L has 0.07 MB"),
     "expression": Limit(
-        65_536, "characters of one expression in a .pt2 file", "sums and products of sizes, a page at the most"
+        65_536, "characters of one expression in a .pt2 file", "sums and products of sizes fill at most a page"
     ),
     # ONNX
     "onnx-bytes": Limit(2 * _GB - 1, "bytes of an ONNX file", "protobuf reads no larger message"),
@@ -66,7 +68,7 @@ LIMITS: dict[str, Limit] = {
     "onnx-fields": Limit(
         2_000_000, "fields of an ONNX file", "EfficientNetV2-L has 55,000; an empty one may take 160 bytes in memory"
     ),
-    "onnx-rank": Limit(64, "dimensions of a tensor", "numpy takes 64"),
+    "onnx-rank": Limit(64, "dimensions of a tensor", "numpy's own limit"),
     "onnx-dense": Limit(2**28, "elements of all sparse tensors made dense", "1 GB of float32; engines make them dense"),
     "onnx-expanded": Limit(
         1_000_000, "nodes after each function is put in place of its calls", "engines do so when they load a file"

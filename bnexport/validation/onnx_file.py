@@ -54,9 +54,9 @@ MESSAGES: dict[str, dict[int, MessageField]] = {
         14: _one("Type"), 15: _many("Type"), 20: _NUMBER, 21: _TEXT, 22: _one("Sparse"), 23: _many("Sparse"),
     },
     "Tensor": {
-        1: _NUMBERS, 2: _NUMBER, 3: _one("Segment"), 4: MessageField(FIXED32, many=True), 5: _NUMBERS, 6: _TEXTS, 7: _NUMBERS,
-        8: _TEXT, 9: _TEXT, 10: MessageField(FIXED64, many=True), 11: _NUMBERS, 12: _TEXT, 13: _many("Entry"), 14: _NUMBER,
-        16: _many("Entry"),
+        1: _NUMBERS, 2: _NUMBER, 3: _one("Segment"), 4: MessageField(FIXED32, many=True), 5: _NUMBERS, 6: _TEXTS,
+        7: _NUMBERS, 8: _TEXT, 9: _TEXT, 10: MessageField(FIXED64, many=True), 11: _NUMBERS, 12: _TEXT,
+        13: _many("Entry"), 14: _NUMBER, 16: _many("Entry"),
     },
     "Sparse": {1: _one("Tensor"), 2: _one("Tensor"), 3: _NUMBERS},
     "Function": {
@@ -107,8 +107,6 @@ ELEMENTS: dict[int, Element] = {
 }
 #: Fields of a Tensor that hold its elements one by one.
 TYPED = (4, 5, 6, 7, 10, 11)
-
-
 #: Domain, name, overload.
 Call = tuple[str, str, str]
 
@@ -173,8 +171,8 @@ def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, o
         if typed:
             raise Refusal(f"has the tensor {shown(name)} with its data twice")
         _check_raw(found[9][0], kind, elements, name)
-    elif typed != _needed_entries(kind, elements) or (
-        typed and not all(n in (kind.field,) for n in TYPED if n in found)
+    elif typed != -(-elements // kind.elements) * kind.entries or (
+        typed and any(number in found and number != kind.field for number in TYPED)
     ):
         raise Refusal(f"declares {elements} elements for the tensor {shown(name)}, but has {typed} entries of data")
 
@@ -188,10 +186,6 @@ def numbers(content: bytes, fields: Sequence[Field]) -> list[int]:
             if len(values) > limit("onnx-rank"):
                 return values
     return values
-
-
-def _needed_entries(kind: Element, elements: int) -> int:
-    return -(-elements // kind.elements) * kind.entries
 
 
 def _check_raw(field: Field, kind: Element, elements: int, name: str) -> None:
@@ -280,13 +274,8 @@ _Fields = dict[int, list[Field]]
 def validate_onnx(content: bytes, *, folder: Path | None = None, inside: bool = True) -> None:
     """Refuse an ONNX file that is damaged or that could harm the process that opens it.
 
-    Args:
-        content: The file.
-        folder: Folder of the model's data files; each named file must be a plain file in it, and long enough.
-        inside: Refuse any model that keeps data in other files.
-
-    Raises:
-        Refusal: The file is damaged or could do harm.
+    ``inside`` refuses any model that keeps data in other files. Otherwise each of them must be a plain file in ``folder``, and
+    long enough.
     """
     if len(content) > limit("onnx-bytes"):
         raise Refusal("has more than 2 GB, which protobuf can't read")

@@ -18,58 +18,30 @@ from bnexport.validation.limits import check_view, limit, shown
 
 #: Kinds of storage -> bytes of one element.
 STORAGES: Mapping[str, int] = {
-    "torch.DoubleStorage": 8,
-    "torch.FloatStorage": 4,
-    "torch.HalfStorage": 2,
-    "torch.BFloat16Storage": 2,
-    "torch.LongStorage": 8,
-    "torch.IntStorage": 4,
-    "torch.ShortStorage": 2,
-    "torch.CharStorage": 1,
-    "torch.ByteStorage": 1,
-    "torch.BoolStorage": 1,
-    "torch.ComplexDoubleStorage": 16,
-    "torch.ComplexFloatStorage": 8,
-    "torch.QInt8Storage": 1,
-    "torch.QUInt8Storage": 1,
-    "torch.QInt32Storage": 4,
-    "torch.QUInt4x2Storage": 1,
-    "torch.QUInt2x4Storage": 1,
-    "torch.storage.UntypedStorage": 1,
-    "torch.UntypedStorage": 1,
-}
+    "torch.DoubleStorage": 8, "torch.FloatStorage": 4, "torch.HalfStorage": 2, "torch.BFloat16Storage": 2,
+    "torch.LongStorage": 8, "torch.IntStorage": 4, "torch.ShortStorage": 2, "torch.CharStorage": 1, "torch.ByteStorage": 1,
+    "torch.BoolStorage": 1, "torch.ComplexDoubleStorage": 16, "torch.ComplexFloatStorage": 8, "torch.QInt8Storage": 1,
+    "torch.QUInt8Storage": 1, "torch.QInt32Storage": 4, "torch.QUInt4x2Storage": 1, "torch.QUInt2x4Storage": 1,
+    "torch.storage.UntypedStorage": 1, "torch.UntypedStorage": 1,
+}  # fmt: skip
 #: Functions whose arguments are (storage, offset, sizes, strides, ...).
-REBUILD = frozenset(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
-_TENSORS = REBUILD | {
-    "torch._utils._rebuild_parameter",
-    "torch.Size",
-    "torch.device",
-    "torch.per_tensor_affine",
-    "torch.per_channel_affine",
-    "torch.serialization._get_layout",
-    "collections.OrderedDict",
-}
+REBUILDERS = frozenset(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
+_TENSORS = REBUILDERS | {
+    "torch._utils._rebuild_parameter", "torch.Size", "torch.device", "torch.per_tensor_affine", "torch.per_channel_affine",
+    "torch.serialization._get_layout", "collections.OrderedDict",
+}  # fmt: skip
 #: Names in a pickle of weights: tensors and plain containers of them.
 WEIGHTS = _TENSORS | {
-    "collections.Counter",
-    "torch.nn.parameter.Parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    "torch.Tensor",
-    "_codecs.encode",
-    "builtins.set",
-    "builtins.complex",
-}
+    "collections.Counter", "torch.nn.parameter.Parameter", "torch._utils._rebuild_parameter_with_state", "torch.Tensor",
+    "_codecs.encode", "builtins.set", "builtins.complex",
+}  # fmt: skip
 #: Allowed as types only: a call with a number would allocate that amount of memory.
 NOT_CALLED = frozenset({*STORAGES, "torch.Tensor"})
 #: Names in TorchScript's pickles: those of tensors, and the functions that build lists and dictionaries.
 SCRIPT = _TENSORS | {
-    "torch.jit._pickle.build_intlist",
-    "torch.jit._pickle.build_doublelist",
-    "torch.jit._pickle.build_boollist",
-    "torch.jit._pickle.build_tensorlist",
-    "torch.jit._pickle.build_tensor_from_id",
-    "torch.jit._pickle.restore_type_tag",
-}
+    "torch.jit._pickle.build_intlist", "torch.jit._pickle.build_doublelist", "torch.jit._pickle.build_boollist",
+    "torch.jit._pickle.build_tensorlist", "torch.jit._pickle.build_tensor_from_id", "torch.jit._pickle.restore_type_tag",
+}  # fmt: skip
 #: Called names whose result is a mapping.
 MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict", "builtins.dict"})
 #: Plain values that training scripts save in addition to the weights. The reader of weights files calls none of these names:
@@ -113,10 +85,6 @@ def is_checkpoint_name(name: str) -> bool:
     """Return True if a user's weights file may use a name: weights, and plain values next to them."""
     name = current_name(name)
     return is_weight_name(name) or name in HARMLESS or _VERSIONS.fullmatch(name) is not None
-
-
-def _is_foreign(name: str) -> bool:
-    return name.partition(".")[0] not in _TABLED and _CLASS.fullmatch(name) is not None
 
 
 def current_name(name: str) -> str:
@@ -296,7 +264,7 @@ class _Machine:
             raise Refusal("holds a damaged pickle: it takes a value from an empty stack")
         return self._stack[-1]
 
-    def _pop(self, count: int) -> list[Any]:
+    def pop(self, count: int) -> list[Any]:
         at = len(self._stack) - count
         if at < (self._marks[-1] if self._marks else 0):
             raise Refusal("holds a damaged pickle: it takes a value from an empty stack")
@@ -304,22 +272,13 @@ class _Machine:
         del self._stack[at:]
         return taken
 
-    def _pop_to_mark(self) -> list[Any]:
+    def pop_to_mark(self) -> list[Any]:
         if not self._marks:
             raise Refusal("holds a damaged pickle: it has no mark")
-        return self._pop(len(self._stack) - self._marks.pop())
+        return self.pop(len(self._stack) - self._marks.pop())
 
     def mark(self, _: Any) -> None:
         self._marks.append(len(self._stack))
-
-    def tuple_to_mark(self, _: Any) -> None:
-        self.push(Made("tuple", self._pop_to_mark()))
-
-    def tuple_of(self, count: int) -> None:
-        self.push(Made("tuple", self._pop(count)))
-
-    def frozen_set(self, _: Any) -> None:
-        self.push(Made("set", self._pop_to_mark()))
 
     def _growing(self, parts: list[Any]) -> Made | None:
         """Return the value on top of the stack, which takes the parts; None if it is a stand-in, which drops them."""
@@ -331,63 +290,46 @@ class _Machine:
         target.take(parts)
         return target
 
-    def _extend(self, items: list[Any]) -> None:
+    def extend(self, items: list[Any]) -> None:
         target = self._growing(items)
         if target is not None and target.is_mapping:
             raise Refusal("holds a damaged pickle: it appends to a mapping")
         if target is not None and not target.arguments:
             target.items += items
 
-    def _set(self, pairs: list[Any]) -> None:
+    def set_items(self, pairs: list[Any]) -> None:
         target = self._growing(pairs)
         if len(pairs) % 2 or (target is not None and target.kind in ("list", "set")):
             raise Refusal("holds a damaged pickle: it sets a key of a value that is not a mapping")
         if target is not None:
             target.items += pairs
 
-    def append(self, _: Any) -> None:
-        self._extend(self._pop(1))
-
-    def append_to_mark(self, _: Any) -> None:
-        self._extend(self._pop_to_mark())
-
-    def set_item(self, _: Any) -> None:
-        self._set(self._pop(2))
-
-    def set_to_mark(self, _: Any) -> None:
-        self._set(self._pop_to_mark())
-
     def name(self, dotted: str) -> None:
-        if not (self._vocabulary.stand_ins and _is_foreign(dotted)):
+        foreign = dotted.partition(".")[0] not in _TABLED and _CLASS.fullmatch(dotted) is not None
+        if not (self._vocabulary.stand_ins and foreign):
             self._vocabulary.check(dotted)
         self.push(Name(dotted))
 
     def name_of_texts(self, _: Any) -> None:
-        module, name = self._pop(2)
+        module, name = self.pop(2)
         if not isinstance(module, str) or not isinstance(name, str):
             raise Refusal("holds a damaged pickle: a name in it is not a string")
         self.name(f"{module}.{name}")
 
     def call(self, _: Any) -> None:
-        function, arguments = self._pop(2)
+        function, arguments = self.pop(2)
         match function, arguments:
             case Name(text), Made(items=[Name() as kind, Name(base), None]) if current_name(text) == _RECONSTRUCTOR:
                 if current_name(base) != "builtins.object":
                     raise Refusal(f"holds a pickle that makes an object from {shown(base)}")
-                self._make(kind, Made("tuple"))
+                self.make(kind, Made("tuple"))
             case Name(text), Made():
                 self._vocabulary.check(text)
-                self._make(function, arguments)
+                self.make(function, arguments)
             case _:
                 raise Refusal("holds a pickle that calls a value which is not a name")
 
-    def new_object(self, _: Any) -> None:
-        self._make(*self._pop(2))
-
-    def new_object_with_names(self, _: Any) -> None:
-        self._make(*self._pop(3))
-
-    def _make(self, function: Any, arguments: Any, *named: Any) -> None:
+    def make(self, function: Any, arguments: Any, *named: Any) -> None:
         if not isinstance(function, Name) or not isinstance(arguments, Made):
             raise Refusal("holds a pickle that calls a value which is not a name")
         if not self._vocabulary.allows(function.text):
@@ -395,7 +337,7 @@ class _Machine:
             return
         if function.text in NOT_CALLED:
             raise Refusal(f"holds a pickle that calls {shown(function.text)}, which allocates any amount of memory")
-        if function.text in REBUILD:
+        if function.text in REBUILDERS:
             _check_tensor(arguments.items)
         if function.text == "numpy.dtype":
             _check_elements(arguments.items)
@@ -403,10 +345,10 @@ class _Machine:
         self.push(Made(current_name(function.text), arguments=[*arguments.items, *named]))
 
     def build(self, _: Any) -> None:
-        self._growing(self._pop(1))
+        self._growing(self.pop(1))
 
     def persistent(self, _: Any) -> None:
-        (identity,) = self._pop(1)
+        (identity,) = self.pop(1)
         items = identity.items if isinstance(identity, Made) and identity.kind == "tuple" else ()
         match items:
             case ["storage", Name(kind), str(key), str(), int(numel), *rest] if kind in STORAGES:
@@ -514,7 +456,11 @@ def _empty(kind: str) -> Callable[[_Machine, Any], None]:
 
 
 def _tuple(count: int) -> Callable[[_Machine, Any], None]:
-    return lambda machine, _: machine.tuple_of(count)
+    return lambda machine, _: machine.push(Made("tuple", machine.pop(count)))
+
+
+def _to_mark(kind: str) -> Callable[[_Machine, Any], None]:
+    return lambda machine, _: machine.push(Made(kind, machine.pop_to_mark()))
 
 
 _STOP = b"."
@@ -543,17 +489,17 @@ _STEPS: _Steps = {
     b"r": (_number("<I"), _Machine.put),
     b"h": (_number("B"), _Machine.get),  # BINGET
     b"j": (_number("<I"), _Machine.get),
-    b"t": (_nothing, _Machine.tuple_to_mark),
+    b"t": (_nothing, _to_mark("tuple")),
     b"\x85": (_nothing, _tuple(1)),
     b"\x86": (_nothing, _tuple(2)),
     b"\x87": (_nothing, _tuple(3)),
-    b"a": (_nothing, _Machine.append),
-    b"e": (_nothing, _Machine.append_to_mark),
-    b"s": (_nothing, _Machine.set_item),
-    b"u": (_nothing, _Machine.set_to_mark),
+    b"a": (_nothing, lambda machine, _: machine.extend(machine.pop(1))),
+    b"e": (_nothing, lambda machine, _: machine.extend(machine.pop_to_mark())),
+    b"s": (_nothing, lambda machine, _: machine.set_items(machine.pop(2))),
+    b"u": (_nothing, lambda machine, _: machine.set_items(machine.pop_to_mark())),
     b"c": (_name, _Machine.name),  # GLOBAL
     b"R": (_nothing, _Machine.call),  # REDUCE
-    b"\x81": (_nothing, _Machine.new_object),  # NEWOBJ
+    b"\x81": (_nothing, lambda machine, _: machine.make(*machine.pop(2))),  # NEWOBJ
     b"b": (_nothing, _Machine.build),
     b"Q": (_nothing, _Machine.persistent),  # BINPERSID
 }
@@ -569,7 +515,7 @@ _MODERN_STEPS: _Steps = {
     b"\x8e": (_bytes("<Q"), _Machine.push),
     b"\x96": (_bytes("<Q"), _Machine.push),
     b"\x8b": (_whole("<i"), _Machine.push),  # LONG4
-    b"\x90": (_nothing, _Machine.append_to_mark),  # ADDITEMS
-    b"\x91": (_nothing, _Machine.frozen_set),
-    b"\x92": (_nothing, _Machine.new_object_with_names),
+    b"\x90": (_nothing, lambda machine, _: machine.extend(machine.pop_to_mark())),  # ADDITEMS
+    b"\x91": (_nothing, _to_mark("set")),
+    b"\x92": (_nothing, lambda machine, _: machine.make(*machine.pop(3))),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from bnexport.files import Refusal
@@ -67,8 +67,8 @@ def read_entry(file: BinaryIO, entry: Entry, max_bytes: int) -> bytes:
         raise Refusal(f"has {entry.size} bytes in {shown(entry.name)}, more than {max_bytes}")
     file.seek(entry.start)
     content = file.read(entry.packed)
-    if entry.method == DEFLATED:
-        content = _inflated(content, entry)
+    if entry.method == DEFLATED:  # one byte more than declared: this detects a longer stream without unpacking a bomb
+        content = _unpacked(content, entry, entry.size + 1)
     if len(content) != entry.size or zlib.crc32(content) != entry.crc:
         raise Refusal(f"is damaged: {shown(entry.name)} does not have its declared size and checksum")
     return content
@@ -79,17 +79,13 @@ def read_start(file: BinaryIO, entry: Entry, count: int) -> bytes:
     file.seek(entry.start)
     if entry.method == STORED:
         return file.read(min(count, entry.packed))
-    try:
-        return zlib.decompressobj(-15).decompress(file.read(min(entry.packed, count + 4096)), count)
-    except zlib.error as error:
-        raise Refusal(f"is damaged: {shown(entry.name)} can't be unpacked") from error
+    return _unpacked(file.read(min(entry.packed, count + 4096)), entry, count)
 
 
-def _inflated(content: bytes, entry: Entry) -> bytes:
-    worker = zlib.decompressobj(-15)
+def _unpacked(content: bytes, entry: Entry, most: int) -> bytes:
+    """Return at most ``most`` unpacked bytes."""
     try:
-        # At most one byte more than declared: this detects a longer stream without unpacking a bomb.
-        return worker.decompress(content, entry.size + 1)
+        return zlib.decompressobj(-15).decompress(content, most)
     except zlib.error as error:
         raise Refusal(f"is damaged: {shown(entry.name)} can't be unpacked") from error
 
@@ -176,8 +172,7 @@ def _check_kind(name: str, flags: int, method: int, mode: int) -> None:
 
 def _widened(name: str, extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
     """Return sizes and place, from the 64-bit extra field if a 32-bit field is full (APPNOTE 4.5.3)."""
-    wide = b""
-    at = 0
+    wide, at = b"", 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
         if kind == 1:
@@ -207,10 +202,7 @@ def _placed(file: BinaryIO, entries: list[Entry], end: int) -> list[Entry]:
         if start + entry.packed > (end if follower is None else follower.header):
             raise Refusal(f"is an archive in which {shown(entry.name)} overlaps the next file")
         starts[entry.name] = start
-    return [
-        Entry(item.name, item.method, item.crc, item.packed, item.size, item.header, starts[item.name])
-        for item in entries
-    ]
+    return [replace(entry, start=starts[entry.name]) for entry in entries]
 
 
 def _local_start(file: BinaryIO, entry: Entry) -> int:

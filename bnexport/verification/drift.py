@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.bundle import MODEL_ONNX, Bundle, seal
-from bnexport.errors import BnexportError, BundleError, UsageError
+from bnexport.errors import REBUILD, BnexportError, BundleError, UsageError
 from bnexport.onnx_files.emulation import Emulator
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import LINEAR, read_model
-from bnexport.runtimes.base import REBUILD, RunSettings
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.replay import scale
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
@@ -54,7 +54,7 @@ def layer_drift(
     exact, specs = _exact_values(model, feeds, operators)
     if not specs:
         return ()
-    emulated = Emulator(model, precision).values(feeds)
+    emulated = Emulator(model, precision).intermediate(feeds)
     given = _run(bundle, model, spec, settings, feeds, specs)
     if odd := [name for name in specs if given[name].shape != exact[name].shape]:
         name = odd[0]

@@ -17,7 +17,7 @@ from bnexport.bundle import Manifest
 from bnexport.data.classes import check_classes
 from bnexport.data.dataset_table import folder_of, is_dataset
 from bnexport.data.datasets import dataset_labels, load_test_images
-from bnexport.data.prepare import prepared
+from bnexport.data.images import prepared
 from bnexport.data.preprocessing import preprocessing_of
 from bnexport.data.samples import Samples
 from bnexport.errors import BnexportError, DataError, UsageError

@@ -66,8 +66,8 @@ class Reference:
     def _part(self, feeds: Mapping[str, Array], start: int, stop: int) -> list[Array]:
         import torch
 
+        from bnexport.runtimes.torch_float64 import wide_convolutions
         from bnexport.runtimes.torch_outputs import flatten
-        from bnexport.runtimes.wide_convolution import wide_convolutions
         from bnexport.verification.widening import wide_casts
 
         part = {name: array[start:stop] for name, array in feeds.items()}

@@ -16,7 +16,7 @@ from bnexport.cli.main import run
 from bnexport.errors import OutputError, ProofError
 from bnexport.exporting.request import ExportRequest
 from bnexport.folding import module_fold
-from bnexport.loading.user_code import call_factory
+from bnexport.loading.sources import call_factory
 from bnexport.nn.folded import MARKER
 from bnexport.pipeline import fold_weights
 

@@ -1,6 +1,6 @@
 """Opens hostile files in a process that may use little memory and time. ``python bounded_child.py MB SECONDS KIND FILE ...``
 
-Prints one line per file: the sentence that refused it. Anything else ends the process with an error.
+Prints one line per file: the sentence that refused it. Any other outcome ends the process with an error.
 """
 
 from __future__ import annotations

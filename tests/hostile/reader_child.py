@@ -1,6 +1,6 @@
 """Reads files that a parent names, one per line on standard input: "KIND PATH". Answers one line each.
 
-A reader may end in native code that crashes: then this process dies, and not the one that tests.
+If native code of a reader crashes, this process dies instead of the process of the tests.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from bnexport.data.images import load_images
@@ -23,6 +24,7 @@ from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.runtimes.torch_runners import load_torchscript
 from bnexport.tensors import Signature, TensorSpec
+from bnexport.validation import validate_archive
 
 _SIGNATURE = Signature(
     (TensorSpec("input", "float32", ("batch", 1, 28, 28)),), (TensorSpec("logits", "float32", ("batch", 10)),)
@@ -30,15 +32,11 @@ _SIGNATURE = Signature(
 
 
 def exported(path: Path) -> None:
-    """What a runner of .pt2 files does: the screen, then torch."""
-    import torch
-
-    from bnexport.validation import validate_archive
-
+    """Open a .pt2 file as a runner does: the validation, then torch."""
     validate_archive(path, "pt2")
     try:
         torch.export.load(path)
-    except Exception as error:  # a runner makes a sentence of it; here only what the screen lets through is of interest
+    except Exception as error:  # a runner converts it; a file that passes the validation must not do worse
         raise BnexportError(f"torch refuses it: {type(error).__name__}", remedy="") from error
 
 

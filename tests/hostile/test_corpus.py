@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.hostile import Good, Hostile
+from support.hostile import Good, Hostile, reseal_file
 from support.hostile_archives import ARRAYS, CHECKPOINTS, SCRIPTS
 from support.hostile_bundles import BUNDLES, PICTURES
 from support.hostile_exported import PT2
 from support.hostile_models import GOLDEN, ONNX, SAFETENSORS
+from torch import nn
 
 import bnexport
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
@@ -37,18 +38,16 @@ Words = Callable[[Path, Good, Path], tuple[object, ...]]
 
 
 def weights_of(path: Path) -> None:
-    from torch import nn
-
     load_weights(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), path)
 
 
 class Reader(NamedTuple):
-    """Who reads a kind of file."""
+    """Readers of a kind of file."""
 
     library: Callable[[Path], object]  # The function of the library that opens it
-    # The command line that opens it, given the file, the good files and a place for output; None: none does
+    # Returns the command line that opens it, from the file, the good files and a place for output; None: no command does
     command: Words | None
-    inside: str = ""  # Whether the file is a part of a bundle, which is given to the command line instead
+    inside: str = ""  # Name of the file in a bundle, which the command line gets instead; "" for a file alone
 
 
 def predict(*more: str) -> Words:
@@ -72,10 +71,9 @@ READERS: dict[str, Reader] = {
     "images": Reader(load_images, lambda path, good, out: ("predict", good.bundle, path)),
 }  # fmt: skip
 #: Hostile files that a command opens; the large one takes seconds to walk through, and once is enough.
-COMMANDED = [
-    name for name, row in CORPUS.items() if READERS[row.reader].command and name != "onnx: two million empty nodes"
-]
-#: What opens files in the engines; while a hostile file is read, none of them may be reached.
+_LARGE = "onnx: two million empty nodes"
+COMMANDED = [name for name, row in CORPUS.items() if READERS[row.reader].command and name != _LARGE]
+#: Functions of the engines that open files; while a hostile file is read, none of them may be reached.
 ENGINES = (
     "torch.jit.load", "torch.load", "torch.export.load", "onnx.load_model_from_string", "onnx.load",
     "onnxruntime.InferenceSession", "safetensors.torch.load", "numpy.load",
@@ -95,7 +93,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the hostile file, inside one that is watched; the process stands in the watched one."""
+    """Change to a folder that is watched; the hostile file is in a folder inside it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     return tmp_path
@@ -149,23 +147,16 @@ def test_the_command_line_refuses_with_2(name: str, good: Good, place: Path, cap
 
 
 def sealed_with(file: Path, name: str, good: Good, place: Path) -> Path:
-    """A bundle with one hostile file whose hash holds."""
-    from support.hostile import reseal_file
-
+    """Return a bundle with one hostile file whose hash holds."""
     content = file.read_bytes()
     return reseal_file(Path(shutil.copytree(good.bundle, place / "sealed" / "1")), name, content)
 
 
-#: Hostile ONNX files that stand in a bundle: a verdict must come, and it must be FAIL.
-@pytest.mark.parametrize(
-    "name",
-    [
-        "onnx: cut off",
-        "onnx: more elements than data",
-        "onnx: data at an absolute place",
-        "onnx: 22 graphs in each other",
-    ],
-)
+#: Hostile ONNX files in a bundle. The verdict must be FAIL.
+IN_A_BUNDLE = "cut off", "more elements than data", "data at an absolute place", "22 graphs in each other"
+
+
+@pytest.mark.parametrize("name", [f"onnx: {name}" for name in IN_A_BUNDLE])
 def test_a_bundle_with_a_hostile_model_fails(
     name: str, good: Good, place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,7 +197,7 @@ def test_a_real_process_refuses_too(name: str, good: Good, place: Path) -> None:
 
 
 def test_the_good_files_pass(good: Good) -> None:
-    """A screen that refuses everything would pass the tests above."""
+    """A validation that refuses everything would pass the tests above."""
     Bundle.open(good.bundle).check()
     Bundle.open(good.bundle).golden()
     load_torchscript(good.bundle / MODEL_TORCHSCRIPT)

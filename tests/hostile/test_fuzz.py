@@ -1,6 +1,6 @@
-"""Valid files with bytes changed: only bnexport's own errors may come out, and nobody may crash, hang or write.
+"""Valid files with bytes changed: only bnexport's errors may result, and no reader may crash, hang or write.
 
-Continuous integration runs few examples, always the same. ``BNEXPORT_FUZZ=20000`` runs so many, other ones each time.
+Continuous integration runs few examples, always the same. ``BNEXPORT_FUZZ=20000`` runs 20,000 examples, new ones each time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ from bnexport.validation.paths import name_problem
 from bnexport.validation.safetensors import validate_safetensors
 
 _WANTED = os.environ.get("BNEXPORT_FUZZ")
-#: After so many seconds without an answer a reader hangs; an answer takes milliseconds.
+#: Seconds without an answer after which a reader hangs; an answer takes milliseconds.
 _HANG_S = 120
 
 
@@ -48,14 +49,14 @@ def examples(few: int) -> settings:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which all files are made; nothing else may appear in it, and no "hacked" anywhere near."""
+    """The folder of all files; no file "hacked" may appear in it."""
     folder = tmp_path_factory.mktemp("fuzz")
     yield folder
     assert not list(folder.rglob("hacked"))
 
 
 def only_refused(read: Callable[[], object]) -> None:
-    """Anything but a refusal passes through and fails the test."""
+    """Any error except a refusal passes and fails the test."""
     message = ""
     try:
         read()
@@ -65,7 +66,7 @@ def only_refused(read: Callable[[], object]) -> None:
     assert len(message) < 1500
 
 
-SCREENS: dict[str, tuple[Callable[[bytes], object], Callable[[Good], bytes]]] = {
+VALIDATORS: dict[str, tuple[Callable[[bytes], object], Callable[[Good], bytes]]] = {
     "json": (lambda c: parse_json(c, max_bytes=2**23), lambda good: (good.bundle / "manifest.json").read_bytes()),
     "onnx": (validate_onnx, lambda good: (good.bundle / MODEL_ONNX).read_bytes()),
     "onnx, small": (lambda c: validate_onnx(c, inside=False), lambda good: good.onnx.read_bytes()),
@@ -79,29 +80,27 @@ SCREENS: dict[str, tuple[Callable[[bytes], object], Callable[[Good], bytes]]] = 
 
 
 def _npy() -> bytes:
-    import numpy as np
-
     np.save(buffer := io.BytesIO(), np.arange(12, dtype=np.uint8).reshape(3, 4))
     return buffer.getvalue()
 
 
 @pytest.mark.sampled(3, 1)
-@pytest.mark.parametrize("kind", SCREENS)
+@pytest.mark.parametrize("kind", VALIDATORS)
 @examples(250)
 @given(change=changes(), raw=st.none() | st.binary(max_size=200))
 def test_validators_only_refuse(kind: str, change: Change, raw: bytes | None, good: Good) -> None:
-    screen, valid = SCREENS[kind]
+    validate, valid = VALIDATORS[kind]
     content = change(valid(good)) if raw is None else raw
     if kind == "names":
         content = content.decode("utf-8", "replace").encode()
-    only_refused(lambda: screen(content))
+    only_refused(lambda: validate(content))
 
 
 @pytest.mark.parametrize("kind", ["torchscript", "pt2", "checkpoint"])
 @examples(120)
 @given(change=changes(), which=st.integers(0, 10**6))
 def test_archives_whose_files_were_changed(kind: str, change: Change, which: int, good: Good, watched: Path) -> None:
-    """The archive around them stays whole, so that the change reaches what reads the files inside."""
+    """The archive itself stays valid, so that the change reaches the readers of the files inside."""
     path = spoiled_archive(kind, change, which, good, watched)
     only_refused(lambda: validate_archive(path, kind))
 
@@ -109,7 +108,7 @@ def test_archives_whose_files_were_changed(kind: str, change: Change, which: int
 def spoiled_archive(kind: str, change: Change, which: int, good: Good, folder: Path) -> Path:
     source = {"torchscript": good.bundle / MODEL_TORCHSCRIPT, "pt2": good.exported, "checkpoint": good.checkpoint}[kind]
     members = members_of(source)
-    # What programs read, not the numbers of the weights.
+    # Files that programs read, and not the numbers of the weights.
     texts = [m for m in members if m.name.endswith(("pkl", ".py", ".json", "model.pt", "version", "byteorder"))]
     member = texts[which % len(texts)]
     member.data = change(member.data)
@@ -142,13 +141,13 @@ def read_all(folder: Path) -> None:
 
 
 class Child:
-    """The process that reads; started again after it died."""
+    """The process that reads; it is started again after it died."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, kind: str, path: Path) -> str:
-        """What became of a file: "opened", "refused ...", "FAULT ...", "crashed ..." or "hangs"."""
+        """Return the outcome for a file: "opened", "refused ...", "FAULT ...", "crashed ..." or "hangs"."""
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("reader_child.py"))],
@@ -197,7 +196,7 @@ NATIVE: dict[str, Callable[[Good], Path]] = {
 
 @pytest.mark.parametrize("kind", [kind for kind in NATIVE if kind not in ("onnx small", "checkpoint")])
 def test_engines_open_whole_files(kind: str, good: Good, child: Child) -> None:
-    """But for an ONNX file with another signature, and weights without a network's name."""
+    """Left out are an ONNX file with another signature, and weights without a network's name."""
     assert child.ask(kind.split()[0], NATIVE[kind](good)) == "opened"
 
 
@@ -214,7 +213,7 @@ def test_engines_only_see_what_they_survive(kind: str, change: Change, good: Goo
 
 @pytest.mark.parametrize("kind", ["torchscript", "pt2", "weights"])
 def test_engines_open_what_was_not_changed(kind: str, good: Good, watched: Path, child: Child) -> None:
-    """Else the tests around this one would try nothing."""
+    """Otherwise the tests next to this one would try nothing."""
     path = spoiled_archive("checkpoint" if kind == "weights" else kind, lambda content: content, 0, good, watched)
     assert child.ask(kind, path) == "opened"
 

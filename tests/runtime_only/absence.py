@@ -1,7 +1,7 @@
-"""A program: commands of bnexport in a Python that has only some of the packages that are installed.
+"""A program: commands of bnexport in a Python that has only some of the installed packages.
 
 Use: python absence.py NAME,NAME,... '[["verify", "BUNDLE"], ...]'. Every other package outside the standard library is
-hidden as if it had never been installed. Prints one JSON object: exit code and output of each command, and what was loaded.
+hidden as if it had never been installed. Prints one JSON object: exit code and output of each command, and loaded packages.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import sysconfig
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-#: What pip brings with numpy, onnxruntime, click and rich.
+#: Packages that pip installs with numpy, onnxruntime, click and rich.
 SERVING = (
     "numpy", "onnxruntime", "click", "rich", "markdown_it", "mdurl", "pygments", "flatbuffers", "google", "packaging",
 )  # fmt: skip
-#: What onnx brings besides.
+#: These, and the packages that pip installs with onnx.
 WITH_ONNX = (*SERVING, "onnx", "ml_dtypes", "typing_extensions")
-#: What must not be loaded there.
+#: Packages that must not be loaded there.
 HEAVY = {
     "torch", "torchvision", "onnx", "onnxscript", "onnx_ir", "safetensors", "matplotlib", "jinja2", "PIL", "platformdirs",
 }  # fmt: skip
-#: A bundle that is committed, so that its figures at export are real ones.
+#: A committed bundle, whose figures at export are real.
 REFERENCE = Path(__file__).parents[2] / "models" / "bn_lenet" / "1"
 
 
 class OnlySome:
-    """The finder of packages on sys.path, blind to all but a few of those in site-packages.
+    """A finder of packages on sys.path that finds only a few of those in site-packages.
 
-    It stands in the place of Python's own, so that ``importlib.util.find_spec`` finds nothing either; one that raises, put in
-    front of it, would not look like an absent package to code that asks first.
+    It replaces Python's own finder, so that ``importlib.util.find_spec`` finds nothing either. A finder that raises would
+    differ from an absent package for code that calls ``find_spec`` first.
     """
 
     def __init__(self, allowed: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every command where only numpy, onnxruntime, click and rich are there: what works, and what says what it needs."""
+"""Every command with only numpy, onnxruntime, click and rich: it works, or its error names the missing package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from onnx import numpy_helper
 from runtime_only.absence import REFERENCE, WITH_ONNX
 from runtime_only.conftest import Run
-from support.bundles import reseal
+from support.bundles import flip_bit, reseal
 
 from bnexport.bundle import GOLDEN, MODEL_ONNX, Bundle, seal
 from bnexport.cli.main import COMMANDS
@@ -28,7 +28,7 @@ def report_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_of(result: dict[str, Any]) -> str:
-    """What was printed, on one line."""
+    """Return the printed text on one line."""
     return " ".join((result["out"] + result["err"]).split())
 
 
@@ -74,14 +74,8 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path / "bn_lenet" / "1"
 
 
-def flipped(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def wrong_weight(folder: Path) -> None:
-    """One wrong bias in a bundle whose hashes hold: only its outputs tell."""
+    """Change one bias in a bundle whose hashes hold: only its outputs show it."""
     model = onnx.load(folder / MODEL_ONNX)
     bias = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [10])
     array = numpy_helper.to_array(bias).copy()
@@ -92,7 +86,7 @@ def wrong_weight(folder: Path) -> None:
 
 
 def manifest_of(folder: Path, change: Any) -> None:
-    """Change what the manifest says of the verification at export, with a digest that holds."""
+    """Change the record of the verification at export, with a digest that holds."""
     manifest = Bundle.open(folder).manifest
     value = json.loads(json.dumps(dict(manifest.verification)))
     change(value)
@@ -106,9 +100,12 @@ def worse_proof(value: dict[str, Any]) -> None:
 
 
 SPOILED: dict[str, tuple[Any, str]] = {
-    "a bit of the model": (lambda folder: flipped(folder / MODEL_ONNX), "model.onnx was changed"),
-    "a bit of the weights": (lambda folder: flipped(folder / "weights.safetensors"), "weights.safetensors was changed"),
-    "a bit of a golden output": (lambda folder: flipped(folder / GOLDEN / "output_0.pb"), "output_0.pb was changed"),
+    "a bit of the model": (lambda folder: flip_bit(folder / MODEL_ONNX), "model.onnx was changed"),
+    "a bit of the weights": (
+        lambda folder: flip_bit(folder / "weights.safetensors"),
+        "weights.safetensors was changed",
+    ),
+    "a bit of a golden output": (lambda folder: flip_bit(folder / GOLDEN / "output_0.pb"), "output_0.pb was changed"),
     "a file more": (lambda folder: (folder / "x").write_text("x"), "x is not in the manifest"),
     "a wrong weight": (wrong_weight, "above 1e-05"),
     "never proved": (lambda folder: manifest_of(folder, dict.clear), "no proof from export"),
@@ -176,7 +173,7 @@ def test_evaluate_counts_with_onnxruntime_alone(without: Run, tmp_path: Path) ->
 
 
 def offered(words: list[str]) -> bool:
-    """Whether a command line names only options that there are."""
+    """Return True if a command line names only existing options."""
     options = {option for parameter in verify.params for option in parameter.opts}
     return words[0] != "verify" or {word for word in words if word.startswith("--")} <= options
 

@@ -1,4 +1,4 @@
-"""bnexport-runtime as people install it: a wheel from scripts/runtime_wheel.py, in an environment without torch and onnx."""
+"""bnexport-runtime as users install it: a wheel from scripts/runtime_wheel.py, in an environment without torch and onnx."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runtime_only.absence import REFERENCE
+from support.bundles import flip_bit
 from support.grpc_calls import channel_to, infer
 from support.serving import logits_of, serving, tensor
 
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "runtime_wheel.py"
-#: Of the extras "serve" and "grpc"; without pillow, which one can do without.
+#: Packages of the extras "serve" and "grpc", without pillow, which is optional.
 SERVE = ("uvicorn", "httptools", "uvloop", "orjson", "prometheus-client", "grpcio", "protobuf")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -57,7 +58,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def machine(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A serving machine: an environment's folder. onnxruntime without its CUDA extras, which are gigabytes."""
+    """The folder of an environment like a serving machine's. onnxruntime is without its CUDA extras, which are gigabytes."""
     folder = tmp_path_factory.mktemp("machine") / "venv"
     venv.create(folder, with_pip=True)
     engine = "onnxruntime-gpu" if _has("onnxruntime-gpu") else "onnxruntime"
@@ -97,11 +98,10 @@ def test_the_wheel_has_the_whole_package_and_the_light_list(wheel: Path) -> None
     assert {name_of(text) for text in required} == {"numpy", "onnxruntime-gpu", "onnxruntime", "click", "rich"}
     for text in PROJECT["project"]["dependencies"]:
         if name_of(text) in {name_of(other) for other in required}:
-            assert text.replace(" ", "") in {other.replace(" ", "") for other in required}, (
-                "floors are those of bnexport"
-            )
+            # The lowest versions are those of bnexport.
+            assert text.replace(" ", "") in {other.replace(" ", "") for other in required}
     named = {text.removeprefix("bnexport[").removesuffix("]") for text in RUNTIME_EXTRAS}
-    assert set(stated.get_all("Provides-Extra") or ()) == named, "what errors tell to install is there"
+    assert set(stated.get_all("Provides-Extra") or ()) == named, "the extras that errors name exist"
     extra = {name_of(text) for text in every if "extra ==" in text}
     extras = PROJECT["project"]["optional-dependencies"]
     assert extra == {name_of(text) for name in named for text in extras[name]}
@@ -133,9 +133,7 @@ def test_a_bundle_is_verified_there(machine: Path) -> None:
 @pytest.mark.parametrize("name", [MODEL_ONNX, f"{GOLDEN}/output_0.pb"])
 def test_a_spoiled_bundle_fails_there(machine: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(REFERENCE, tmp_path / "1")
-    content = bytearray((tmp_path / "1" / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "1" / name).write_bytes(content)
+    flip_bit(tmp_path / "1" / name)
     code, out = bnexport(machine, "verify", tmp_path / "1")
     assert code == 1
     assert f"{name} was changed" in " ".join(out.split())
@@ -184,6 +182,6 @@ print(all(abs(answers[name] - want).max() <= 1e-5 * abs(want).max() for name, wa
 
 
 def test_a_runtime_in_a_separate_process_there(machine: Path) -> None:
-    """GPU runtimes are verified so; the child must not need torch either."""
+    """GPU runtimes are verified in this way; the child must not need torch either."""
     done = call(machine / "bin" / "python", "-c", ISOLATED, REFERENCE)
     assert (done.stdout, done.stderr) == ("True\n", "")

@@ -224,6 +224,13 @@ def tuned_copy(bundle: Bundle, folder: Path, **changes: Any) -> Bundle:
     return mine
 
 
+def flip_bit(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def reseal(folder: Path, **changes: object) -> Bundle:
     """Seal a spoiled bundle again, so that its hashes hold and the other stages have to find the fault."""
     return seal(folder, replace(Bundle.open(folder).manifest, **changes))

@@ -1,4 +1,4 @@
-"""What every hostile file has in common: who reads it, how it is made, and what the refusal must say."""
+"""The row of a hostile file: its reader, how it is made, and words of the refusal."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ class Hostile:
     # Given an empty folder and the good files, makes it; gives the path of the file, or of the bundle
     build: Callable[[Path, Good], Path]
     words: str  # Part of the sentence that refuses it
+
+
+def hostile(reader: str, rows: dict[str, tuple[Callable[[Path, Good], Path], str]]) -> dict[str, Hostile]:
+    """Return rows of one reader: name -> (``Hostile.build``, ``Hostile.words``)."""
+    return {name: Hostile(reader, *row) for name, row in rows.items()}
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -82,7 +87,7 @@ def write_zip(
     path: Path, members: list[Member], *, front: bytes = b"", behind: bytes = b"", comment: bytes = b"",
     count: int | None = None, table_size: int | None = None, gap: bytes = b"",
 ) -> Path:  # fmt: skip
-    """An archive made by hand, so that each field can lie."""
+    """Write an archive byte by byte, so that each field can be wrong."""
     body, table = bytearray(front), bytearray()
     for member in members:
         place = len(body) if member.header is None else member.header
@@ -125,7 +130,7 @@ def replaced(members: list[Member], ending: str, data: bytes) -> list[Member]:
 
 
 def zeros_deflated(count: int) -> bytes:
-    """A stream that unpacks to ``count`` zeros (a multiple of 4 MiB), made in no time: one packed block, repeated."""
+    """A stream that unpacks to ``count`` zeros (a multiple of 4 MiB), made fast: one packed block, repeated."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = deflate.compress(bytes(4 * 2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)
     return block * (count // (4 * 2**20)) + b"\x03\x00"

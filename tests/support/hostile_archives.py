@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.hostile import Good, Hostile, Member, members_of, replaced, write_zip, zeros_deflated
+from support.hostile import Good, Hostile, Member, hostile, members_of, replaced, write_zip, zeros_deflated
 
 _BIG = 2**30
 
 
 class Code:
-    """What a pickle does when it is loaded."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __reduce__(self) -> tuple[object, ...]:
         import os
@@ -171,228 +171,176 @@ def append(member: Member) -> Callable[[list[Member]], object]:
     return lambda members: members.append(member)
 
 
-SCRIPTS: dict[str, Hostile] = {
-    "script: pickle with code": Hostile("torchscript", script("data.pkl", call("os.mkdir")), "names 'os.mkdir'"),
-    "script: constants with code": Hostile(
-        "torchscript", script("constants.pkl", call("builtins.eval")), "names 'builtins.eval'"
+SCRIPTS = hostile("torchscript", {
+    "script: pickle with code": (script("data.pkl", call("os.mkdir")), "names 'os.mkdir'"),
+    "script: constants with code": (script("constants.pkl", call("builtins.eval")), "names 'builtins.eval'"),
+    "script: debug pickle with code": (script("debug_pkl", call("posix.system")), "names 'posix.system'"),
+    "script: native class": (script("data.pkl", call("__torch__.torch.classes.dist_c10d.Store")), "dist_c10d"),
+    "script: code saves a file": (code('torch.save(input, "hacked")'), "calls save"),
+    "script: code saves by its operator": (code('ops.aten.save(input, "hacked")'), "calls save"),
+    "script: code maps a file": (code('_9 = torch.from_file("/etc/passwd", False, 9)'), "calls from_file"),
+    "script: code gives save another name": (code("_9 = torch.save"), "calls save"),
+    "script: code saves in brackets": (code('(torch.save)(input, "hacked")'), "calls save"),
+    "script: code gives torch another name": (code("_9 = torch"), "gives torch another name"),
+    "script: code gives ops.aten another name": (code("_9 = ops.aten"), "another name"),
+    "script: code fetches save by a text": (code('getattr(torch, "sa" "ve")(input, "hacked")'), "another name"),
+    "script: code fetches save in pieces": (
+        code('getattr(self.x, "sa" "ve")(input, "hacked")'), "fetches an operator by a string",
     ),
-    "script: debug pickle with code": Hostile(
-        "torchscript", script("debug_pkl", call("posix.system")), "names 'posix.system'"
+    "script: code fetches save by escapes": (code('getattr(self.x, "s\\x61ve")(input, "hacked")'), "calls save"),
+    "script: code in a comment's quotes": (code("_8 = 1 # \"\n  torch.save(input, 'hacked') # \""), "calls save"),
+    "script: quote without an end": (code('_9 = "'), "unterminated string"),
+    "script: operators of others": (code("_9 = ops.evil.run(input)"), "operators of 'evil'"),
+    "script: code makes a native object": (
+        code("_9 = __torch__.torch.classes.dist_c10d.Store.__new__()"), "native class 'dist_c10d'",
     ),
-    "script: native class": Hostile(
-        "torchscript", script("data.pkl", call("__torch__.torch.classes.dist_c10d.Store")), "dist_c10d"
+    "script: bomb of a gigabyte": (script_with(append(BOMB)), "unpacks to"),
+    "script: bomb that lies": (script_with(append(LIAR)), "is damaged"),
+    "script: 65537 files": (script_with(lambda members: members.extend(MANY)), "files, more than 65536"),
+    "script: one name twice": (script_with(lambda members: members.append(members[0])), "one file on some systems"),
+    "script: names that differ in case": (
+        script_with(lambda m: m.append(Member(m[0].name.upper(), b""))), "one file on some systems",
     ),
-    "script: code saves a file": Hostile("torchscript", code('torch.save(input, "hacked")'), "calls save"),
-    "script: code saves by its operator": Hostile("torchscript", code('ops.aten.save(input, "hacked")'), "calls save"),
-    "script: code maps a file": Hostile(
-        "torchscript", code('_9 = torch.from_file("/etc/passwd", False, 9)'), "calls from_file"
+    "script: name that climbs": (script_with(append(Member("model/../../hacked", b""))), "has the part '..'"),
+    "script: absolute name": (script_with(append(Member("/tmp/hacked", b""))), "is absolute"),
+    "script: name of Windows": (script_with(append(Member("C:/hacked", b""))), "is absolute"),
+    "script: two folders": (script_with(append(Member("other/x", b""))), "outside its folder"),
+    "script: symbolic link": (script_with(in_the_directory(attributes=0o120777 << 16)), "is a symbolic link"),
+    "script: encrypted": (script_with(in_the_directory(flags=0x0801)), "is encrypted"),
+    "script: packed by another method": (script_with(in_the_directory(method=12)), "method 12"),
+    "script: two names for one file": (script_with(in_the_directory(central_name="model/data.pkx")), "in two ways"),
+    "script: two sizes for one file": (script_with(in_the_directory(local_size=3)), "two sizes"),
+    "script: sizes of 64 bits without their field": (script_with(in_the_directory(size=2**32 - 1)), "invalid 64-bit size"),
+    "script: overlapping files": (script_with(overlapping), "overlaps the next file"),
+    "script: bytes in front": (script_with(lambda m: None, front=b"GIF89a"), "not a zip archive"),
+    "script: archive in front": (script_with(lambda m: None, front=b"PK\x03\x04" * 9), "extra bytes"),
+    "script: bytes behind": (script_with(lambda m: None, behind=b"x"), "something follows"),
+    "script: comment": (script_with(lambda m: None, comment=b"hi"), "its end is missing"),
+    "script: fewer files than said": (script_with(lambda m: None, count=99), "cut off"),
+    "script: more files than said": (script_with(lambda m: None, count=2), "more entries"),
+    "script: table elsewhere": (
+        script_with(lambda m: None, gap=b"PK\x01\x02" * 9, table_size=7), "not at the place in its end record",
     ),
-    "script: code gives save another name": Hostile("torchscript", code("_9 = torch.save"), "calls save"),
-    "script: code saves in brackets": Hostile("torchscript", code('(torch.save)(input, "hacked")'), "calls save"),
-    "script: code gives torch another name": Hostile("torchscript", code("_9 = torch"), "gives torch another name"),
-    "script: code gives ops.aten another name": Hostile("torchscript", code("_9 = ops.aten"), "another name"),
-    "script: code fetches save by a text": Hostile(
-        "torchscript", code('getattr(torch, "sa" "ve")(input, "hacked")'), "another name"
-    ),
-    "script: code fetches save in pieces": Hostile(
-        "torchscript", code('getattr(self.x, "sa" "ve")(input, "hacked")'), "fetches an operator by a string"
-    ),
-    "script: code fetches save by escapes": Hostile(
-        "torchscript", code('getattr(self.x, "s\\x61ve")(input, "hacked")'), "calls save"
-    ),
-    "script: code in a comment's quotes": Hostile(
-        "torchscript", code("_8 = 1 # \"\n  torch.save(input, 'hacked') # \""), "calls save"
-    ),
-    "script: quote without an end": Hostile("torchscript", code('_9 = "'), "unterminated string"),
-    "script: operators of others": Hostile("torchscript", code("_9 = ops.evil.run(input)"), "operators of 'evil'"),
-    "script: code makes a native object": Hostile(
-        "torchscript", code("_9 = __torch__.torch.classes.dist_c10d.Store.__new__()"), "native class 'dist_c10d'"
-    ),
-    "script: bomb of a gigabyte": Hostile("torchscript", script_with(append(BOMB)), "unpacks to"),
-    "script: bomb that lies": Hostile("torchscript", script_with(append(LIAR)), "is damaged"),
-    "script: 65537 files": Hostile("torchscript", script_with(lambda members: members.extend(MANY)), "files, more than 65536"),
-    "script: one name twice": Hostile(
-        "torchscript", script_with(lambda members: members.append(members[0])), "one file on some systems"
-    ),
-    "script: names that differ in case": Hostile(
-        "torchscript", script_with(lambda m: m.append(Member(m[0].name.upper(), b""))), "one file on some systems"
-    ),
-    "script: name that climbs": Hostile(
-        "torchscript", script_with(append(Member("model/../../hacked", b""))), "has the part '..'"
-    ),
-    "script: absolute name": Hostile("torchscript", script_with(append(Member("/tmp/hacked", b""))), "is absolute"),
-    "script: name of Windows": Hostile(
-        "torchscript", script_with(append(Member("C:/hacked", b""))), "is absolute"
-    ),
-    "script: two folders": Hostile("torchscript", script_with(append(Member("other/x", b""))), "outside its folder"),
-    "script: symbolic link": Hostile(
-        "torchscript", script_with(in_the_directory(attributes=0o120777 << 16)), "is a symbolic link"
-    ),
-    "script: encrypted": Hostile("torchscript", script_with(in_the_directory(flags=0x0801)), "is encrypted"),
-    "script: packed by another method": Hostile("torchscript", script_with(in_the_directory(method=12)), "method 12"),
-    "script: two names for one file": Hostile(
-        "torchscript", script_with(in_the_directory(central_name="model/data.pkx")), "in two ways"
-    ),
-    "script: two sizes for one file": Hostile(
-        "torchscript", script_with(in_the_directory(local_size=3)), "two sizes"
-    ),
-    "script: sizes of 64 bits without their field": Hostile(
-        "torchscript", script_with(in_the_directory(size=2**32 - 1)), "invalid 64-bit size"
-    ),
-    "script: overlapping files": Hostile("torchscript", script_with(overlapping), "overlaps the next file"),
-    "script: bytes in front": Hostile("torchscript", script_with(lambda m: None, front=b"GIF89a"), "not a zip archive"),
-    "script: archive in front": Hostile("torchscript", script_with(lambda m: None, front=b"PK\x03\x04" * 9), "extra bytes"),
-    "script: bytes behind": Hostile("torchscript", script_with(lambda m: None, behind=b"x"), "something follows"),
-    "script: comment": Hostile("torchscript", script_with(lambda m: None, comment=b"hi"), "its end is missing"),
-    "script: fewer files than said": Hostile("torchscript", script_with(lambda m: None, count=99), "cut off"),
-    "script: more files than said": Hostile("torchscript", script_with(lambda m: None, count=2), "more entries"),
-    "script: table elsewhere": Hostile(
-        "torchscript", script_with(lambda m: None, gap=b"PK\x01\x02" * 9, table_size=7), "not at the place in its end record"
-    ),
-    "script: cut off": Hostile(
-        "torchscript",
+    "script: cut off": (
         lambda folder, good: raw("model.pt", (good.bundle / "model.pt").read_bytes()[:-300])(folder, good),
         "its end is missing",
     ),
-    "script: no code, a checkpoint": Hostile(
-        "torchscript", lambda folder, good: raw("model.pt", good.checkpoint.read_bytes())(folder, good), "is not a TorchScript"
+    "script: no code, a checkpoint": (
+        lambda folder, good: raw("model.pt", good.checkpoint.read_bytes())(folder, good), "is not a TorchScript",
     ),
-    "script: values 5000 levels deep": Hostile("torchscript", script("constants.pkl", DEEP), "levels of values"),
-    "script: place far away": Hostile(
-        "torchscript", script("constants.pkl", b"\x80\x02Nr\xff\xff\xff\xff."), "at the place 4294967295"
+    "script: values 5000 levels deep": (script("constants.pkl", DEEP), "levels of values"),
+    "script: place far away": (script("constants.pkl", b"\x80\x02Nr\xff\xff\xff\xff."), "at the place 4294967295"),
+    "script: empty stack": (script("constants.pkl", b"\x80\x02R."), "an empty stack"),
+    "script: puts what is not there": (script("constants.pkl", b"\x80\x02q\x00."), "an empty stack"),
+    "script: length beyond the end": (script("constants.pkl", b"\x80\x02X\xff\xff\xff\x7fabc"), "damaged pickle"),
+    "script: tensor beyond its storage": (script("constants.pkl", tensor((2**40,), (1,), 4)), "of a storage of 4"),
+    "script: storage beyond its file": (script("constants.pkl", tensor((2,), (1,), 2**40)), "declares a tensor storage of"),
+    "script: step with a warning": (script("constants.pkl", b"S'\\o'\n."), "do not need"),
+    "script: text of negative length": (script("constants.pkl", b"\x80\x02T\xff\xff\xff\xff."), "negative length"),
+    "script: name cut off": (script("constants.pkl", b"\x80\x02ctorch"), "inside a name"),
+    "script: value that was never put": (script("constants.pkl", b"\x80\x02h\x07."), "never put"),
+    "script: no mark": (script("constants.pkl", b"\x80\x02Nt."), "has no mark"),
+    "script: bytes behind a pickle": (script("constants.pkl", b"\x80\x02).cos\n"), "after its end"),
+    "script: calls a number": (script("constants.pkl", b"\x80\x02K\x01)R."), "which is not a name"),
+    "script: something kept outside": (script("constants.pkl", b"\x80\x02NQ."), "not the storage"),
+    "script: storage of negative size": (script("constants.pkl", tensor((1,), (1,), -4)), "-4 elements"),
+    "script: tensor of nothing": (
+        script("constants.pkl", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."), "is not made of",
     ),
-    "script: empty stack": Hostile("torchscript", script("constants.pkl", b"\x80\x02R."), "an empty stack"),
-    "script: puts what is not there": Hostile("torchscript", script("constants.pkl", b"\x80\x02q\x00."), "an empty stack"),
-    "script: length beyond the end": Hostile(
-        "torchscript", script("constants.pkl", b"\x80\x02X\xff\xff\xff\x7fabc"), "damaged pickle"
-    ),
-    "script: tensor beyond its storage": Hostile(
-        "torchscript", script("constants.pkl", tensor((2**40,), (1,), 4)), "of a storage of 4"
-    ),
-    "script: storage beyond its file": Hostile(
-        "torchscript", script("constants.pkl", tensor((2,), (1,), 2**40)), "declares a tensor storage of"
-    ),
-    "script: step with a warning": Hostile("torchscript", script("constants.pkl", b"S'\\o'\n."), "do not need"),
-    "script: text of negative length": Hostile(
-        "torchscript", script("constants.pkl", b"\x80\x02T\xff\xff\xff\xff."), "negative length"
-    ),
-    "script: name cut off": Hostile("torchscript", script("constants.pkl", b"\x80\x02ctorch"), "inside a name"),
-    "script: value that was never put": Hostile("torchscript", script("constants.pkl", b"\x80\x02h\x07."), "never put"),
-    "script: no mark": Hostile("torchscript", script("constants.pkl", b"\x80\x02Nt."), "has no mark"),
-    "script: bytes behind a pickle": Hostile("torchscript", script("constants.pkl", b"\x80\x02).cos\n"), "after its end"),
-    "script: calls a number": Hostile("torchscript", script("constants.pkl", b"\x80\x02K\x01)R."), "which is not a name"),
-    "script: something kept outside": Hostile("torchscript", script("constants.pkl", b"\x80\x02NQ."), "not the storage"),
-    "script: storage of negative size": Hostile("torchscript", script("constants.pkl", tensor((1,), (1,), -4)), "-4 elements"),
-    "script: tensor of nothing": Hostile(
-        "torchscript", script("constants.pkl", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."), "is not made of"
-    ),
-    "script: two million steps": Hostile("torchscript", script("constants.pkl", b"\x80\x02" + b"N" * 2_000_001), "opcodes"),
-    "script: two small bombs": Hostile(
-        "torchscript",
+    "script: two million steps": (script("constants.pkl", b"\x80\x02" + b"N" * 2_000_001), "opcodes"),
+    "script: two small bombs": (
         script_with(lambda members: members.extend(
             Member(f"model/code/{name}.py", b"", 8, size=5 * 2**19, packed=b"x") for name in "abc")),
         "to more than 200 times its size",
     ),
-    "script: bomb beside an honest file": Hostile(
-        "npz",
-        npz(Member("x.npy", b"", 8, size=2**24, packed=zeros_deflated(2**24)),
-            Member("y.npy", b"", 8, size=2**20, packed=bytes(2**20))),
-        "unpacks 'x.npy' to",
-    ),
-    "script: packed code that is none": Hostile(
-        "torchscript",
+    "script: packed code that is none": (
         script_with(append(Member("model/code/x.py", b"", 8, size=99, packed=b"\xff\xff\xff"))), "can't be unpacked",
     ),
-    "script: foreign file": Hostile("torchscript", script_with(append(Member("model/x.so", b"\x7fELF"))),
-        "not part of a TorchScript"),
-}  # fmt: skip
+    "script: foreign file": (script_with(append(Member("model/x.so", b"\x7fELF"))), "not part of a TorchScript"),
+})  # fmt: skip
+SCRIPTS["script: bomb beside an honest file"] = Hostile(
+    "npz",
+    npz(Member("x.npy", b"", 8, size=2**24, packed=zeros_deflated(2**24)),
+            Member("y.npy", b"", 8, size=2**20, packed=bytes(2**20))),
+    "unpacks 'x.npy' to",
+)  # fmt: skip
 
-CHECKPOINTS: dict[str, Hostile] = {
-    "checkpoint: code": Hostile("weights", checkpoint(call("os.mkdir")), "names 'os.mkdir'"),
-    "checkpoint: code of pickle.dumps": Hostile(
-        "weights", raw("weights.pt", pickle.dumps(Code())), "names 'posix.mkdir'"
+CHECKPOINTS = hostile("weights", {
+    "checkpoint: code": (checkpoint(call("os.mkdir")), "names 'os.mkdir'"),
+    "checkpoint: code of pickle.dumps": (raw("weights.pt", pickle.dumps(Code())), "names 'posix.mkdir'"),
+    "checkpoint: code in the old format": (
+        raw("weights.pt", pickle.dumps(0x1950A86A20F9469CFC6C, 2) + call("os.mkdir")), "names 'os.mkdir'",
     ),
-    "checkpoint: code in the old format": Hostile(
-        "weights", raw("weights.pt", pickle.dumps(0x1950A86A20F9469CFC6C, 2) + call("os.mkdir")), "names 'os.mkdir'"
+    "checkpoint: old format cut off": (old_checkpoint_cut, "declares tensors of"),
+    "checkpoint: a whole module": (saved(torch.nn.ReLU()), "names 'torch.nn.modules.activation.ReLU'"),
+    "checkpoint: getattr": (checkpoint(call("builtins.getattr")), "names 'builtins.getattr'"),
+    "checkpoint: name with dots": (
+        checkpoint(b"\x80\x02ctorch\nserialization.os.mkdir\n)R."), "names 'torch.serialization.os.mkdir'",
     ),
-    "checkpoint: old format cut off": Hostile("weights", old_checkpoint_cut, "declares tensors of"),
-    "checkpoint: a whole module": Hostile("weights", saved(torch.nn.ReLU()), "names 'torch.nn.modules.activation.ReLU'"),
-    "checkpoint: getattr": Hostile("weights", checkpoint(call("builtins.getattr")), "names 'builtins.getattr'"),
-    "checkpoint: name with dots": Hostile(
-        "weights", checkpoint(b"\x80\x02ctorch\nserialization.os.mkdir\n)R."), "names 'torch.serialization.os.mkdir'"
-    ),
-    "checkpoint: tensor beyond its storage": Hostile(
-        "weights", checkpoint(tensor((2**40,), (1,), 4)), "of a storage of 4"
-    ),
-    "checkpoint: sizes that overflow": Hostile(
-        "weights", checkpoint(tensor((2**32, 2**32), (0, 0), 4)), "beyond 64 bits"
-    ),
-    "checkpoint: one number a terabyte wide": Hostile(
-        "weights", checkpoint(tensor((2**38,), (0,), 4)), "repeats 4 elements"
-    ),
-    "checkpoint: negative offset": Hostile("weights", checkpoint(tensor((2,), (1,), 4, -9)), "an offset that do"),
-    "checkpoint: storage beyond its file": Hostile(
-        "weights", checkpoint(tensor((2,), (1,), 2**40)), "declares a tensor storage of"
-    ),
-    "checkpoint: storage that is not there": Hostile(
-        "weights", lambda folder, good: write_zip(folder / "weights.pt", [Member("x/data.pkl", tensor((2,), (1,), 4))]),
+    "checkpoint: tensor beyond its storage": (checkpoint(tensor((2**40,), (1,), 4)), "of a storage of 4"),
+    "checkpoint: sizes that overflow": (checkpoint(tensor((2**32, 2**32), (0, 0), 4)), "beyond 64 bits"),
+    "checkpoint: one number a terabyte wide": (checkpoint(tensor((2**38,), (0,), 4)), "repeats 4 elements"),
+    "checkpoint: negative offset": (checkpoint(tensor((2,), (1,), 4, -9)), "an offset that do"),
+    "checkpoint: storage beyond its file": (checkpoint(tensor((2,), (1,), 2**40)), "declares a tensor storage of"),
+    "checkpoint: storage that is not there": (
+        lambda folder, good: write_zip(folder / "weights.pt", [Member("x/data.pkl", tensor((2,), (1,), 4))]),
         "has no data for",
     ),
-    "checkpoint: storage of a terabyte by a call": Hostile(
-        "weights", checkpoint(call("torch.FloatStorage", b"\x8a\x06\0\0\0\0\0\x01")), "allocates any amount of memory"
+    "checkpoint: storage of a terabyte by a call": (
+        checkpoint(call("torch.FloatStorage", b"\x8a\x06\0\0\0\0\0\x01")), "allocates any amount of memory",
     ),
-    "checkpoint: list in itself": Hostile("weights", checkpoint(b"\x80\x02]q\x00h\x00a."), "self-referencing value"),
-    "checkpoint: list that holds itself": Hostile("weights", checkpoint(SELF), "changes a value after its use"),
-    "checkpoint: values 5000 levels deep": Hostile("weights", checkpoint(DEEP), "levels of values"),
-    "checkpoint: bomb": Hostile(
-        "weights", checkpoint(b"\x80\x02).", Member("x/z", b"", 8, size=_BIG, packed=zeros_deflated(_BIG))), "unpacks to"
+    "checkpoint: list in itself": (checkpoint(b"\x80\x02]q\x00h\x00a."), "self-referencing value"),
+    "checkpoint: list that holds itself": (checkpoint(SELF), "changes a value after its use"),
+    "checkpoint: values 5000 levels deep": (checkpoint(DEEP), "levels of values"),
+    "checkpoint: bomb": (
+        checkpoint(b"\x80\x02).", Member("x/z", b"", 8, size=_BIG, packed=zeros_deflated(_BIG))), "unpacks to",
     ),
-    "checkpoint: ratio of a thousand": Hostile(
-        "weights", checkpoint(b"\x80\x02).", Member("x/z", b"", 8, size=2**26, packed=zeros_deflated(2**26))), "times"
+    "checkpoint: ratio of a thousand": (
+        checkpoint(b"\x80\x02).", Member("x/z", b"", 8, size=2**26, packed=zeros_deflated(2**26))), "times",
     ),
-    "checkpoint: no pickle": Hostile(
-        "weights", lambda folder, good: write_zip(folder / "weights.pt", [Member("x/version", b"3")]), "has no data.pkl"
+    "checkpoint: no pickle": (
+        lambda folder, good: write_zip(folder / "weights.pt", [Member("x/version", b"3")]), "has no data.pkl",
     ),
-    "checkpoint: an empty archive": Hostile("weights", lambda folder, good: write_zip(
+    "checkpoint: an empty archive": (
+        lambda folder, good: write_zip(
         folder / "weights.pt", [Member("x/data.pkl", b"")], count=0, table_size=0, gap=b""),
-        "not at the place in its end record"),
-    "checkpoint: an archive of nothing": Hostile(
-        "weights", lambda folder, good: write_zip(folder / "weights.pt", [], gap=b"PK\x03\x04"), "an empty archive"
+        "not at the place in its end record",
     ),
-    "checkpoint: several parts": Hostile("weights", several_parts, "in several parts"),
-    "checkpoint: text": Hostile("weights", raw("weights.pt", b"import os\n" * 9), "nor a file of torch.save"),
-}  # fmt: skip
+    "checkpoint: an archive of nothing": (
+        lambda folder, good: write_zip(folder / "weights.pt", [], gap=b"PK\x03\x04"), "an empty archive",
+    ),
+    "checkpoint: several parts": (several_parts, "in several parts"),
+    "checkpoint: text": (raw("weights.pt", b"import os\n" * 9), "nor a file of torch.save"),
+})  # fmt: skip
 
-ARRAYS: dict[str, Hostile] = {
-    "npz: objects": Hostile(
-        "npz", npz(Member("x.npy", npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", pickle.dumps([1])))),
+ARRAYS = hostile("npz", {
+    "npz: objects": (
+        npz(Member("x.npy", npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", pickle.dumps([1])))),
         "not of plain numbers",
     ),
-    "npz: larger than said": Hostile(
-        "npz", npz(Member("x.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999,), }"))),
+    "npz: larger than said": (
+        npz(Member("x.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999,), }"))),
         "declares an array of",
     ),
-    "npz: sizes that overflow": Hostile(
-        "npz", npz(Member("x.npy", npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**33}, {2**33}), }}"))),
+    "npz: sizes that overflow": (
+        npz(Member("x.npy", npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**33}, {2**33}), }}"))),
         "beyond 64 bits",
     ),
-    "npz: header that is code": Hostile("npz", npz(Member("x.npy", npy("__import__('os').mkdir('hacked')"))), "header"),
-    "npz: header nested deep": Hostile("npz", npz(Member("x.npy", npy("(" * 9000))), "header"),
-    "npz: 64-bit end record elsewhere": Hostile("npz", wide(shift=4), "not where it should be"),
-    "npz: 64-bit end record of another length": Hostile("npz", wide(length=99), "invalid 64-bit end record"),
-    "npz: two end records that differ": Hostile("npz", wide(count=2), "end records differ"),
-    "npz: packed data that are none": Hostile(
-        "npz", npz(Member("x.npy", b"", 8, size=99, packed=b"\xff\xff\xff")), "can't be unpacked"
-    ),
-    "npz: no header": Hostile("npz", npz(Member("x.npy", b"\x93NUMPY")), "not a complete .npy"),
-    "npz: header of 60 kB": Hostile("npz", npz(Member("x.npy", npy(" " * 60_000))), "header of 60001 bytes"),
-    "npz: header without a shape": Hostile("npz", npz(Member("x.npy", npy("{'descr': '<f4'}"))), "has no shape"),
-    "npz: header that is a list": Hostile("npz", npz(Member("x.npy", npy("['<f4']"))), "is not a dictionary"),
-    "npz: name that is not UTF-8": Hostile("npz", not_utf8, "not UTF-8"),
-    "npz: foreign file": Hostile("npz", npz(PLAIN, Member("x.exe", ARRAY)), "which is not an array"),
-    "npz: name that climbs": Hostile("npz", npz(Member("../x.npy", ARRAY)), "has the part '..'"),
-    "npz: hidden letters": Hostile("npz", npz(Member("x\u202eypn.npy", ARRAY)), "hidden character U+202E"),
-    "npz: bomb": Hostile("npz", npz(Member("x.npy", b"", 8, size=_BIG, packed=zeros_deflated(_BIG))), "times"),
-    "npz: no archive": Hostile("npz", raw("samples.npz", ARRAY), "not a zip archive"),
-    "npz: 65537 files": Hostile("npz", npz(*MANY[:20], count=0xFFFF), "cut off"),
-}  # fmt: skip
+    "npz: header that is code": (npz(Member("x.npy", npy("__import__('os').mkdir('hacked')"))), "header"),
+    "npz: header nested deep": (npz(Member("x.npy", npy("(" * 9000))), "header"),
+    "npz: 64-bit end record elsewhere": (wide(shift=4), "not where it should be"),
+    "npz: 64-bit end record of another length": (wide(length=99), "invalid 64-bit end record"),
+    "npz: two end records that differ": (wide(count=2), "end records differ"),
+    "npz: packed data that are none": (npz(Member("x.npy", b"", 8, size=99, packed=b"\xff\xff\xff")), "can't be unpacked"),
+    "npz: no header": (npz(Member("x.npy", b"\x93NUMPY")), "not a complete .npy"),
+    "npz: header of 60 kB": (npz(Member("x.npy", npy(" " * 60_000))), "header of 60001 bytes"),
+    "npz: header without a shape": (npz(Member("x.npy", npy("{'descr': '<f4'}"))), "has no shape"),
+    "npz: header that is a list": (npz(Member("x.npy", npy("['<f4']"))), "is not a dictionary"),
+    "npz: name that is not UTF-8": (not_utf8, "not UTF-8"),
+    "npz: foreign file": (npz(PLAIN, Member("x.exe", ARRAY)), "which is not an array"),
+    "npz: name that climbs": (npz(Member("../x.npy", ARRAY)), "has the part '..'"),
+    "npz: hidden letters": (npz(Member("x\u202eypn.npy", ARRAY)), "hidden character U+202E"),
+    "npz: bomb": (npz(Member("x.npy", b"", 8, size=_BIG, packed=zeros_deflated(_BIG))), "times"),
+    "npz: no archive": (raw("samples.npz", ARRAY), "not a zip archive"),
+    "npz: 65537 files": (npz(*MANY[:20], count=0xFFFF), "cut off"),
+})  # fmt: skip

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.loading.user_code import call_factory
+from bnexport.loading.sources import call_factory
 
 CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 #: The options that describe an image of the network, as the command line takes them.

@@ -10,8 +10,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from bnexport.folding.torch_backend.torch_writer import flushed
-from bnexport.onnx_files.models import nodes
-from bnexport.onnx_files.names import graphs_within, mentioned_inside
+from bnexport.onnx_files.models import graphs_within, mentioned_inside, nodes
 from bnexport.tensors import ELEMENT_TYPES, Array
 
 BATCH_NORM = "BatchNormalization"

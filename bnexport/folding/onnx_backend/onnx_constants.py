@@ -29,8 +29,7 @@ from torch import Tensor
 from bnexport.folding.affine import Dim
 from bnexport.folding.onnx_backend.inventory import TORCH, is_default, widened
 from bnexport.onnx_files.float64 import wide_evaluator
-from bnexport.onnx_files.models import refill, without_weights
-from bnexport.onnx_files.names import mentions, subgraphs
+from bnexport.onnx_files.models import mentions, refill, subgraphs, without_weights
 from bnexport.tensors import Array
 
 #: Operators that read a tensor's shape and not its elements; a fold changes no shape.

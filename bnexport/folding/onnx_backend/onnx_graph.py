@@ -20,8 +20,7 @@ from bnexport.folding.onnx_backend.onnx_norms import unread_batch_norm
 from bnexport.folding.onnx_backend.onnx_readers import ONNX_READERS, read_piece, read_split
 from bnexport.folding.onnx_backend.view import OVERRIDABLE, GraphContext, NodeView, OnnxReading, Slot
 from bnexport.folding.torch_backend.torch_graph import evaluate_kind
-from bnexport.onnx_files.models import opset_of, refill
-from bnexport.onnx_files.names import mentions, reads
+from bnexport.onnx_files.models import mentions, opset_of, reads, refill
 from bnexport.tensors import Array
 
 #: Exceptions of a reader if a file's attributes contradict each other.

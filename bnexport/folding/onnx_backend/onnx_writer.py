@@ -14,8 +14,7 @@ from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight, weights_now
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, pinned, stored
 from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph, OnnxSource, with_tensors
-from bnexport.onnx_files.models import refill
-from bnexport.onnx_files.names import Names, mentions, reads
+from bnexport.onnx_files.models import Names, mentions, reads, refill
 
 
 class OnnxWriter:

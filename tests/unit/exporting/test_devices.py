@@ -24,13 +24,13 @@ from bnexport.runtimes.torch_runners import _on_device
 from bnexport.runtimes.torch_runners import load_exported_program as load_program
 from bnexport.runtimes.torch_runners import load_torchscript as load_script
 
-#: torch 2.11's, of its own buffers.
+#: A warning of torch 2.11 about its own buffers.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 CUDA = torch.device("cuda", 0)
 
 
 class Net(nn.Module):
-    """A linear layer with its batch norm, and then what creates tensors."""
+    """A linear layer with its batch norm, and then a function that creates tensors."""
 
     def __init__(self, rest: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def written(y: Tensor) -> Tensor:
     return y + mask
 
 
-#: What users write in forward. Each names the device of tracing in torch.export's graph.
+#: Expressions of users' forwards. Each names the device of tracing in torch.export's graph.
 CREATED: dict[str, Callable[[Tensor], Tensor]] = {
     "ones": lambda y: y + torch.ones(y.shape[0], 3, device=y.device),
     "zeros": lambda y: torch.cat([y, torch.zeros(y.shape[0], 2, device=y.device)], 1),

@@ -31,12 +31,17 @@ def pooled(y: Tensor) -> Tensor:
     return nn.functional.max_pool2d(y, 4)
 
 
-def shapes(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE) -> list[tuple[int | str, ...]]:
-    check_sizes_vary(network, specs)
+def exported(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE) -> tuple[nn.Module, Signature]:
+    """Return the folded network with varying sizes, and its signature by torch.export."""
     inputs = example_inputs(larger_example(specs))
     folded = bnexport.fold(network, inputs, dynamic_shapes=size_shapes(network, inputs)).model
     names = tuple(spec.name for spec in specs)
-    signature = signature_of(folded, inputs, input_names=names, dynamic_size=True)
+    return folded, signature_of(folded, inputs, input_names=names, dynamic_size=True)
+
+
+def shapes(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE) -> list[tuple[int | str, ...]]:
+    check_sizes_vary(network, specs)
+    signature = exported(network, specs)[1]
     return [spec.shape for spec in (*signature.inputs, *signature.outputs)]
 
 
@@ -80,12 +85,13 @@ def test_several_images() -> None:
     ]
 
 
-def test_multiples_are_found() -> None:
+def test_multiples_are_found_and_the_first_is_the_smallest() -> None:
     unet = model(
         lambda m, y: torch.cat([y, m.up(nn.functional.max_pool2d(y, 8))], 1),
         conv=nn.Conv2d(3, 4, 3, padding=1), up=nn.ConvTranspose2d(4, 4, 8, 8),
     )  # fmt: skip
     assert shapes(unet)[1] == ("batch", 8, "height", "width")
+    assert signature_in_sizes(unet).inputs[0].smallest == {"height": 8, "width": 8}
 
 
 def refusal(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE, kind: type[BnexportError] = ExportError) -> str:
@@ -100,9 +106,8 @@ def test_the_pinned_size_is_named() -> None:
     both = refusal(model(lambda m, y: m.fc(y.flatten(1)), fc=nn.Linear(4 * 30 * 30, 5)))
     assert "the height of the input of Graph is pinned to 32" in both
     assert "at test_dynamic_size.py:" in both
-    assert "the width of the input of Graph is pinned to 32" in refusal(
-        model(lambda m, y: m.fc(y), fc=nn.Linear(30, 5))
-    )
+    rows = refusal(model(lambda m, y: m.fc(y), fc=nn.Linear(30, 5)))
+    assert "the width of the input of Graph is pinned to 32" in rows
     baked = refusal(model(lambda m, y: y * float(y.shape[2])), kind=UntracedError)
     assert "the height of the input of Graph" in baked
     assert "is pinned" in baked
@@ -114,7 +119,7 @@ def test_a_network_without_images_has_no_size() -> None:
 
 
 def test_a_network_down_to_one_pixel_is_traced_larger() -> None:
-    """At 32 pixels the last map has one, which torch.export would take for a constant."""
+    """At 32 pixels the last map has one pixel, which torch.export would treat as a constant."""
     layers = [nn.Conv2d(4, 4, 3, 2, 1) for _ in range(5)]
     network = model(
         lambda m, y: m.rest(y).mean((2, 3)), conv=nn.Conv2d(3, 4, 3, padding=1), rest=nn.Sequential(*layers)
@@ -123,10 +128,7 @@ def test_a_network_down_to_one_pixel_is_traced_larger() -> None:
 
 
 def signature_in_sizes(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE) -> Signature:
-    inputs = example_inputs(larger_example(specs))
-    folded = bnexport.fold(network, inputs, dynamic_shapes=size_shapes(network, inputs)).model
-    names = tuple(spec.name for spec in specs)
-    signature = signature_of(folded, inputs, input_names=names, dynamic_size=True)
+    folded, signature = exported(network, specs)
     return with_smallest_sizes(signature, network, folded, specs)
 
 
@@ -179,15 +181,12 @@ def test_the_graph_holds_from_where_forward_goes_its_way() -> None:
 
 
 def test_maps_of_one_pixel_are_not_a_limit() -> None:
-    """torch.export keeps away from them here, the graph does not: ConvNeXt's layer norm, channels last, and what follows."""
+    """torch.export excludes them here, although the graph allows them: ConvNeXt's layer norm, channels last, a convolution."""
     network = model(
         lambda m, y: m.wide(m.norm(m.down(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).mean((2, 3)),
         down=nn.Conv2d(4, 4, 8, 8), norm=nn.LayerNorm(4), wide=nn.Conv2d(4, 4, 3, padding=1, groups=4),
     )  # fmt: skip
-    inputs = example_inputs(larger_example(IMAGE))
-    folded = bnexport.fold(network, inputs, dynamic_shapes=size_shapes(network, inputs)).model
-    careful = signature_of(folded, inputs, input_names=("input",), dynamic_size=True).inputs[0].smallest
-    assert careful["height"] > 10
+    assert exported(network)[1].inputs[0].smallest["height"] > 10
     assert signature_in_sizes(network).inputs[0].smallest == {"height": 10, "width": 10}
 
 
@@ -239,17 +238,8 @@ def test_several_images_share_the_smallest_size_of_a_shared_name() -> None:
     assert (first.smallest, second.smallest) == ({"height": 3, "width": 3}, {"small_height": 7, "small_width": 7})
 
 
-def test_multiples_have_the_first_as_the_smallest() -> None:
-    unet = model(
-        lambda m, y: torch.cat([y, m.up(nn.functional.max_pool2d(y, 8))], 1),
-        conv=nn.Conv2d(3, 4, 3, padding=1), up=nn.ConvTranspose2d(4, 4, 8, 8),
-    )  # fmt: skip
-    assert signature_in_sizes(unet).inputs[0].smallest == {"height": 8, "width": 8}
-
-
 def test_sizes_that_go_together_only_are_found_together() -> None:
-    """Each alone may be small; both together leave too little."""
-
+    """Each size alone may be small, but not both together."""
     network = model(lambda m, y: nn.functional.max_pool1d(y.flatten(2), 24).mean(2))
     smallest = dict(signature_in_sizes(network).inputs[0].smallest)
     assert taken(network, **smallest)

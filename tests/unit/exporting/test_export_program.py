@@ -1,4 +1,4 @@
-"""model.pt2: what torch.export.load reads without bnexport computes the folded network, bit for bit, on every case."""
+"""model.pt2: torch.export.load reads it without bnexport, and it computes the folded network bit for bit, on every case."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.runtimes.torch_outputs import flatten
 from bnexport.validation import validate_archive
 
-#: torch 2.11's, of its own buffers.
+#: A warning of torch 2.11 about its own buffers.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 #: torch.export can't trace it at all: its first dimension is not a batch.
 BATCHED = tuple(case for case in CASES if case.name != "unbatched-conv1d")
@@ -98,7 +98,7 @@ def test_only_the_sizes_named_in_the_signature_vary(tmp_path: Path) -> None:
 
 
 class SamePadding(nn.Module):
-    """As TensorFlow pads: so that a step of 2 gives half the size, rounded up."""
+    """Pads as TensorFlow does: a step of 2 gives half the size, rounded up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class SamePadding(nn.Module):
 
 
 def test_rounded_quotients_of_sizes_are_written_and_exact(tmp_path: Path) -> None:
-    """torch.export has no word for math.ceil in its file."""
+    """torch.export's file format does not support math.ceil."""
     model, inputs = SamePadding().eval(), (torch.randn(2, 3, 32, 32),)
     folded = bnexport.fold(model, inputs, dynamic_shapes=size_shapes(model, inputs)).model
     signature = signature_of(folded, inputs, input_names=("x",), dynamic_size=True)
@@ -126,15 +126,10 @@ def test_rounded_quotients_of_sizes_are_written_and_exact(tmp_path: Path) -> Non
         assert torch.equal(program(x), model(x))
 
 
-SCRIPT = (
-    "import sys; from test_export_program import CONV, write; from pathlib import Path; write(CONV, Path(sys.argv[1]))"
-)
-
-
 def test_the_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
     write(CONV, tmp_path / "here.pt2")
     path = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-    code = f"import sys; sys.path[:0] = {path!r}; {SCRIPT}"
+    code = f"import sys; sys.path[:0] = {path!r}; from test_export_program import *; write(CONV, Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "there.pt2")], check=True, capture_output=True)
     assert (tmp_path / "here.pt2").read_bytes() == (tmp_path / "there.pt2").read_bytes()
 

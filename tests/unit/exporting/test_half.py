@@ -28,11 +28,8 @@ def folded() -> torch.fx.GraphModule:
     return bnexport.fold(network(), (X,)).model
 
 
-def test_the_tables_agree() -> None:
+def test_the_tables_agree_and_float32_is_unchanged(folded: torch.fx.GraphModule) -> None:
     assert tuple(PRECISIONS) == STORED_PRECISIONS
-
-
-def test_float32_is_unchanged(folded: torch.fx.GraphModule) -> None:
     assert in_precision(folded, (X,), "float32") is folded
 
 
@@ -44,7 +41,7 @@ def test_weights_are_rounded_once_and_inputs_and_outputs_stay(folded: torch.fx.G
     for name, tensor in half.state_dict().items():
         assert tensor.dtype is dtype
         assert torch.equal(tensor, before[name].to(dtype))
-        assert torch.equal(folded.state_dict()[name], before[name])  # the float32 network is left as it was
+        assert torch.equal(folded.state_dict()[name], before[name])  # the float32 network is not changed
     with torch.no_grad():
         output, exact = half(X), folded(X)
     assert output.dtype is torch.float32

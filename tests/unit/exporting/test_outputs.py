@@ -78,13 +78,11 @@ def test_names_and_order(kind: str) -> None:
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 
-def test_an_output_named_as_an_input_is_refused() -> None:
-    folded = bnexport.fold(model(lambda y: {"input": y}), (INPUT,)).model
-    with pytest.raises(ExportError, match="'input' names an input and an output"):
-        signature_of(folded, (INPUT,), input_names=("input",))
-
-
-def test_nothing_returned_is_refused() -> None:
-    folded = bnexport.fold(model(lambda y: {"out": None}), (INPUT,)).model
-    with pytest.raises(ExportError, match="returns no tensor"):
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [(lambda y: {"input": y}, "'input' names an input and an output"), (lambda y: {"out": None}, "returns no tensor")],
+)
+def test_results_that_cannot_be_named_are_refused(result: Callable[[Tensor], Any], words: str) -> None:
+    folded = bnexport.fold(model(result), (INPUT,)).model
+    with pytest.raises(ExportError, match=words):
         signature_of(folded, (INPUT,), input_names=("input",))

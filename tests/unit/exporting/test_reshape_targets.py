@@ -1,4 +1,4 @@
-"""Reshape nodes with computed targets: rewritten where that is proved, bit for bit the same, and left alone elsewhere."""
+"""Reshape nodes with computed targets: constant where that is proved, bit for bit the same, and otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Build = Callable[[Builder], str]
 
 
 def size(b: Builder, value: str, axis: int, name: str = "") -> str:
-    """One size of a value as a tensor of one element, as torch.export writes it."""
+    """Add one size of a value as a tensor of one element, as torch.export writes it."""
     return b.node("Shape", value, start=axis, end=axis + 1, name=name or f"size_{value}_{axis}")
 
 
 def joined(b: Builder, *parts: str | list[int]) -> str:
-    """A target from computed sizes and numbers."""
+    """Add a target from computed sizes and numbers."""
     names = [part if isinstance(part, str) else b.init(f"c{len(b.stored)}", value=part) for part in parts]
     return b.node("Concat", *names, axis=0)
 
@@ -53,7 +53,7 @@ def flatten(b: Builder) -> str:
 
 
 def gathered(b: Builder) -> str:
-    """As torch's older exporter writes ``x.view(x.size(0), -1)``."""
+    """torch's older exporter writes ``x.view(x.size(0), -1)`` in this way."""
     x = image(b)
     picked = b.node("Gather", b.node("Shape", x), b.init("first", value=0), axis=0)
     return reshape(b, x, joined(b, b.node("Unsqueeze", picked, b.init("axes", value=[0])), [-1]))
@@ -66,7 +66,7 @@ def sliced(b: Builder) -> str:
 
 
 def of_the_input(b: Builder) -> str:
-    """The batch of another value, which a convolution and a pooling hand on."""
+    """The batch is that of another value; a convolution and a pooling keep it."""
     x = image(b)
     y = b.node("MaxPool", b.node("Relu", b.conv(x, 6, 3)), kernel_shape=[2, 2])
     return reshape(b, y, joined(b, size(b, x, 0), [6]), allowzero=1)
@@ -80,7 +80,7 @@ def shuffled(b: Builder) -> str:
 
 
 def of_any_size(b: Builder) -> str:
-    """Batch and height stay where they are, channels are split at the end."""
+    """Batch and height stay in place, and channels are split at the end."""
     x = b.node("Transpose", image(b, "batch", 6, "height", "width"), perm=[0, 2, 3, 1])
     return reshape(b, x, joined(b, *(size(b, x, axis) for axis in range(3)), [2, 3]), allowzero=1)
 
@@ -92,7 +92,7 @@ def turned(b: Builder) -> str:
 
 
 def counted(b: Builder) -> str:
-    """Nothing varies but the batch; the target has the channels of the file."""
+    """Only the batch varies; the target has the channels of the file."""
     x = image(b)
     return reshape(b, x, joined(b, size(b, x, 0), size(b, x, 1), [-1]))
 
@@ -120,9 +120,7 @@ def test_a_proved_target_is_a_constant_and_every_batch_gives_the_same_bits(name:
         node.input[1] for node in after.graph.node if node.op_type == "Reshape"
     }
     onnx.checker.check_model(after, full_check=True)
-    for batch in (1, 2, 7):
-        feed = fed(before, batch)
-        np.testing.assert_array_equal(run(after, feed), run(before, feed), strict=True)
+    assert_same(before, after, 1, 2, 7)
     assert run(after, fed(before, 0)).shape == (0, *run(before, fed(before, 1)).shape[1:])
 
 
@@ -141,9 +139,7 @@ def test_random_shapes(seed: int) -> None:
 
     before, after = pair(build)
     assert target_of(after)[0] == 0
-    for batch in (1, 2, 7):
-        feed = fed(before, batch)
-        np.testing.assert_array_equal(run(after, feed), run(before, feed), strict=True)
+    assert_same(before, after, 1, 2, 7)
     assert len(run(after, fed(before, 0))) == 0
 
 
@@ -172,7 +168,7 @@ def two_turned(b: Builder) -> str:
 
 
 def another_axis(b: Builder) -> str:
-    """It fits for images of 5 pixels alone: -1 would make batches of what does not fit."""
+    """The target fits images of 5 pixels alone: -1 would turn other images into batches."""
     x = image(b, "batch", "height", 5)
     return reshape(b, x, joined(b, size(b, x, 0), [1, 25]))
 
@@ -244,27 +240,24 @@ def test_sizes_that_something_else_reads_stay() -> None:
     before, after = pair(build)
     assert target_of(after) == [0, 120]
     assert [node.op_type for node in after.graph.node] == ["Shape", "Cast", "Reshape", "Mul"]
-    feed = fed(before, 3)
-    np.testing.assert_array_equal(run(after, feed), run(before, feed), strict=True)
+    assert_same(before, after, 3)
 
 
 @pytest.mark.parametrize(("opset", "ir"), [(9, 3), (9, 4), (13, 7), (21, 10)])
 def test_old_and_new_files(opset: int, ir: int) -> None:
     def build(b: Builder) -> str:
         x = image(b)
-        batch = (
-            b.node("Slice", b.node("Shape", x), starts=[0], ends=[1])
-            if opset < 10
-            else b.node("Slice", b.node("Shape", x), b.init("start", value=[0]), b.init("end", value=[1]))
-        )
+        if opset < 10:
+            batch = b.node("Slice", b.node("Shape", x), starts=[0], ends=[1])
+        else:
+            batch = b.node("Slice", b.node("Shape", x), b.init("start", value=[0]), b.init("end", value=[1]))
         return reshape(b, x, joined(b, batch, [-1]))
 
     before, after = pair(build, opset=opset, ir=ir)
     assert target_of(after) == [0, 120]
     onnx.checker.check_model(after, full_check=True)
     assert [value.name for value in after.graph.input][:1] == ["x"]
-    feed = fed(before, 2)
-    np.testing.assert_array_equal(run(after, feed), run(before, feed), strict=True)
+    assert_same(before, after, 2)
 
 
 def test_a_target_that_is_an_attribute_is_left() -> None:
@@ -280,7 +273,7 @@ def test_a_target_that_is_an_attribute_is_left() -> None:
     assert after == before
 
 
-# --- both doors -------------------------------------------------------------------------------------------------------
+# --- exporting a network, and folding a file --------------------------------------------------------------------------
 
 
 class Views(nn.Module):
@@ -303,9 +296,8 @@ def test_an_exported_network_has_no_shape_nodes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = (torch.randn(2, 3, 8, 8),)
     folded = bnexport.fold(randomise(Views()).eval(), inputs).model
-    export_onnx(
-        folded, inputs, file := tmp_path / "model.onnx", signature=signature_of(folded, inputs, input_names=("x",))
-    )
+    signature = signature_of(folded, inputs, input_names=("x",))
+    export_onnx(folded, inputs, file := tmp_path / "model.onnx", signature=signature)
     written = onnx.load(file)
     kinds = [node.op_type for node in written.graph.node]
     assert kinds == [
@@ -365,7 +357,7 @@ def model_of(build: Build, *, opset: int = 18, ir: int = 8) -> ModelProto:
 
 
 def pair(build: Build, *, opset: int = 18, ir: int = 8) -> tuple[ModelProto, ModelProto]:
-    """A model, and its copy after the rewriting."""
+    """Return a model, and its copy after the rewriting."""
     before = model_of(build, opset=opset, ir=ir)
     after = ModelProto()
     after.CopyFrom(before)
@@ -374,7 +366,7 @@ def pair(build: Build, *, opset: int = 18, ir: int = 8) -> tuple[ModelProto, Mod
 
 
 def target_of(model: ModelProto) -> list[int]:
-    """The constant target of the node "reshape"."""
+    """Return the constant target of the node "reshape"."""
     (node,) = [node for node in model.graph.node if node.name == "reshape"]
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     stored |= {item.output[0]: item.attribute[0].t for item in model.graph.node if item.op_type == "Constant"}
@@ -382,7 +374,7 @@ def target_of(model: ModelProto) -> list[int]:
 
 
 def fed(model: ModelProto, batch: int) -> dict[str, np.ndarray]:
-    """Random inputs; sizes that vary are 3, the batch apart."""
+    """Return random inputs; varying sizes other than the batch are 3."""
     stored, rng = {tensor.name for tensor in model.graph.initializer}, np.random.default_rng(batch)
     return {
         value.name: rng.standard_normal(
@@ -391,6 +383,12 @@ def fed(model: ModelProto, batch: int) -> dict[str, np.ndarray]:
         for value in model.graph.input
         if value.name not in stored
     }
+
+
+def assert_same(before: ModelProto, after: ModelProto, *batches: int) -> None:
+    for batch in batches:
+        feed = fed(before, batch)
+        np.testing.assert_array_equal(run(after, feed), run(before, feed), strict=True)
 
 
 def run(model: ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""A folder with a user's network."""
+"""Folders with a user's networks."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from weights_files import NETWORK
+from weights_files import NETWORK, SMALL
 
 
 @pytest.fixture
@@ -14,3 +14,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "net.py").write_text(NETWORK)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> Path:
+    """A file whose function ``make`` returns a small network."""
+    (tmp_path / "net.py").write_text(SMALL)
+    return tmp_path / "net.py"

@@ -19,11 +19,8 @@ from bnexport.loading.checkpoint import (
 )
 from bnexport.nn.lenet import bn_lenet
 
-METADATA = {
-    "network": {"source": "bn_lenet", "options": {"norm": "torch"}},
-    "labels": ["é", "b"],
-    "recalibrated": False,
-}
+NETWORK = {"source": "bn_lenet", "options": {"norm": "torch"}}
+METADATA = {"network": NETWORK, "labels": ["é", "b"], "recalibrated": False}
 
 
 def test_round_trip(tmp_path):
@@ -64,8 +61,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def whole():
-    return safetensors.torch.save({"x": torch.ones(100)}, metadata={"bnexport": json.dumps(METADATA)})
+def content_of(metadata):
+    return safetensors.torch.save({"x": torch.ones(100)}, metadata={"bnexport": metadata})
+
+
+WHOLE = content_of(json.dumps(METADATA))
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def whole():
         (b"", "is empty"),
         (b"loss 0.27, train acc 0.90\n" * 20, "not a complete safetensors file"),
         (b"\x80", "not a complete safetensors file"),
-        (whole()[:-10], "not a complete safetensors file"),
-        (whole()[:50], "not a complete safetensors file"),
+        (WHOLE[:-10], "not a complete safetensors file"),
+        (WHOLE[:50], "not a complete safetensors file"),
         (pickle.dumps({"x": 1}), "not a complete safetensors file"),
         (safetensors.torch.save({"x": torch.ones(1)}), "no bnexport metadata"),
-        (safetensors.torch.save({"x": torch.ones(1)}, metadata={"bnexport": "{"}), "can't be read"),
-        (safetensors.torch.save({"x": torch.ones(1)}, metadata={"bnexport": "[]"}), "does not name a network"),
-        (safetensors.torch.save({"x": torch.ones(1)}, metadata={"bnexport": "{}"}), "does not name a network"),
+        (content_of("{"), "can't be read"),
+        (content_of("[]"), "does not name a network"),
+        (content_of("{}"), "does not name a network"),
     ],
 )
 def test_what_is_not_a_checkpoint_is_one_sentence(tmp_path, content, message):
@@ -145,6 +145,5 @@ def test_the_format_is_numbered_and_a_newer_one_refused(tmp_path, number, messag
 
 
 def test_a_file_from_before_formats_were_numbered(tmp_path):
-    content = safetensors.torch.save({"x": torch.ones(1)}, metadata={"bnexport": json.dumps(METADATA)})
-    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "a").write_bytes(WHOLE)
     assert load_checkpoint(tmp_path / "a").metadata == METADATA

@@ -1,14 +1,12 @@
 """Factories: a user's own code that makes the network, and all the ways in which it fails."""
 
-# ruff: noqa: F811 -- a fixture that is imported is "redefined" by every test that takes it
-
 from __future__ import annotations
 
 import sys
 
 import pytest
-from test_loading import NETWORK, factory, lenet, message, same, small  # noqa: F401 -- a fixture too
 from torch import nn
+from weights_files import SMALL, message
 
 from bnexport.loading.sources import load_source
 
@@ -22,7 +20,7 @@ def test_a_factory_gives_the_network_in_eval_mode(factory):
 
 
 def test_a_network_in_eval_mode_keeps_layers_in_training_mode(factory):
-    factory.write_text(NETWORK + "\ndef mixed():\n    m = make().eval()\n    m[1].train()\n    return m\n")
+    factory.write_text(SMALL + "\ndef mixed():\n    m = make().eval()\n    m[1].train()\n    return m\n")
     assert [layer.training for layer in load_source(f"{factory}:mixed").module] == [False, True]
 
 
@@ -33,7 +31,7 @@ def test_a_class_is_a_factory_too(factory):
 
 def test_a_package_s_factory(tmp_path, monkeypatch):
     (tmp_path / "bnexport_example_package").mkdir()
-    (tmp_path / "bnexport_example_package" / "net.py").write_text(NETWORK)
+    (tmp_path / "bnexport_example_package" / "net.py").write_text(SMALL)
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     assert isinstance(load_source("bnexport_example_package.net:make").module, nn.Sequential)
@@ -102,7 +100,7 @@ def test_a_factory_file_may_import_its_neighbours(tmp_path, monkeypatch, late):
 
 def test_a_factory_file_may_extend_the_path(tmp_path, monkeypatch):
     (tmp_path / "lib").mkdir()
-    (tmp_path / "net.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path / 'lib')!r})\n{NETWORK}")
+    (tmp_path / "net.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path / 'lib')!r})\n{SMALL}")
     before = list(sys.path)
     monkeypatch.setattr(sys, "path", list(before))
     load_source(f"{tmp_path}/net.py:make")
@@ -116,6 +114,3 @@ def test_two_files_of_one_name_do_not_mix(tmp_path):
             f"from torch import nn\ndef make(): return nn.Linear({number}, 1)\n"
         )
     assert [load_source(f"{tmp_path}/{n}/net.py:make").module.in_features for n in (1, 2)] == [1, 2]
-
-
-# by what a manifest says

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from cases import randomise
-from support.bundles import reseal
+from support.bundles import flip_bit, reseal
 from torch import nn
 
 from bnexport.bundle import WEIGHTS, Manifest, seal
@@ -23,7 +23,7 @@ SPEC = TensorSpec("x", "float32", ("batch",))
 
 
 def lenet() -> nn.Module:
-    """Randomised statistics with the eps of a fresh network, which is what a checkpoint's name and options rebuild."""
+    """Return randomised statistics with the eps of a fresh network, which a checkpoint's name and options rebuild."""
     network = randomise(bn_lenet())
     for module in network:
         if hasattr(module, "eps"):
@@ -104,9 +104,7 @@ def test_a_users_bundle_has_the_order_of_its_fold_report(bundle):
 
 
 def test_a_changed_bundle_is_refused(bundle):
-    content = bytearray((bundle / WEIGHTS).read_bytes())
-    content[-1] ^= 1
-    (bundle / WEIGHTS).write_bytes(content)
+    flip_bit(bundle / WEIGHTS)
     with pytest.raises(BundleError, match="was changed"):
         inspect_path(bundle)
 

@@ -112,13 +112,8 @@ def omegaconf() -> Any:
     """Build settings as omegaconf's pickles describe them, with its classes as in omegaconf 2.3."""
     sys.modules.setdefault("omegaconf", types.ModuleType("omegaconf"))
     kinds: dict[str, Any] = {}
-    for place in (
-        "base.ContainerMetadata",
-        "base.Metadata",
-        "dictconfig.DictConfig",
-        "listconfig.ListConfig",
-        "nodes.AnyNode",
-    ):
+    names = "base.ContainerMetadata base.Metadata dictconfig.DictConfig listconfig.ListConfig nodes.AnyNode"
+    for place in names.split():
         module, name = place.split(".")
         home = sys.modules.setdefault(f"omegaconf.{module}", types.ModuleType(f"omegaconf.{module}"))
         kinds[name] = type(name, (), {"__module__": home.__name__})
@@ -263,9 +258,8 @@ def test_a_name_in_pieces_does_not_pass(folder: Path) -> None:
     """Names with dots in them, and modules by their names in Python 2."""
     for dotted in ("datetime sys.modules", "__builtin__ eval", "collections abc.sys.modules", "pathlib os.system"):
         module, name = dotted.split()
-        Path("w.pth").write_bytes(
-            pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02c" + module.encode() + b"\n" + name.encode() + b"\n."
-        )
+        names = f"{module}\n{name}\n.".encode()
+        Path("w.pth").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02c" + names)
         with pytest.raises(ModelError, match=f"names '{module}.{name}', code which bnexport does not run"):
             load_source("net.py:Net", weights="w.pth")
 
@@ -276,13 +270,8 @@ def test_no_unpickler_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def trap(*_arguments: Any, **_options: Any) -> None:
         raise AssertionError("the file was unpickled")
 
-    for place in (
-        "torch.load",
-        "pickle.loads",
-        "pickle.load",
-        "pickle.Unpickler",
-        "torch._weights_only_unpickler.Unpickler",
-    ):
+    readers = "torch.load", "pickle.loads", "pickle.load", "pickle.Unpickler", "torch._weights_only_unpickler.Unpickler"
+    for place in readers:
         monkeypatch.setattr(place, trap)
     assert same(load_source("net.py:Net", weights="w.pth").module, state_of())
 
@@ -315,12 +304,10 @@ def test_tensors_are_those_of_torchs_own_reader(tmp_path: Path, options: dict[st
         got = {name: make() for name, make in sets[""].items()}
     assert set(got) == set(want)
     for name, value in want.items():
-        assert (got[name].dtype, got[name].shape, got[name].stride()) == (value.dtype, value.shape, value.stride()), (
-            name
-        )
-        assert (
-            got[name].contiguous().flatten().view(torch.uint8).equal(value.contiguous().flatten().view(torch.uint8))
-        ), name
+        mine = got[name]
+        assert (mine.dtype, mine.shape, mine.stride()) == (value.dtype, value.shape, value.stride()), name
+        bits, want_bits = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (mine, value))
+        assert bits.equal(want_bits), name
 
 
 class Part:

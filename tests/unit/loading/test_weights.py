@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from cases import randomise
+from support.bundles import flip_bit
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from weights_files import NETWORK, State, inside, loaded, network, refusal, same, state_of, with_prefix
@@ -29,15 +30,7 @@ from bnexport.tensors import Signature, TensorSpec
 # names
 
 
-PREFIXES = (
-    "module.",
-    "model.",
-    "net.",
-    "_orig_mod.",
-    "module._orig_mod.",
-    "model._orig_mod.module.",
-    "trainer.learner.",
-)
+PREFIXES = "module.", "model.", "net.", "_orig_mod.", "module._orig_mod.", "model._orig_mod.module.", "trainer.learner."
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -70,9 +63,8 @@ def test_an_averaged_model_and_what_profilers_leave(folder: Path) -> None:
     found = loaded(averaged.state_dict())
     assert same(found.module, state_of())
     assert found.notes == ("w.pth holds counters, which are not weights and were ignored: n_averaged",)
-    counters = {
-        name: torch.zeros(1) for name in ("total_ops", "total_params", "head.total_ops", "backbone.0.total_params")
-    }
+    names = ("total_ops", "total_params", "head.total_ops", "backbone.0.total_params")
+    counters = {name: torch.zeros(1) for name in names}
     found = loaded({**state_of(), **counters})
     assert same(found.module, state_of())
     assert found.notes[0].endswith("backbone.0.total_params, head.total_ops, total_ops, total_params")
@@ -80,10 +72,8 @@ def test_an_averaged_model_and_what_profilers_leave(folder: Path) -> None:
 
 
 def test_a_network_with_counters_gets_them(folder: Path) -> None:
-    (folder / "net.py").write_text(
-        NETWORK
-        + "\ndef averaged():\n    from torch.optim.swa_utils import AveragedModel\n    return AveragedModel(Net())\n"
-    )
+    code = "\ndef averaged():\n    from torch.optim.swa_utils import AveragedModel\n    return AveragedModel(Net())\n"
+    (folder / "net.py").write_text(NETWORK + code)
     model = AveragedModel(network())
     model.update_parameters(network())
     found = loaded(model.state_dict(), "averaged")
@@ -117,9 +107,8 @@ def test_tied_weights_may_be_stored_once(folder: Path) -> None:
     module = loaded({name: value for name, value in state.items() if name != "out.weight"}, "Tied").module
     assert same(module, state)
     assert module.out.weight is module.table.weight
-    assert "1 missing (norm.bias)" in refusal(
-        {n: v for n, v in state.items() if n not in ("out.weight", "norm.bias")}, "Tied"
-    )
+    less = {name: value for name, value in state.items() if name not in ("out.weight", "norm.bias")}
+    assert "1 missing (norm.bias)" in refusal(less, "Tied")
 
 
 def test_a_network_that_translates_names_itself(folder: Path) -> None:
@@ -274,9 +263,8 @@ def test_a_key_may_be_a_prefix(folder: Path) -> None:
         assert same(loaded(stored, key="encoder_q").module, state_of())
         assert same(loaded(stored, key="encoder_k").module, state_of(seed=9))
     assert same(loaded({"state_dict": two(state_of())}, key="state_dict.encoder_k").module, state_of(seed=9))
-    assert "several sets of weights with names below" in refusal(
-        {"a": two(state_of()), "b": two(state_of())}, key="encoder_q"
-    )
+    twice = {"a": two(state_of()), "b": two(state_of())}
+    assert "several sets of weights with names below" in refusal(twice, key="encoder_q")
     assert "does not fit Net under" in refusal({"state_dict": half(state_of())}, key="state_dict.module")
 
 
@@ -287,7 +275,10 @@ def test_a_dictionary_that_is_there_a_million_times_takes_no_time(folder: Path) 
     assert "does not fit Net under 'model'" in refusal({"model": {"bias": torch.ones(1)}, "more": value})
 
 
-@pytest.mark.parametrize("value", [{"epoch": 3}, {"state_dict": {"a": "b"}}, {"state_dict": np.ones(3)}, [], "text"])
+NO_WEIGHTS = {"epoch": 3}, {"state_dict": {"a": "b"}}, {"state_dict": np.ones(3)}, {1: torch.ones(3)}, [1], "text", None
+
+
+@pytest.mark.parametrize("value", [*NO_WEIGHTS, [], torch.ones(3)])
 def test_a_file_without_weights(folder: Path, value: Any) -> None:
     assert "is not a state dict" in refusal(value)
 
@@ -348,9 +339,7 @@ def test_a_bundle_and_a_run_directory(folder: Path) -> None:
     (folder / "nothing").mkdir()
     with pytest.raises(ModelError, match="nothing is a folder without weights"):
         load_source("net.py:Net", weights="nothing")
-    content = bytearray((folder / "bundle" / WEIGHTS).read_bytes())
-    content[-1] ^= 1
-    (folder / "bundle" / WEIGHTS).write_bytes(bytes(content))
+    flip_bit(folder / "bundle" / WEIGHTS)
     with pytest.raises(bnexport.errors.BundleError):
         load_source("net.py:Net", weights="bundle")
 

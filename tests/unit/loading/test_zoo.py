@@ -103,7 +103,7 @@ def test_options_reach_the_constructor(source, options):
     ],
 )  # fmt: skip
 def test_an_option_that_is_not_taken_is_named(source):
-    """Also where a builder of torchvision would swallow it."""
+    """This includes options that a builder of torchvision would ignore."""
     assert refusal(source, colour=3).message == f"{source} takes no option 'colour'"
 
 
@@ -149,9 +149,8 @@ def test_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     trained = randomise(build_from_zoo("timm:test_resnet", {}))
     torch.save(trained.state_dict(), tmp_path / "w.pt")
-    save_checkpoint(
-        tmp_path / "c.safetensors", checkpoint_of(load_source("timm:test_resnet", weights=tmp_path / "w.pt"))
-    )
+    loaded = load_source("timm:test_resnet", weights=tmp_path / "w.pt")
+    save_checkpoint(tmp_path / "c.safetensors", checkpoint_of(loaded))
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingDependency) as caught:
         load_source("timm:test_resnet")

@@ -1,8 +1,9 @@
-"""Networks, weights files and checks that the tests of the weights door share."""
+"""Networks, weights files and checks that the tests of loading share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,14 @@ class Tied(nn.Module):
         self.table, self.norm, self.out = nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 5, bias=False)
         self.out.weight = self.table.weight
 """
+#: A smaller network, by the function ``make``.
+SMALL = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+"""
 _SPACE: dict[str, Any] = {}
 exec(NETWORK, _SPACE)
 
@@ -67,12 +76,22 @@ def loaded(stored: Any, name: str = "Net", *, key: str | None = None, **options:
 
 
 def refusal(stored: Any, name: str = "Net", *, key: str | None = None) -> str:
-    """What is said about a file that is refused; nothing of it is in the network."""
+    """Return the sentence that refuses a file."""
     with pytest.raises(ModelError) as caught:
         loaded(stored, name, key=key)
     assert "\n" not in caught.value.message
     assert len(caught.value.message) < 600
     return caught.value.sentence
+
+
+def message(source: str, weights: Path | None = None, kind: type[Exception] = ModelError) -> str:
+    """Return the message that refuses a source."""
+    with pytest.raises(kind) as caught:
+        load_source(source, weights=weights)
+    assert type(caught.value) is kind
+    assert caught.value.remedy
+    assert "\n" not in caught.value.message
+    return caught.value.message
 
 
 def same(module: nn.Module, state: Mapping[str, Tensor]) -> bool:

@@ -1,8 +1,9 @@
-"""The evaluator's own operators against onnx's reference implementation in float64, on random shapes."""
+"""bnexport's operators of the evaluator against onnx's reference implementation in float64, on random shapes."""
 
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ RANKS = {1: (11,), 2: (9, 7), 3: (5, 6, 4)}
 
 
 def model(operator: str, shapes: list[tuple[int, ...]], opset: int = 18, **attributes: Any) -> onnx.ModelProto:
-    names = ["x", "w", "b"][: len(shapes)]
+    names = ["x", "w", "b", "m", "v"][: len(shapes)]
     values = [helper.make_tensor_value_info(n, TensorProto.DOUBLE, s) for n, s in zip(names, shapes, strict=True)]
     result = helper.make_tensor_value_info("y", TensorProto.DOUBLE, None)
     graph = helper.make_graph([helper.make_node(operator, names, ["y"], **attributes)], "g", values, [result])
@@ -49,7 +50,7 @@ def compare(made: onnx.ModelProto, want: np.ndarray | None = None) -> None:
 
 @pytest.fixture(params=["one block", "small blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and samples of these small inputs are cut apart too, as those of large ones are."""
+    """Divide rows and samples of these small inputs into blocks, as those of large inputs are."""
     if request.param == "small blocks":
         monkeypatch.setattr(kernels, "_ROOM", 64)
         monkeypatch.setattr(kernels, "_MOST_ROOM", 64)
@@ -64,13 +65,7 @@ CONVOLUTIONS: list[dict[str, Any]] = [
     {"auto_pad": "SAME_LOWER", "dilations": 2},
     {"auto_pad": "VALID"},
 ]
-
-
-TRANSPOSED: list[dict[str, Any]] = [
-    {},
-    {"strides": 2, "pads": (1, 0)},
-    {"strides": 3, "dilations": 2, "output_padding": 1},
-]
+TRANSPOSED = [{}, {"strides": 2, "pads": (1, 0)}, {"strides": 3, "dilations": 2, "output_padding": 1}]
 STEP = {"step": np.array(0.125, np.float32), "zero": np.array(3, np.uint8)}
 ELEMENT_WISE: dict[str, Callable[[float], float]] = {
     "Relu": lambda x: max(x, 0.0),
@@ -139,25 +134,20 @@ def test_pooling_with_padding_by_name(operator: str, auto_pad: str) -> None:
 
 @pytest.mark.parametrize("opset", [9, 13, 15])
 def test_batch_norms_of_every_operator_set(opset: int) -> None:
-    nodes = [helper.make_node("BatchNormalization", ["x", "s", "b", "m", "v"], ["y"], epsilon=1e-3)]
-    shapes = {"x": (2, 4, 3, 5), "s": (4,), "b": (4,), "m": (4,), "v": (4,)}
-    values = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, shape) for name, shape in shapes.items()]
-    graph = helper.make_graph(nodes, "g", values, [helper.make_tensor_value_info("y", TensorProto.DOUBLE, None)])
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    made = model("BatchNormalization", [(2, 4, 3, 5), *[(4,)] * 4], opset, epsilon=1e-3)
     feeds = feeds_of(made)
     feeds["v"] **= 2
-    s, b, m, v = (feeds[name].reshape(-1, 1, 1) for name in "sbmv")
+    s, b, m, v = (feeds[name].reshape(-1, 1, 1) for name in "wbmv")
     (found,) = wide_evaluator(made).run(None, feeds)
     np.testing.assert_allclose(found, (feeds["x"] - m) / np.sqrt(v + np.float32(1e-3)) * s + b, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("operator", ELEMENT_WISE)
 def test_element_wise_operators_do_not_round(operator: str) -> None:
-    """onnx's Erf rounds to float32, 6e-8 of scale, in an evaluation that is to be exact."""
+    """onnx's Erf rounds to float32, 6e-8 of scale, although this evaluation has to be exact."""
     made = model(operator, [(40,)])
-    function: Callable[[float], float] = ELEMENT_WISE[operator]
-    found = wide_evaluator(made).run(None, feeds_of(made))[0]
-    np.testing.assert_allclose(found, [function(value) for value in feeds_of(made)["x"]], rtol=1e-15)
+    (found,) = wide_evaluator(made).run(None, feeds_of(made))
+    np.testing.assert_allclose(found, [ELEMENT_WISE[operator](x) for x in feeds_of(made)["x"]], rtol=1e-15)
     (extreme,) = wide_evaluator(made).run(None, {"x": np.array([-800.0, 800.0])})
     assert extreme.tolist() == {"Relu": [0.0, 800.0], "Erf": [-1.0, 1.0], "Sigmoid": [0.0, 1.0]}[operator]
 
@@ -187,8 +177,6 @@ def chain(count: int) -> onnx.ModelProto:
 
 def test_values_are_freed_after_their_last_use() -> None:
     """Ten values of 8 MB in a row never need more than three at once."""
-    import tracemalloc
-
     evaluator = Float64Evaluator(chain(10), chunk=1 << 18)
     x = np.zeros((1 << 18, 4), np.float32)
     evaluator.evaluate({"v0": x[:2]})
@@ -202,8 +190,6 @@ def test_values_are_freed_after_their_last_use() -> None:
 
 
 def test_the_source_is_not_changed_and_its_weights_are_replaced() -> None:
-    from onnx import numpy_helper
-
     node = helper.make_node("Add", ["x", "w"], ["y"])
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
     weight = numpy_helper.from_array(np.array([1, 2], np.float32), "w")

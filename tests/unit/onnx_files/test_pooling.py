@@ -1,4 +1,4 @@
-"""Pooling of the float64 proof against torch, which rounds window counts up as the exporter means it."""
+"""Pooling of the float64 proof against torch, whose rounding up of window counts is that of the exporter."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_only_what_is_understood_is_replaced(outputs: list[str], attributes: dic
 
 
 def test_the_proof_takes_a_padded_rounded_up_window() -> None:
-    """The shape of GoogLeNet's pooling branch, which onnx's reference implementation gets two pixels too large."""
+    """onnx's reference implementation computes GoogLeNet's pooling branch two pixels too large."""
     source = model(["y"], strides=[1, 1], pads=[1, 1, 1, 1], ceil_mode=1)
     x = np.random.default_rng(3).standard_normal((2, 3, 8, 8))
     want = functional.max_pool2d(torch.from_numpy(x), 3, 1, 1, ceil_mode=True).numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from bnexport.runtimes.cuda_libraries import conflicts
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> object:
-    """Sets what torch and onnxruntime are built for, and the installed cuDNN packages."""
+    """Sets the CUDA versions of torch and onnxruntime, and the installed cuDNN packages."""
 
     def install(torch: str | None, onnxruntime: str | None, **packages: str) -> None:
         engines = {
@@ -67,17 +68,13 @@ def test_two_cudnn_packages_are_named_with_the_one_to_keep(
     machine(torch, onnxruntime, nvidia_cudnn_cu12="9.10.2", nvidia_cudnn_cu13="9.24.0")
     (found,) = conflicts()
     assert "nvidia-cudnn-cu12 9.10.2 and nvidia-cudnn-cu13 9.24.0 are installed together" in found.reason
-    assert found.remedy == (
-        f"pip uninstall -y nvidia-cudnn-cu12 nvidia-cudnn-cu13, then pip install nvidia-cudnn-{fitting}"
-    )
+    remedy = f"pip uninstall -y nvidia-cudnn-cu12 nvidia-cudnn-cu13, then pip install nvidia-cudnn-{fitting}"
+    assert found.remedy == remedy
 
 
 def test_a_package_that_is_missing_or_broken_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "torch", None)
     assert cuda_libraries._imported("torch") is None
-    assert cuda_libraries._torch() == ""
     assert conflicts() == ()
 
 
@@ -86,9 +83,8 @@ def test_the_doctor_prints_conflicts(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(doctor, "conflicts", lambda: (cuda_libraries.Conflict("a and b", "Install c"),))
     diagnosis = doctor.diagnose()
     health = doctor.Health("torch-cpu", works=False, reason="r", remedy="s")
-    monkeypatch.setattr(
-        doctor, "diagnose", lambda: doctor.Diagnosis((health,), diagnosis.environment, diagnosis.conflicts)
-    )
+    sick = doctor.Diagnosis((health,), diagnosis.environment, diagnosis.conflicts)
+    monkeypatch.setattr(doctor, "diagnose", lambda: sick)
     run(["doctor"])
     printed = capsys.readouterr().out
     assert "CUDA packages that do not fit together: a and b" in printed

@@ -1,4 +1,4 @@
-"""Runners in a process of their own: the same numbers and errors, a clean environment, and nothing left behind."""
+"""Runners in a separate process: the same numbers and errors, a clean environment, and no process that stays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CPU = [
 
 
 def is_gone(process: int) -> bool:
-    """Whether a process ends, given time; one that was reaped is gone at once."""
+    """Return True if a process ends within minutes; a reaped process is gone at once."""
     for _ in range(4800):
         try:
             os.kill(process, 0)
@@ -134,7 +134,7 @@ def test_variables_that_change_numbers_stay_outside(monkeypatch: pytest.MonkeyPa
     assert all(row.reason for row in ENVIRONMENT)
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the system does not tell a process's environment")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the system does not show a process's environment")
 def test_the_child_has_that_environment(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
@@ -149,7 +149,7 @@ def test_a_child_that_dies_is_one_sentence(bundle: Bundle, device: str, kind: ty
     with IsolatedRunner(QUICK, bundle, ISOLATED) as runner:
         runner.effective_device = device
         os.kill(runner.process, signal.SIGKILL)
-        for _ in range(2):  # and says so again
+        for _ in range(2):  # the error is the same at every later call
             with pytest.raises(kind, match="killed by SIGKILL, perhaps because memory was full") as caught:
                 runner.run({"input": X})
             assert type(caught.value) is kind
@@ -159,14 +159,13 @@ def test_a_child_that_dies_is_one_sentence(bundle: Bundle, device: str, kind: ty
 
 CHILDREN = {
     "crashing": (
-        "import os, sys\nprint('cuda driver: bad', file=sys.stderr, flush=True)\nos.abort()",
-        BundleError,
+        "import os, sys\nprint('cuda driver: bad', file=sys.stderr, flush=True)\nos.abort()", BundleError,
         r"killed by SIGABRT \(cuda driver: bad\)",
     ),
     "leaving": ("raise SystemExit(7)", BundleError, "exit code 7"),
     "babbling": ("import time\nprint('hello world ' * 99, flush=True)\ntime.sleep(9999)", BundleError, "killed by"),
     "hanging": ("import time\ntime.sleep(9999)", RuntimeUnavailable, "did not answer for 1 s and was stopped"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("child", CHILDREN)
@@ -195,7 +194,7 @@ def test_without_a_python_to_start_the_error_states_it(bundle: Bundle, monkeypat
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C as usual, also where the tests run in the background and their shell ignores it."""
+    """Restore the usual Ctrl-C where the tests run in the background and their shell ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -244,13 +243,12 @@ print(runner.run({{"input": np.zeros((2, 1, 28, 28), np.float32)}})["logits"].sh
     ids=["ends", "leaves", "is killed"],
 )
 def test_a_script_without_a_main_guard(bundle: Bundle, tmp_path: Path, end: str, code: int) -> None:
-    """It runs once, whatever lies in the working directory, and takes the child with it however it ends."""
+    """The script runs once, whatever is in the working directory, and its child ends with it in every case."""
     (tmp_path / "script.py").write_text(SCRIPT.format(bundle=str(bundle.path), end=end))
     (elsewhere := tmp_path / "elsewhere").mkdir()
     (elsewhere / "numpy.py").write_text("raise RuntimeError('the wrong numpy')")
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")], cwd=elsewhere, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 1
@@ -304,20 +302,21 @@ def test_messages_carry_every_element_type_and_shape() -> None:
             isolation.receive(io.BytesIO(whole[:cut]))
 
 
+OBJECTS = b'{"arrays": [["x", "object", [1]]]}'
+
+
 @pytest.mark.parametrize(
-    "content",
-    [b"\xff" * 8 + b"x", (2).to_bytes(8, "little") + b"xx"],
-    ids=["too large", "no json"],
+    ("content", "words"),
+    [
+        (b"\xff" * 8 + b"x", "a message of"),
+        ((2).to_bytes(8, "little") + b"xx", "Expecting value"),
+        (len(OBJECTS).to_bytes(8, "little") + OBJECTS + bytes(8), "'object'"),
+    ],
+    ids=["too large", "no json", "objects"],
 )
-def test_bytes_that_are_not_a_message_are_refused(content: bytes) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 -- json's error among them
+def test_bytes_that_are_not_a_message_are_refused(content: bytes, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         isolation.receive(io.BytesIO(content))
-
-
-def test_objects_are_refused() -> None:
-    text = b'{"arrays": [["x", "object", [1]]]}'
-    with pytest.raises(ValueError, match="'object'"):
-        isolation.receive(io.BytesIO(len(text).to_bytes(8, "little") + text + bytes(8)))
 
 
 IMPORTS = """\
@@ -335,16 +334,10 @@ print("torch" in sys.modules)
 @pytest.mark.parametrize("name", [spec.name for spec in RUNNERS if spec.engine == "onnxruntime"])
 def test_a_child_that_needs_onnxruntime_alone_does_not_import_torch(bundle: Bundle, name: str) -> None:
     """CUDA's libraries come from NVIDIA's own packages. Without a GPU the child reports that the device is missing."""
-    request = {
-        "runtime": name,
-        "bundle": str(bundle.path),
-        "manifest": bundle.manifest.to_json(),
-        "settings": {"precision": "float32"},
-    }
-    command = [sys.executable, "-P", "-c", IMPORTS, json.dumps(request)]
-    done = subprocess.run(
-        command, env=child_environment("float32"), capture_output=True, text=True, timeout=120, check=False
-    )
+    request = {"runtime": name, "bundle": str(bundle.path), "manifest": bundle.manifest.to_json()}
+    command = [sys.executable, "-P", "-c", IMPORTS, json.dumps({**request, "settings": {"precision": "float32"}})]
+    environment = child_environment("float32")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     *errors, imported = done.stdout.split()
     assert errors in ([], ["RuntimeUnavailable"])

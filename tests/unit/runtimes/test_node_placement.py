@@ -1,4 +1,4 @@
-"""Which nodes a GPU session may keep on the CPU, judged without a GPU: onnxruntime infers their outputs on the CPU."""
+"""Nodes that a GPU session may keep on the CPU, judged without a GPU: onnxruntime infers their outputs on the CPU."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ def test_other_nodes_on_the_cpu_are_named(shape_model: bytes, name: str, operato
 
 
 def test_a_twin_in_the_branch_of_an_if_is_not_mistaken_for_a_shape_node(shape_model: bytes) -> None:
-    assert "'shape' (Shape) with an output of an unknown type" in (
-        judged(shape_model, ("shape", "Shape"), ("shape", "Shape")) or ""
-    )
+    found = judged(shape_model, ("shape", "Shape"), ("shape", "Shape")) or ""
+    assert "'shape' (Shape) with an output of an unknown type" in found
 
 
 def test_three_nodes_are_named_and_the_rest_is_counted(shape_model: bytes) -> None:
@@ -83,10 +82,9 @@ def test_nodes_that_the_optimiser_adds_are_found() -> None:
 
 
 def anonymous(*names: str) -> bytes:
-    """A chain of Relu nodes with these names."""
-    values = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 2]) for name in ("v0", f"v{len(names)}")
-    ]
+    """Return a chain of Relu nodes with these names."""
+    ends = ("v0", f"v{len(names)}")
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 2]) for name in ends]
     nodes = [helper.make_node("Relu", [f"v{i}"], [f"v{i + 1}"], name=name) for i, name in enumerate(names)]
     graph = helper.make_graph(nodes, "chain", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)

@@ -1,4 +1,4 @@
-"""What a session is told and what it tells, with sessions of other machines played by fakes."""
+"""Settings of a session and the settings in effect; fakes stand for sessions on other machines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ALL_PROVIDERS = [TENSORRT, CUDA, "CPUExecutionProvider"]
 
 
 def session(**options: dict[str, str]) -> SimpleNamespace:
-    """A session on a GPU."""
+    """Return a fake of a session on a GPU."""
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     settings.intra_op_num_threads = 3
@@ -46,7 +46,7 @@ def session(**options: dict[str, str]) -> SimpleNamespace:
 
 @pytest.fixture
 def override(monkeypatch: pytest.MonkeyPatch) -> object:
-    """Sets what the libraries of this process are taken to have read."""
+    """Sets the value that the libraries of this process have read."""
     return lambda value: monkeypatch.setattr(onnxruntime_session, "tf32_override", lambda: value)
 
 
@@ -56,7 +56,7 @@ def override(monkeypatch: pytest.MonkeyPatch) -> object:
         ("cpu", {}, None, "float32"),
         ("cuda", {"use_tf32": "0"}, None, "float32"),
         ("cuda", {"use_tf32": "1"}, None, "tf32"),
-        ("cuda", {}, None, "tf32"),  # a version that does not tell has its default
+        ("cuda", {}, None, "tf32"),  # a version that does not report the option has its default
         ("cuda", {"use_tf32": "1"}, "0", "float32"),
         ("tensorrt", {"use_tf32": "0"}, None, "tf32"),  # which is CUDA's option, not TensorRT's
         ("tensorrt", {}, "0", "float32"),
@@ -84,15 +84,10 @@ def test_what_is_in_effect_is_read_back(override: object) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
 def test_tensorrt_is_given_no_half_precision_and_no_cache(precision: str) -> None:
-    options = provider_options(TENSORRT, RunSettings(precision))
-    off = {
-        "trt_fp16_enable",
-        "trt_bf16_enable",
-        "trt_int8_enable",
-        "trt_engine_cache_enable",
-        "trt_timing_cache_enable",
-    }
-    assert {name: options[name] for name in off} == dict.fromkeys(off, "0")
+    assert provider_options(TENSORRT, RunSettings(precision)) == {
+        "device_id": "0", "trt_fp16_enable": "0", "trt_bf16_enable": "0", "trt_int8_enable": "0",
+        "trt_engine_cache_enable": "0", "trt_timing_cache_enable": "0",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -131,22 +126,19 @@ def test_a_variable_that_overrules_tensorrt_is_refused(
     assert environment_problem("tensorrt", "tf32") is None
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's first environment")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux records a process's first environment")
 @pytest.mark.parametrize(
     ("start", "later", "expected"),
-    [
-        (None, None, "None"), ("0", None, "0"), (None, "0", "changed"), ("0", "1", "changed"), ("0", "0", "0"),
-    ],
-)  # fmt: skip
+    [(None, None, "None"), ("0", None, "0"), (None, "0", "changed"), ("0", "1", "changed"), ("0", "0", "0")],
+)
 def test_a_variable_set_too_late_does_not_count(start: str | None, later: str | None, expected: str) -> None:
-    """Libraries read it when they are loaded, and nobody can tell when that was."""
+    """Libraries read the variable when they are loaded, at an unknown time."""
     code = "import os; from bnexport.runtimes.onnxruntime_session import tf32_override as t\n"
     code += f"os.environ['{OVERRIDE}'] = '{later}'\n" if later else ""
     environ = {key: value for key, value in os.environ.items() if key != OVERRIDE}
     environ |= {OVERRIDE: start} if start else {}
-    done = subprocess.run(
-        [sys.executable, "-c", code + "print(t())"], env=environ, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code + "print(t())"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
 
 
@@ -154,7 +146,7 @@ CPU = "CPUExecutionProvider"
 
 
 def placed(**providers: int) -> list[PlacedNode]:
-    """Nodes by provider; those of the CPU are the shape nodes of SHAPES."""
+    """Return nodes by provider; those of the CPU are shape nodes of ``shape_model``."""
     return [
         PlacedNode("add" if provider == CPU else f"{provider}{number}", "Add", provider)
         for provider, count in providers.items()
@@ -195,15 +187,14 @@ def test_a_session_that_did_not_get_its_provider_names_the_missing_library(
     monkeypatch: pytest.MonkeyPatch, shape_model: bytes
 ) -> None:
     loader(monkeypatch, providers_cuda="libcurand.so.10: none")
-    with pytest.raises(
-        RuntimeUnavailable, match=r"x can't run here: onnxruntime's CUDA provider .*libcurand"
-    ) as caught:
+    words = r"x can't run here: onnxruntime's CUDA provider .*libcurand"
+    with pytest.raises(RuntimeUnavailable, match=words) as caught:
         check_placement(onnxruntime, session(**{CPU: {}}), placed(**{CPU: 1}), "x", "cuda", shape_model)
     assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.remedy
 
 
 def loader(monkeypatch: pytest.MonkeyPatch, **missing: str) -> None:
-    """Every library loads but those named."""
+    """Make every library load except those that are named."""
 
     def load(library: str, *, globally: bool = False) -> str | None:
         return next((reason for part, reason in missing.items() if part in library), None)
@@ -213,12 +204,12 @@ def loader(monkeypatch: pytest.MonkeyPatch, **missing: str) -> None:
 
 
 def test_every_missing_library_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    loader(
-        monkeypatch,
-        libcuda="libcuda.so.1: none",
-        providers_cuda="libcuda.so.1: none",
-        tensorrt="libnvinfer.so.10: none",
-    )
+    loader(monkeypatch)
+    assert cuda_libraries.reason(onnxruntime) is None
+    loader(monkeypatch, providers_cuda="libcurand.so.10: none")
+    assert cuda_libraries.reason(onnxruntime) == "onnxruntime's CUDA provider can't be loaded (libcurand.so.10: none)"
+    driver = "libcuda.so.1: none"
+    loader(monkeypatch, libcuda=driver, providers_cuda=driver, tensorrt="libnvinfer.so.10: none")
     assert cuda_libraries.reason(onnxruntime) == "no NVIDIA driver (libcuda.so.1: none)"
     assert cuda_libraries.reason(onnxruntime, "tensorrt") == (
         "no NVIDIA driver (libcuda.so.1: none); onnxruntime's TensorRT provider can't be loaded (libnvinfer.so.10: none)"
@@ -233,15 +224,14 @@ def test_tensorrt_from_a_python_package_is_loaded_in_order(monkeypatch: pytest.M
     loaded = []
     monkeypatch.setattr(cuda_libraries, "_load", lambda name, *, globally: loaded.append((Path(name).name, globally)))
     cuda_libraries.preload_tensorrt()
-    assert loaded == [
-        ("libnvinfer.so.10", True), ("libnvinfer_plugin.so.10", True), ("libnvonnxparser.so.10", True)
-    ]  # fmt: skip
+    wanted = ["libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"]
+    assert loaded == [(name, True) for name in wanted]
 
 
 def test_a_strict_tensorrt_session_in_the_wrong_process_is_refused(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, override: object
 ) -> None:
-    """All libraries are there, so that only the environment is left to object to."""
+    """All libraries exist, so only the environment can be refused."""
     loader(monkeypatch)
     override(None)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ALL_PROVIDERS)
@@ -266,21 +256,18 @@ def test_an_engine_that_does_not_obey_is_refused(bundle: Bundle, monkeypatch: py
         OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=RunSettings(optimisation="none"))
 
 
-def test_bound_values_that_lie_elsewhere_are_refused(bundle: Bundle) -> None:
+def test_bound_runs_go_through_the_binding_and_refuse_values_elsewhere(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = RunSettings(binding=True)
     with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings) as runner:
         assert runner.description["memory"] == "bound on cpu"
-        lying = SimpleNamespace(device_name=lambda: "cpu")
-        with pytest.raises(RuntimeUnavailable, match="did not keep its bound values on cuda: they are on cpu"):
-            runner._refuse_other_memory([lying], "cuda")
-
-
-def test_bound_runs_really_go_through_the_binding(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = RunSettings(binding=True)
-    with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings) as runner:
-        monkeypatch.setattr(runner._session, "run", None)
+        monkeypatch.setattr(runner, "_direct_run", None)
         feed = np.ones((2, 1, 28, 28), np.float32)
         assert runner.run({"input": feed})["logits"].flags.owndata
+        elsewhere = SimpleNamespace(device_name=lambda: "cpu")
+        with pytest.raises(RuntimeUnavailable, match="did not keep its bound values on cuda: they are on cpu"):
+            runner._refuse_other_memory([elsewhere], "cuda")
 
 
 def test_the_table_hands_the_settings_on(bundle: Bundle) -> None:
@@ -294,7 +281,7 @@ def test_the_table_hands_the_settings_on(bundle: Bundle) -> None:
 def test_without_torch_nvidia_s_packages_are_found_wherever_they_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carried: bool, calls: list[str | None]
 ) -> None:
-    """onnxruntime looks for them next to itself only; they can lie next to torch while onnxruntime is elsewhere."""
+    """onnxruntime searches only its own folder, but the packages can be next to torch in another folder."""
     called: list[str | None] = []
 
     def preload_dlls(directory: str | None = None) -> None:

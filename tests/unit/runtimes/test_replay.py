@@ -60,17 +60,18 @@ def test_a_network_with_noisy_float32_has_the_bound_of_its_verdict(
 
 
 @pytest.mark.parametrize(
-    "rows",
+    "change",
     [
-        (),
-        (row(passed=False),),
-        (row(subject="torch-cpu"),),
-        (row(bound=2 * WIDEST_BOUND),),
-        (row(bound=None),),
-        (row(stage="strict"),),
+        {},
+        {"passed": False},
+        {"subject": "torch-cpu"},
+        {"bound": 2 * WIDEST_BOUND},
+        {"bound": None},
+        {"stage": "strict"},
     ],
 )
-def test_without_a_verdict_half_precision_can_not_be_judged(bundle: Bundle, tmp_path: Path, rows) -> None:
+def test_without_a_verdict_half_precision_can_not_be_judged(bundle: Bundle, tmp_path: Path, change) -> None:
+    rows = [row(**change)] if change else []
     with pytest.raises(BundleError, match="was not verified on onnxruntime at export"):
         golden_bound(half(bundle, tmp_path / "1", *rows).manifest, "onnxruntime-cpu")
 

@@ -27,47 +27,30 @@ FULL = (
     "CUDA out of memory. Tried to allocate 2.37 GiB. GPU 0 has a total capacity of 10.76 GiB of which 1.35 GiB is free. "
     "Including non-PyTorch memory, this process has 9.40 GiB memory in use."
 )
+RUNTIME, ACCELERATOR = RuntimeError, torch.AcceleratorError
+NEW_PROCESS, FREE = "Try again in a new process", "Free the GPU's memory"
+START = "Free some of the GPU's memory, which cuBLAS and cuDNN need to start"
 #: torch's class, its message -> the remedy's first words.
 FAULTS: dict[str, tuple[type[Exception], str, str]] = {
-    "full": (torch.OutOfMemoryError, FULL, "Free the GPU's memory"),
-    "full, from CUDA itself": (torch.AcceleratorError, "CUDA error: out of memory" + ASYNC, "Free the GPU's memory"),
-    "no memory for cuBLAS": (
-        RuntimeError,
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "Free the GPU's memory",
-    ),
+    "full": (torch.OutOfMemoryError, FULL, FREE),
+    "full, from CUDA itself": (ACCELERATOR, "CUDA error: out of memory" + ASYNC, FREE),
+    "no memory for cuBLAS": (RUNTIME, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", FREE),
     "no kernels": (
-        torch.AcceleratorError,
-        "CUDA error: no kernel image is available for execution on the device" + ASYNC,
+        ACCELERATOR, "CUDA error: no kernel image is available for execution on the device" + ASYNC,
         "Install a build of the engine that has kernels for this GPU",
     ),
     "old driver": (
-        RuntimeError,
-        "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver",
+        RUNTIME, "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver",
         "Update the NVIDIA driver",
     ),
-    "illegal access": (
-        torch.AcceleratorError,
-        "CUDA error: an illegal memory access was encountered" + ASYNC,
-        "Try again in a new process",
-    ),
-    "assert": (
-        torch.AcceleratorError,
-        "CUDA error: device-side assert triggered" + ASYNC,
-        "Try again in a new process",
-    ),
-    "cuDNN": (RuntimeError, "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "Try again in a new process"),
+    "illegal access": (ACCELERATOR, "CUDA error: an illegal memory access was encountered" + ASYNC, NEW_PROCESS),
+    "assert": (ACCELERATOR, "CUDA error: device-side assert triggered" + ASYNC, NEW_PROCESS),
+    "cuDNN": (RUNTIME, "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", NEW_PROCESS),
     "cuBLAS did not start": (
-        RuntimeError,
-        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
-        "Free some of the GPU's memory, which cuBLAS and cuDNN need to start",
+        RUNTIME, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", START,
     ),
-    "cuDNN did not start": (
-        RuntimeError,
-        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
-        "Free some of the GPU's memory, which cuBLAS and cuDNN need to start",
-    ),
-}
+    "cuDNN did not start": (RUNTIME, "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED", START),
+}  # fmt: skip
 
 
 def raising(kind: type[Exception], text: str) -> Callable[..., Any]:
@@ -81,7 +64,7 @@ def raising(kind: type[Exception], text: str) -> Callable[..., Any]:
 
 
 class AsCuda:
-    """torch.device("cuda:0") in name, which this process can compute on."""
+    """A stand-in for torch.device("cuda:0") on which this process can compute."""
 
     type = "cuda"
 
@@ -117,7 +100,7 @@ def test_each_fault_of_a_run_has_its_own_remedy(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, fault: str, interpreted: bool
 ) -> None:
     kind, text, remedy = FAULTS[fault]
-    if interpreted:  # as TorchScript's interpreter wraps it: its traceback is longer than a sentence
+    if interpreted:  # TorchScript's interpreter puts a traceback in front
         trace = '  File "code/__torch__/network.py", line 36, in forward\n    x0 = torch.conv2d(x)\n' * 5
         kind = RuntimeError
         first = "The following operation failed in the TorchScript interpreter."
@@ -132,10 +115,9 @@ def test_each_fault_of_a_run_has_its_own_remedy(
 
 @pytest.mark.usefixtures("gpu")
 def test_a_fault_of_the_file_is_not_a_missing_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A verdict, then, and not "not run here"."""
-    monkeypatch.setattr(
-        torch_outputs, "call", raising(RuntimeError, "mat1 and mat2 shapes cannot be multiplied (2x98 and 72x3)")
-    )
+    """The result is a verdict, and not "not run here"."""
+    text = "mat1 and mat2 shapes cannot be multiplied (2x98 and 72x3)"
+    monkeypatch.setattr(torch_outputs, "call", raising(RuntimeError, text))
     with pytest.raises(BundleError, match="can't run its file: mat1 and mat2 shapes"):
         TorchEagerRunner(network(), bundle.manifest.signature, device="cuda")
 
@@ -159,7 +141,7 @@ def test_a_tensor_on_another_device_is_named(bundle: Bundle, monkeypatch: pytest
 
 
 class Fixed(nn.Module):
-    """Keeps a tensor that is no buffer, so that ``.to`` leaves it where it is."""
+    """Keeps a tensor that is not a buffer, so that ``.to`` does not move it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +192,7 @@ def test_a_gpu_that_can_not_be_opened_is_one_sentence(monkeypatch: pytest.Monkey
 
 
 def test_the_driver_s_message_is_the_reason_for_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a warning for ``is_available``, and no warning any more in torch 2.14."""
+    """``is_available`` only warns, and torch 2.14 does not even warn."""
     old = "The NVIDIA driver on your system is too old (found version 11040)."
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

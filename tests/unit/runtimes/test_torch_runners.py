@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,16 @@ import torch
 from support.bundles import copy_bundle, network, reseal
 from torch import nn
 
-from bnexport.bundle import MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.errors import BundleError, ModelError, RuntimeUnavailable
 from bnexport.runtimes import torch_outputs
-from bnexport.runtimes.torch_runners import TorchEagerRunner, TorchScriptRunner, open_bundle, original_network
+from bnexport.runtimes.torch_runners import (
+    ExportedProgramRunner,
+    TorchEagerRunner,
+    TorchScriptRunner,
+    open_bundle,
+    original_network,
+)
 from bnexport.tensors import Signature, TensorSpec
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
@@ -97,32 +104,40 @@ def test_float32_is_strict_inside_and_the_settings_come_back(bundle: Bundle) -> 
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
+#: Runner -> the file that it opens, and the words of the refusal of another kind of file.
+READERS = {
+    TorchScriptRunner: (MODEL_TORCHSCRIPT, "is not a TorchScript file"),
+    ExportedProgramRunner: (MODEL_EXPORTED, r"is not a file of torch\.export"),
+}
+
+
+@pytest.mark.parametrize("runner", READERS)
 @pytest.mark.parametrize("content", [b"", b"hello world\n" * 50, "half", "onnx"])
-def test_a_bad_torchscript_file_is_one_sentence(bundle: Bundle, tmp_path: Path, content: bytes | str) -> None:
-    whole = bundle.file(MODEL_TORCHSCRIPT).read_bytes()
-    other = {"half": whole[: len(whole) // 2], "onnx": bundle.file("model.onnx").read_bytes()}
-    (file := tmp_path / "model.pt").write_bytes(other[content] if isinstance(content, str) else content)
-    with pytest.raises(BundleError, match="is not a TorchScript file") as caught:
-        TorchScriptRunner(file, bundle.manifest.signature)
+def test_a_bad_file_is_one_sentence(runner: Any, bundle: Bundle, tmp_path: Path, content: bytes | str) -> None:
+    name, words = READERS[runner]
+    whole = bundle.file(name).read_bytes()
+    other = {"half": whole[: len(whole) // 2], "onnx": bundle.file(MODEL_ONNX).read_bytes()}
+    (file := tmp_path / name).write_bytes(other[content] if isinstance(content, str) else content)
+    with pytest.raises(BundleError, match=words) as caught:
+        runner(file, bundle.manifest.signature)
     assert "\n" not in caught.value.message
 
 
+IMAGE = TensorSpec("input", "float32", ("batch", 1, 28, 28))
+
+
+@pytest.mark.parametrize("runner", READERS)
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Signature(TWO.inputs, TWO.outputs), "takes 1 inputs, the manifest states 2"),
-        (Signature((TensorSpec("input", "float32", ("batch", 3, 28, 28)),), TWO.outputs[:1]), "can't run its file"),
-        (
-            Signature(
-                (TensorSpec("input", "float32", ("batch", 1, 28, 28)),), (TensorSpec("y", "float32", ("batch", 7)),)
-            ),
-            "has shape 2x10, expected 2x7",
-        ),
+        (TWO, "takes 1 inputs, the manifest states 2"),
+        (Signature((replace(IMAGE, shape=("batch", 3, 28, 28)),), TWO.outputs[:1]), "can't run its file"),
+        (Signature((IMAGE,), (TensorSpec("y", "float32", ("batch", 7)),)), "has shape 2x10, expected 2x7"),
     ],
 )
-def test_a_torchscript_file_with_another_signature_is_refused(bundle: Bundle, other: Signature, words: str) -> None:
+def test_a_file_with_another_signature_is_refused(runner: Any, bundle: Bundle, other: Signature, words: str) -> None:
     with pytest.raises(BundleError, match=words):
-        TorchScriptRunner(bundle.file(MODEL_TORCHSCRIPT), other)
+        runner(bundle.file(READERS[runner][0]), other)
 
 
 def test_a_device_that_is_not_here_is_an_error(bundle: Bundle) -> None:
@@ -134,12 +149,3 @@ def test_a_device_that_is_not_here_is_an_error(bundle: Bundle) -> None:
     ):
         with pytest.raises(RuntimeUnavailable, match="-cuda can't run here: "):
             open_it()
-
-
-def test_a_module_that_cannot_be_copied_is_an_error(bundle: Bundle) -> None:
-    class Stuck(nn.Module):
-        def __deepcopy__(self, memo: object) -> None:
-            raise TypeError("no copies")
-
-    with pytest.raises(ModelError, match="no copies"):
-        TorchEagerRunner(Stuck(), bundle.manifest.signature)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from bnexport.onnx_files import kernels
-from bnexport.runtimes import wide_convolution
-from bnexport.runtimes.wide_convolution import wide_convolutions
+from bnexport.runtimes import torch_float64
+from bnexport.runtimes.torch_float64 import wide_convolutions
 
 KINDS = [
     nn.Conv2d(3, 5, 3),
@@ -50,7 +50,7 @@ def test_only_float64_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(x.dtype)
         return x
 
-    monkeypatch.setattr(wide_convolution, "_convolve", convolve)
+    monkeypatch.setattr(torch_float64, "_convolve", convolve)
     layer = nn.Conv2d(3, 5, 3)
     with torch.inference_mode(), wide_convolutions():
         layer(torch.zeros(1, 3, 5, 5))

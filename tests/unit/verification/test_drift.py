@@ -15,7 +15,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal
 from bnexport.errors import BundleError, UsageError
 from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
-from bnexport.runtimes.reference import EmulatedRunner, open_emulated
+from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.drift import layer_drift
 
@@ -177,7 +177,10 @@ def test_runners_that_can_not_be_compared_by_layer_are_refused(bundle: Bundle) -
 
 
 def test_the_opener_of_emulations_fits(bundle: Bundle) -> None:
-    spec = RunnerSpec("gpu", "emulated", MODEL_ONNX, open_emulated, lambda _: None, "tf32", ("float32", "tf32"))
+    def opener(bundle: Bundle, _device: str, _module: object, settings: RunSettings) -> EmulatedRunner:
+        return EmulatedRunner(bundle, settings.precision)
+
+    spec = RunnerSpec("gpu", "emulated", MODEL_ONNX, opener, lambda _: None, "tf32", ("float32", "tf32"))
     for precision in ("float32", "tf32"):
         drift = layer_drift(bundle, spec, RunSettings(precision=precision), FEEDS, precision=precision)
         assert not any(layer.left for layer in drift)
