@@ -7,9 +7,8 @@ lines and small marks are single seeds, thick ones means over the seeds that lea
 from __future__ import annotations
 
 import math
-import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +23,6 @@ from bnexport.reporting.figures import INK, new_panels, render
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Value = Callable[[EpochResult], float | None]
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,6 @@ _CONVENTIONS = {
     "scratch": Series("from scratch, biased variance", "#222222", ":", "x"),
 }
 _LAYERS = ("bn1", "bn2", "bn3", "bn4")
-_train_loss, _test_accuracy, _exact_accuracy, _shift = map(
-    operator.attrgetter, ("train_loss", "test_accuracy", "exact_accuracy", "shift")
-)
 
 
 def _rates(results: Results) -> Figure:
@@ -58,7 +52,7 @@ def _rates(results: Results) -> Figure:
     figure, grid = new_panels(9.0, 4.8, rows=2, columns=len(RATES), share=True)
     for setting in results.settings("a"):
         column, series = RATES.index(setting.spec.lr), _WITHOUT if setting.spec.norm == "none" else _WITH
-        for row, of in enumerate((_train_loss, _test_accuracy)):
+        for row, of in enumerate(("train_loss", "test_accuracy")):
             _curves(grid[row][column], setting, series, of)
     _columns(grid, ("train loss (nats)", "test accuracy (fraction)"))
     return figure
@@ -93,11 +87,11 @@ def _batches(results: Results) -> Figure:
     figure, (row,) = new_panels(9.0, 3.4, rows=1, columns=len(BATCH_RATES), share=True)
     for axes, lr in zip(row, BATCH_RATES, strict=True):
         settings = [setting for setting in results.settings("c") if setting.spec.lr == lr]
-        for series, of, aside in ((_MOVING, _test_accuracy, 0.96), (_EXACT, _exact_accuracy, 1.04)):
+        for series, of, aside in ((_MOVING, "test_accuracy", 0.96), (_EXACT, "exact_accuracy", 1.04)):
             places = [setting.spec.batch_size * aside for setting in settings]
             for place, setting in zip(places, settings, strict=True):
                 for run in setting.runs:
-                    values = [value for epoch in run.history[-1:] if (value := of(epoch)) is not None]
+                    values = _values(run.history[-1:], of)
                     axes.plot(
                         [place] * len(values), values, color=series.colour, marker=series.mark, linestyle="", markersize=4,
                         markerfacecolor=series.colour if run.outcome == "learned" else "none",
@@ -118,9 +112,9 @@ def _statistics(results: Results) -> Figure:
     figure, grid = new_panels(9.0, 4.8, rows=2, columns=len(RATES), share=True)
     for setting in results.settings("d"):
         column = RATES.index(setting.spec.lr)
-        _curves(grid[0][column], setting, _MOVING, _test_accuracy)
-        _curves(grid[0][column], setting, _EXACT, _exact_accuracy)
-        _curves(grid[1][column], setting, Series("distance", "#222222", "-", "o"), _shift)
+        _curves(grid[0][column], setting, _MOVING, "test_accuracy")
+        _curves(grid[0][column], setting, _EXACT, "exact_accuracy")
+        _curves(grid[1][column], setting, Series("distance", "#222222", "-", "o"), "shift")
     _columns(grid, ("test accuracy (fraction)", "shift of moving means\n(standard deviations)"))
     return figure
 
@@ -165,26 +159,25 @@ def write_figures(results: Results, folder: Path) -> None:
         write_atomically(path, render(FIGURES[experiment][0](results), path))
 
 
-def _curves(axes: Axes, setting: Setting, series: Series, of: Value) -> None:
-    """Thin lines for the seeds, a cross in the epoch where one diverged; a thick one for the mean of those that learned."""
+def _values(epochs: Iterable[EpochResult], of: str) -> list[float]:
+    return [value for epoch in epochs if (value := getattr(epoch, of)) is not None]
+
+
+def _curves(axes: Axes, setting: Setting, series: Series, of: str) -> None:
+    """Draw thin lines for the seeds, a cross where one diverged, and a thick line for the mean of those that learned."""
     for run in setting.runs:
-        values = [value for epoch in run.history if (value := of(epoch)) is not None]
+        values = _values(run.history, of)
         epochs = range(1, len(values) + 1)
         axes.plot(epochs, values, color=series.colour, linestyle=series.line, linewidth=0.6, alpha=0.7)
         if run.diverged is not None:
             above = axes.get_xaxis_transform()  # a diverged run has no value: the cross is at the upper edge
             axes.plot([run.diverged], [0.96], color=series.colour, marker="X", linestyle="", transform=above)
-    means = _means(setting, of)
+    columns = zip(*(run.history for run in setting.learned), strict=True)
+    means = [statistics.mean(_values(column, of)) for column in columns]
     axes.plot(
         range(1, len(means) + 1), means, color=series.colour, linestyle=series.line, linewidth=1.8, marker=series.mark,
         markersize=4, label=series.label,
     )  # fmt: skip
-
-
-def _means(setting: Setting, of: Value) -> list[float]:
-    """Means over the runs that learned, epoch by epoch."""
-    columns: Sequence[Sequence[EpochResult]] = list(zip(*(run.history for run in setting.learned), strict=True))
-    return [statistics.mean(value for epoch in column if (value := of(epoch)) is not None) for column in columns]
 
 
 def _columns(grid: list[list[Axes]], heads: tuple[str, str]) -> None:

@@ -10,15 +10,13 @@ from dataclasses import dataclass, replace
 
 from bnexport.errors import UsageError
 
-#: Learning rates of experiment a; the chapter trains with 1.0.
-RATES = (0.1, 0.5, 1.0, 2.0)
-#: Batch sizes of experiment c.
-BATCHES = (2, 8, 32, 128, 256, 1024)
-#: Batch sizes of experiment b: the chapter's, and one at which n / (n - 1) is far from 1.
-CONVENTION_BATCHES = (256, 8)
 CHAPTER_RATE, CHAPTER_BATCH = 1.0, 256
-#: Learning rates of experiment c, each the same for every batch size.
-BATCH_RATES = (0.1, 1.0)
+#: Learning rates of experiment a.
+RATES = (0.1, 0.5, CHAPTER_RATE, 2.0)
+#: Batch sizes of experiment b: the chapter's, and one at which n / (n - 1) is far from 1.
+CONVENTION_BATCHES = (CHAPTER_BATCH, 8)
+#: Batch sizes of experiment c, and its learning rates, each the same for every batch size.
+BATCHES, BATCH_RATES = (2, 8, 32, 128, 256, 1024), (0.1, 1.0)
 #: Normalization layer of a training -> its name on the page.
 VARIANTS: dict[str, str] = {
     "torch": "torch.nn.BatchNorm",
@@ -78,10 +76,6 @@ QUICK = ChapterPlan(
 )  # fmt: skip
 
 
-def _rates(plan: ChapterPlan) -> Iterable[RunSpec]:
-    return (plan.spec(norm, lr=lr) for lr in RATES for norm in ("torch", "none"))
-
-
 def _conventions(plan: ChapterPlan) -> Iterable[RunSpec]:
     for batch_size in CONVENTION_BATCHES:
         for norm in ("torch", "scratch-unbiased", "scratch"):
@@ -96,21 +90,13 @@ def _batches(plan: ChapterPlan) -> Iterable[RunSpec]:
             yield replace(plan.spec("torch", lr=lr, batch_size=size), images=plan.batch_images, epochs=1)
 
 
-def _statistics(plan: ChapterPlan) -> Iterable[RunSpec]:
-    return (plan.spec("torch", lr=lr) for lr in RATES)
-
-
-def _affine(plan: ChapterPlan) -> Iterable[RunSpec]:
-    return (plan.spec("torch"),)
-
-
 #: Letter -> the trainings of an experiment; each is made with every seed.
 EXPERIMENTS: dict[str, Callable[[ChapterPlan], Iterable[RunSpec]]] = {
-    "a": _rates,
+    "a": lambda plan: (plan.spec(norm, lr=lr) for lr in RATES for norm in ("torch", "none")),
     "b": _conventions,
     "c": _batches,
-    "d": _statistics,
-    "e": _affine,
+    "d": lambda plan: (plan.spec("torch", lr=lr) for lr in RATES),
+    "e": lambda plan: [plan.spec("torch")],
 }
 
 
