@@ -5,7 +5,6 @@ An environment has pinned versions; pip makes it once, and it is kept.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -49,18 +48,13 @@ class ServerWay:
     wire: str  # of WIRES
     command: Callable[[Place], Sequence[str]]
     venv: str | None = None  # of VENVS; None for the environment of bnexport
-    option: str | None = None  # of ``bnexport serve``, without which there is no such row
     counted: bool = False  # it has the counters of ``bnexport serve`` with one process
 
     def interpreter(self, venvs: Path) -> Path:
         """Return its interpreter; a missing environment is made in the folder ``venvs``.
 
-        Raises:
-            RuntimeUnavailable: The environment can't be made, or this ``bnexport serve`` has no such option.
+        RuntimeUnavailable: the environment can't be made.
         """
-        if self.option is not None and self.option not in _help().split():
-            remedy = "Install the extras of bnexport serve"
-            raise RuntimeUnavailable(f"this bnexport serve has no {self.option}", remedy=remedy)
         return Path(sys.executable) if self.venv is None else make_venv(self.venv, venvs)
 
     def environment(self) -> dict[str, str]:
@@ -69,13 +63,6 @@ class ServerWay:
         if self.venv is None:
             own["PYTHONPATH"] = import_path()
         return own | {"OMP_NUM_THREADS": "1"}
-
-
-@functools.cache
-def _help() -> str:
-    command = [sys.executable, "-m", "bnexport", "serve", "--help"]
-    env = {**os.environ, "PYTHONPATH": import_path()}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env).stdout
 
 
 def _serve(*options: str) -> Callable[[Place], Sequence[str]]:
@@ -88,9 +75,8 @@ def _serve(*options: str) -> Callable[[Place], Sequence[str]]:
     return command
 
 
-def _peer(program: str) -> Callable[[Place], Sequence[str]]:
-    words = ("{0.python}", str(_PEERS / program), "{0.bundle}/model.onnx", "{0.ports.http}")
-    return lambda place: [word.format(place) for word in words]
+def _fastapi(place: Place) -> Sequence[str]:
+    return [str(place.python), str(_PEERS / "fastapi_app.py"), f"{place.bundle}/model.onnx", str(place.ports.http)]
 
 
 def _echo(place: Place) -> Sequence[str]:
@@ -101,14 +87,10 @@ def _echo(place: Place) -> Sequence[str]:
 WAYS: Mapping[str, ServerWay] = {
     "binary": ServerWay("bnexport, binary tensors", "oip-binary", _serve(), counted=True),
     "json": ServerWay("bnexport, JSON", "oip-json", _serve(), counted=True),
-    "grpc": ServerWay(
-        "bnexport, gRPC", "oip-grpc", _serve("--grpc-port", "{grpc}"), option="--grpc-port", counted=True
-    ),
-    "processes": ServerWay(
-        "bnexport, binary tensors, 2 processes", "oip-binary", _serve("--processes", "2"), option="--processes"
-    ),
+    "grpc": ServerWay("bnexport, gRPC", "oip-grpc", _serve("--grpc-port", "{grpc}"), counted=True),
+    "processes": ServerWay("bnexport, binary tensors, 2 processes", "oip-binary", _serve("--processes", "2")),
     "echo": ServerWay("bare ASGI echo of the binary body", "echo", _echo),
-    "fastapi": ServerWay("FastAPI, pydantic, onnxruntime; JSON", "rows-json", _peer("fastapi_app.py"), venv="fastapi"),
+    "fastapi": ServerWay("FastAPI, pydantic, onnxruntime; JSON", "rows-json", _fastapi, venv="fastapi"),
 }
 
 
@@ -126,8 +108,7 @@ def requirements(name: str) -> tuple[str, ...]:
 def make_venv(name: str, folder: Path) -> Path:
     """Return the interpreter of an environment of VENVS, which is made unless it is complete.
 
-    Raises:
-        RuntimeUnavailable: Python has no venv, or pip can't install the packages.
+    RuntimeUnavailable: Python has no venv, or pip can't install the packages.
     """
     wanted = list(requirements(name))
     place = folder / name
@@ -135,9 +116,8 @@ def make_venv(name: str, folder: Path) -> Path:
     if mark.is_file() and interpreter.exists() and json.loads(mark.read_text(encoding="utf-8")) == wanted:
         return interpreter
     if not installed("ensurepip"):
-        raise RuntimeUnavailable(
-            "this Python can't make environments", remedy="Install its venv package (python3-venv)"
-        )
+        problem = "this Python can't make environments"
+        raise RuntimeUnavailable(problem, remedy="Install its venv package (python3-venv)")
     place.mkdir(parents=True, exist_ok=True)
     _run([sys.executable, "-m", "venv", "--clear", str(place)], name)
     _run([str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], name)
@@ -155,6 +135,5 @@ def _run(command: list[str], name: str) -> None:
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])[:200]
     except subprocess.TimeoutExpired:
         pass
-    raise RuntimeUnavailable(
-        f"the environment {name} can't be made: {reason}", remedy="Give pip access to its package index"
-    )
+    problem = f"the environment {name} can't be made: {reason}"
+    raise RuntimeUnavailable(problem, remedy="Give pip access to its package index")

@@ -11,7 +11,7 @@ import numpy as np
 
 from bnexport.errors import ProofError
 from bnexport.serving.grpc.call import classes
-from bnexport.tensors import Array
+from bnexport.tensors import ELEMENT_TYPES, Array
 
 #: Addresses of models/bn_lenet in the Open Inference Protocol, over HTTP and over gRPC.
 INFER = "/v2/models/bn_lenet/infer"
@@ -42,11 +42,7 @@ class Wire:
 
 
 def read_logits(wire: Wire, headers: Headers, body: bytes) -> Array | None:
-    """Return the logits of an answer; None if the wire has none.
-
-    Raises:
-        ProofError: The answer can't be read.
-    """
+    """Return the logits of an answer; None if the wire has none. ProofError: the answer can't be read."""
     if wire.logits is None:
         return None
     try:
@@ -57,8 +53,9 @@ def read_logits(wire: Wire, headers: Headers, body: bytes) -> Array | None:
 
 
 def tensor(images: Array, name: str, **extra: Any) -> dict[str, Any]:
-    """Return a float32 input tensor of the Open Inference Protocol."""
-    return {"name": name, "shape": list(images.shape), "datatype": "FP32", **extra}
+    """Return an input tensor of the Open Inference Protocol."""
+    datatype = ELEMENT_TYPES[images.dtype.name].datatype
+    return {"name": name, "shape": list(images.shape), "datatype": datatype, **extra}
 
 
 def json_body(images: Array, name: str) -> bytes:
