@@ -75,7 +75,8 @@ def binary_logits(headers: Headers, body: bytes) -> Array:
     return np.frombuffer(body, np.float32, offset=int(headers[LENGTH]))
 
 
-def _json_logits(_: Headers, body: bytes) -> Array:
+def json_logits(_: Headers, body: bytes) -> Array:
+    """Return the values of the first output of an answer in JSON."""
     return np.array(json.loads(body)["outputs"][0]["data"], np.float32).reshape(-1)
 
 
@@ -104,7 +105,7 @@ def _grpc_logits(_: Headers, body: bytes) -> Array:
 
 #: Name -> wire.
 WIRES: dict[str, Wire] = {
-    "oip-json": Wire(lambda image: WireRequest(INFER, JSON, json_body(image, "input")), _json_logits),
+    "oip-json": Wire(lambda image: WireRequest(INFER, JSON, json_body(image, "input")), json_logits),
     "oip-binary": Wire(_binary, binary_logits),
     "oip-grpc": Wire(_grpc_request, _grpc_logits, grpc=True),
     "rows-json": Wire(_rows_request, lambda _, body: np.array(json.loads(body)["logits"], np.float32)),

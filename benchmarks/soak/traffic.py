@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.serving.wires import JSON, Headers, binary_logits, binary_request, json_body, tensor
+from benchmarks.serving.wires import JSON, Headers, binary_logits, binary_request, json_body, json_logits, tensor
 from bnexport.bundle import Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError
@@ -69,9 +69,7 @@ class Traffic:
 def make_traffic(bundle: Bundle, seed: int) -> Traffic:
     """Make requests with random pictures, and compute their answers with ONNX Runtime in this process.
 
-    Raises:
-        BundleError: The bundle is not an image classifier with a variable batch size, or two pictures have equal answers.
-        Unavailable: ONNX Runtime does not work here.
+    BundleError: the bundle is not an image classifier with a variable batch size, or two pictures have equal answers.
     """
     preprocessing, given, wanted = _image_classifier(bundle)
     pixels = _pictures(preprocessing, np.random.default_rng(seed))
@@ -104,10 +102,8 @@ def _image_classifier(bundle: Bundle) -> tuple[Preprocessing, TensorSpec, Tensor
         or isinstance(inputs[0].shape[0], int)
         or (inputs[0].dtype, outputs[0].dtype) != ("float32", "float32")
     ):
-        raise BundleError(
-            f"{bundle.path} is not an image classifier in float32 that takes several images at a time",
-            remedy="Take another bundle, such as models/bn_lenet/1",
-        )
+        problem = f"{bundle.path} is not an image classifier in float32 that takes several images at a time"
+        raise BundleError(problem, remedy="Take another bundle, such as models/bn_lenet/1")
     return Preprocessing.from_json(manifest.preprocessing), inputs[0], outputs[0]
 
 
@@ -139,21 +135,16 @@ def _as_picture(pixels: Array, _images: Array, _given: TensorSpec) -> tuple[str,
     return "/classify", {"content-type": "image/png"}, file.getvalue()
 
 
-def _from_json(_headers: Headers, body: bytes) -> object:
-    return json.loads(body)["outputs"][0]["data"]
-
-
-def _from_picture(_headers: Headers, body: bytes) -> object:
-    return [found["logits"] for found in json.loads(body)["predictions"]]
-
-
 #: Kind of request -> pixels, images and the input's description to path, headers and body.
 KINDS: dict[str, Callable[[Array, Array, TensorSpec], tuple[str, Headers, bytes]]] = {
     "JSON": _as_json, "gzip": _as_gzip, "binary": _as_binary, "picture": _as_picture,
 }  # fmt: skip
 _READERS: dict[str, Callable[[Headers, bytes], object]] = {
-    "JSON": _from_json, "gzip": _from_json, "binary": binary_logits, "picture": _from_picture,
-}  # fmt: skip
+    "JSON": json_logits,
+    "gzip": json_logits,
+    "binary": binary_logits,
+    "picture": lambda _, body: [found["logits"] for found in json.loads(body)["predictions"]],
+}
 
 
 def _bad(model: str, image: Array, given: TensorSpec) -> tuple[Bad, ...]:
