@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,63 +58,46 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the lane and end the process with its exit code."""
     given = parser().parse_args(arguments)
-    finish("gpu_lane", lambda: _run(given, _Files(given.out, given.json or ROOT / "runs" / "gpu_lane.json")))
+    finish("gpu_lane", lambda: _run(given, given.json or ROOT / "runs" / "gpu_lane.json"))
 
 
-def _run(given: argparse.Namespace, files: _Files) -> int:
-    """Measure or merge, print the verdict, and return the exit code."""
-    lane = _merged(given, files) if given.merge else _measured(given, files)
+def _run(given: argparse.Namespace, results: Path) -> int:
+    """Measure or merge, print the verdict, and return the exit code; both files are written after each part."""
+
+    def write(lane: Lane) -> None:
+        write_results(lane, results)  # first, because the page can be made again from them
+        if lane.sweeps or lane.refused or lane.training or lane.failed:
+            write_document(lane, given.out)
+
+    if given.merge:
+        write(lane := merge([read_results(path) for path in given.merge]))
+    else:
+        before = [read_results(results)] if given.add and results.is_file() else []
+        lane = _measured(given, lambda found: write(merge([*before, found])))
     if lane.absent and not parts_of(lane) | set(lane.unreached):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in lane.absent.items())
         raise RuntimeUnavailable(reasons, remedy="Run bnexport doctor, which lists the missing packages")
     counts = {"settings": lane.runs, "speeds of training": lane.training, "refusals": lane.refused,
               "parts not reached": lane.unreached, "failures": lane.failed}  # fmt: skip
     found = ", ".join(f"{len(values)} {name}" for name, values in counts.items() if values)
-    print(f"{lane.verdict}: {found}; {files.page}, {files.results}")
+    print(f"{lane.verdict}: {found}; {given.out}, {results}")
     return 0 if lane.passed else 1
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files that are written after each part."""
-
-    page: Path
-    results: Path
-
-    def write(self, lane: Lane) -> None:
-        """Write both; the results first, because the page can be made again from them."""
-        write_results(lane, self.results)
-        if lane.sweeps or lane.refused or lane.training or lane.failed:
-            write_document(lane, self.page)
-
-
-def _merged(given: argparse.Namespace, files: _Files) -> Lane:
-    lane = merge([read_results(path) for path in given.merge])
-    files.write(lane)
-    return lane
-
-
-def _measured(given: argparse.Namespace, files: _Files) -> Lane:
+def _measured(given: argparse.Namespace, keep: Callable[[Lane], None]) -> Lane:
     require(os.environ.get("BNEXPORT_REQUIRE", ""))
     only = [runner_spec(name).name for name in given.only]
     job = LaneInput(Bundle.open(given.bundle), given.data_dir, given.max_samples, not given.rehearse)
     if job.real and not (only or given.sweep or given.no_sweeps):
         absent = absent_runtimes()
         job = replace(job, real=any(sweep.spec.name not in absent for sweep in table(job)))
-    before = [read_results(files.results)] if given.add and files.results.is_file() else []
-    refuse_replacing(files.page, real=job.real)
-    sweeps = () if given.no_sweeps else _chosen(job, only, given.sweep)
-    cores = available_cores()
+    refuse_replacing(given.out, real=job.real)
     return run_lane(
-        job,
-        sweeps,
-        training=(job.real or given.rehearse) and not given.no_training,
-        refusals=() if given.no_refusals else REFUSALS,
-        seconds=given.seconds,
-        jobs=min(4, max(1, cores // 2)) if given.jobs is None else given.jobs,
-        on_line=progress,
-        keep=lambda lane: files.write(merge([*before, lane])),
-    )
+        job, () if given.no_sweeps else _chosen(job, only, given.sweep),
+        training=(job.real or given.rehearse) and not given.no_training, refusals=() if given.no_refusals else REFUSALS,
+        seconds=given.seconds, jobs=min(4, max(1, available_cores() // 2)) if given.jobs is None else given.jobs,
+        on_line=progress, keep=keep,
+    )  # fmt: skip
 
 
 def _chosen(job: LaneInput, only: Sequence[str], names: Sequence[str]) -> tuple[Sweep, ...]:

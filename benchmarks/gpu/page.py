@@ -18,25 +18,14 @@ _NOTHING = "-"
 
 
 def refuse_replacing(path: Path, *, real: bool) -> None:
-    """Refuse to replace measurements of a GPU by a rehearsal.
-
-    Raises:
-        UsageError: The page holds measurements of a GPU, and ``real`` is false.
-    """
+    """Raise UsageError if a page holds measurements of a GPU, which a rehearsal must not replace."""
     if not real and path.is_file() and NOT_MEASURED not in path.read_text(encoding="utf-8", errors="replace"):
-        raise UsageError(
-            f"{path} holds measurements of a GPU, which a rehearsal must not replace",
-            remedy="RuntimeRun the lane on a machine with a GPU, or give another --out",
-        )
+        problem = f"{path} holds measurements of a GPU, which a rehearsal must not replace"
+        raise UsageError(problem, remedy="Run the lane on a machine with a GPU, or give another --out")
 
 
 def write_document(lane: Lane, path: Path) -> None:
-    """Write the page; a reader finds the old page or the new.
-
-    Raises:
-        UsageError: The page there holds measurements of a GPU, and this lane has none.
-        OutputError: The file can't be written.
-    """
+    """Write the page, unless ``refuse_replacing`` refuses; a reader finds the old page or the new."""
     refuse_replacing(path, real=lane.measured)
     write_page([page(lane)], path)
 
@@ -47,35 +36,26 @@ def page(lane: Lane) -> str:
     for run in lane.runs:
         runs.setdefault(run.runtime, []).append(_run(run))
     failures = [(f"{run.runtime}, {run.settings or 'float32'}", run.reason) for run in lane.runs if not run.passed]
+    known = [sweep.name for sweep in (tables.gpu_sweeps() if lane.real else tables.cpu_sweeps())]
+    done = parts_of(lane) | set(lane.unreached)
     return render(
-        "gpu/page.md.jinja",
-        lane=lane,
+        "gpu/page.md.jinja", lane=lane, not_measured=NOT_MEASURED, runs=runs, failures=[*failures, *lane.broken.items()],
         machine=", ".join(f"{name} {value}" for name, value in lane.machine.items()),
-        environment=describe(dict(lane.environment)),
-        not_measured=NOT_MEASURED,
-        runs=runs,
-        failures=[*failures, *lane.broken.items()],
+        environment=describe(dict(lane.environment)), refusals=[_refusal(item) for item in lane.refused],
         sessions=[[name, settings or "float32", _number(value)] for (name, settings), value in lane.sessions.items()],
-        refusals=[_refusal(item) for item in lane.refused],
-        not_requested=_not_requested(lane),
+        not_requested=[name for name in known if name not in done and runtime_of(name) not in lane.absent],
         training=[_speed(row) for row in lane.training] if lane.measured else [],
-    )
+    )  # fmt: skip
 
 
 def _run(run: RuntimeRun) -> list[str]:
+    predicted = f"{run.error / run.predicted:.1f}" if run.error is not None and run.predicted else _NOTHING
+    names = {name: name.removesuffix("ExecutionProvider").replace("Tensorrt", "TensorRT") for name in run.nodes or {}}
+    nodes = ", ".join(f"{n} {names[provider]}" for provider, n in (run.nodes or {}).items()) or _NOTHING
     return [
-        run.settings or "float32",
-        run.stage,
-        _number(run.error),
-        _number(run.bound),
-        f"{run.error / run.predicted:.1f}" if run.error is not None and run.predicted else _NOTHING,
-        run.detected or _NOTHING,
-        _number(run.repeat),
-        _number(run.batches),
-        str(run.changed),
-        ", ".join(f"{n} {_provider(provider)}" for provider, n in (run.nodes or {}).items()) or _NOTHING,
-        _verdict(run.passed),
-    ]
+        run.settings or "float32", run.stage, _number(run.error), _number(run.bound), predicted, run.detected or _NOTHING,
+        _number(run.repeat), _number(run.batches), str(run.changed), nodes, _verdict(run.passed),
+    ]  # fmt: skip
 
 
 def _refusal(item: Refused) -> list[str]:
@@ -92,13 +72,6 @@ def _speed(row: GpuSpeed) -> list[str]:
     return [row.norm, str(row.batch_size), f"{row.images:,}", step, *speeds, f"{row.total_s:.2f}"]
 
 
-def _not_requested(lane: Lane) -> list[str]:
-    """Return the sweeps without a result, so that the page does not look complete where it is not."""
-    known = [sweep.name for sweep in (tables.gpu_sweeps() if lane.real else tables.cpu_sweeps())]
-    done = parts_of(lane) | set(lane.unreached)
-    return [name for name in known if name not in done and runtime_of(name) not in lane.absent]
-
-
 def _verdict(passed: bool) -> str:
     return "PASS" if passed else "**FAIL**"
 
@@ -107,7 +80,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return _NOTHING
     return "0" if value == 0 else f"{value:.1e}"
-
-
-def _provider(name: str) -> str:
-    return name.removesuffix("ExecutionProvider").replace("Tensorrt", "TensorRT")
