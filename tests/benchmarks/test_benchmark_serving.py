@@ -13,9 +13,9 @@ from support.wire_samples import H2LOAD, H2LOAD_LOG, WRK
 
 from benchmarks.serving import load as serving_load
 from benchmarks.serving import speed as serving_speed
+from benchmarks.serving.__main__ import TARGETS, infer_share, outcomes, serving_page
 from benchmarks.serving.alone import Alone
 from benchmarks.serving.load import Load, parse_h2load, parse_wrk, wrk_script
-from benchmarks.serving.page import TARGETS, infer_share, outcomes, serving_page
 from benchmarks.serving.process import Running, free_ports
 from benchmarks.serving.servers import WAYS
 from benchmarks.serving.speed import Sample, ServerMemory, ServingPlan, ServingSpeeds, measure
@@ -283,9 +283,8 @@ def test_a_short_run(tmp_path):
     reported = []
     plan = ServingPlan(BUNDLE, tmp_path, rounds=1, seconds=1, memory_requests=1000, warm_requests=100, clients=(8,))
     speeds = measure(["json", "grpc", "processes"], plan, on_line=reported.append)
-    assert set(speeds.samples) | set(speeds.failed) == {"binary", "echo", "json", "grpc", "processes"}
-    assert {"binary", "echo", "json"} <= set(speeds.samples)
-    assert all("has no --" in reason for reason in speeds.failed.values())
+    assert set(speeds.samples) == {"binary", "echo", "json", "grpc", "processes"}
+    assert speeds.failed == {}
     for name, columns in speeds.samples.items():
         (found,) = columns[8]
         assert found.load.requests > 0

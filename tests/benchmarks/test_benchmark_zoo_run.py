@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.zoo.page import write_document
-from benchmarks.zoo.run import ZooRun, chosen, read_lines, run_zoo
+from benchmarks.zoo.__main__ import write_document
+from benchmarks.zoo.run import ZooRun, read_lines, run_zoo
 from bnexport.errors import DataError, UsageError
 
 
@@ -52,10 +52,6 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
         run_zoo(ZooRun(tmp_path / "x", parts=("speed",)))
     with pytest.raises(UsageError, match="names no network"):
         run_zoo(ZooRun(tmp_path / "x", ("resnet18",)))
-
-
-def test_names_without_a_zoo_are_timms() -> None:
-    assert chosen(["resnet18, torchvision:vgg11", "dla34"]) == ("timm:resnet18", "torchvision:vgg11", "timm:dla34")
 
 
 def line(name: str, part: str, **result: Any) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from support.bundles import write_bundle
 from support.serving import PATIENCE, ROOT, until
 
 from benchmarks.serving.process import Ports, Running
+from benchmarks.soak.__main__ import lines, unexplained, verdict
 from benchmarks.soak.server import running
 from benchmarks.soak.soak import SoakSettings, run_soak
-from benchmarks.soak.verdict import lines, unexplained, verdict
 from bnexport.bundle import Bundle
 
 pytestmark = pytest.mark.slow

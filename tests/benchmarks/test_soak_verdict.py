@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from support.bundles import write_bundle
 
+from benchmarks.serving.process import resident, stat_of
+from benchmarks.soak.__main__ import DEMANDS, lines, to_json, unexplained, verdict
 from benchmarks.soak.clients import ACTIONS, Fault, Ledger, counters
-from benchmarks.soak.server import accepted, kill_and_see, resident, running
+from benchmarks.soak.server import accepted, kill_and_see, running, state
 from benchmarks.soak.soak import Kill, ProcessMemory, Soak, SoakSettings, run_soak
 from benchmarks.soak.traffic import KINDS, make_traffic
-from benchmarks.soak.verdict import DEMANDS, lines, to_json, unexplained, verdict
 from bnexport.errors import UsageError
 
 LOST = "no request is lost except on the connections of a killed process"
@@ -137,12 +138,12 @@ def test_the_connections_of_a_killed_process_are_those_that_it_accepted() -> Non
                 assert process.stdout.readline() == "accepted\n"
                 with socket.create_connection(("127.0.0.1", port)):
                     assert accepted(process.pid, port) == {first.getsockname()[1]}
-                    assert resident(process.pid) > 2**20
+                    assert resident(stat_of(process.pid)) > 2**20
                     assert kill_and_see(process.pid, port) == {first.getsockname()[1]}
                     assert not running(process.pid)
         finally:
             process.kill()
-    assert resident(process.pid) == 0
+    assert resident(stat_of(process.pid)) == 0
     with pytest.raises(OSError, match="No such process"):
         kill_and_see(process.pid, port)
 
@@ -159,8 +160,8 @@ def test_a_process_whose_first_thread_has_ended_still_runs() -> None:
             assert process.stdout is not None
             process.stdout.readline()
             end = time.monotonic() + 240
-            while (state := Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "Z":
-                assert time.monotonic() < end, state
+            while state(process.pid) != "Z":
+                assert time.monotonic() < end, state(process.pid)
                 time.sleep(0.01)
             assert running(process.pid)
         finally:
