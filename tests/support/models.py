@@ -36,10 +36,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-_STATISTICS = (
-    ("weight", "bias", "running_mean", "running_var"),
-    ("gamma", "beta", "moving_mean", "moving_var"),
-)
+_STATISTICS = (("weight", "bias", "running_mean", "running_var"), ("gamma", "beta", "moving_mean", "moving_var"))
 
 
 class Graph(nn.Module):

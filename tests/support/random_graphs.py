@@ -283,10 +283,7 @@ STEPS: dict[str, tuple[Callable[[list[Shape], int], bool], Any]] = {
     "sum": (lambda shapes, at: bool(_partners(shapes, at, True)), _pair(torch.add, True)),
     "difference": (lambda shapes, at: bool(_partners(shapes, at, True)), _pair(torch.sub, True)),
     "product": (lambda shapes, at: bool(_partners(shapes, at, True)), _pair(torch.mul, True)),
-    "concat": (
-        lambda shapes, at: bool(_partners(shapes, at, False)),
-        _pair(lambda a, b: torch.cat([a, b], 1), False),
-    ),
+    "concat": (lambda shapes, at: bool(_partners(shapes, at, False)), _pair(lambda a, b: torch.cat([a, b], 1), False)),
     "piece": (_always, _piece),
     "arithmetic": (_always, _arithmetic),
 }

@@ -152,10 +152,7 @@ def full_report(*, passed: bool = False) -> VerificationReport:
             "packages": {"numpy": "2.4.6"},
         },
         findings=findings,
-        samples={
-            **samples(["torch-cpu", "onnxruntime-cuda"]),
-            **samples(["onnxruntime-cuda, tf32"], error=6e-5),
-        },
+        samples={**samples(["torch-cpu", "onnxruntime-cuda"]), **samples(["onnxruntime-cuda, tf32"], error=6e-5)},
         pictures={index: rng.random((1, 28, 28)) for index in (2, 9)},
     )
 
