@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,24 +31,25 @@ _COMPLETE = "bnexport.json"
 
 
 @dataclass(frozen=True)
-class Place:
-    """The parts of a server's command."""
-
-    python: Path
-    bundle: Path  # absolute
-    ports: Ports
-    answer_bytes: int  # of a binary answer
-
-
-@dataclass(frozen=True)
 class ServerWay:
     """A row of WAYS."""
 
     words: str
     wire: str  # of WIRES
-    command: Callable[[Place], Sequence[str]]
+    command: tuple[str, ...]  # after the interpreter; its placeholders are the arguments of ``started_by``
     venv: str | None = None  # of VENVS; None for the environment of bnexport
     counted: bool = False  # it has the counters of ``bnexport serve`` with one process
+
+    def started_by(self, python: Path, *, bundle: Path, ports: Ports, answer_bytes: int) -> list[str]:
+        """Return its command; ``answer_bytes``: length of a binary answer."""
+        values = {
+            "bundle": bundle,
+            "http": ports.http,
+            "grpc": ports.grpc,
+            "answer_bytes": answer_bytes,
+            "peers": _PEERS,
+        }
+        return [str(python), *(word.format(**values) for word in self.command)]
 
     def interpreter(self, venvs: Path) -> Path:
         """Return its interpreter; a missing environment is made in the folder ``venvs``.
@@ -65,32 +66,16 @@ class ServerWay:
         return own | {"OMP_NUM_THREADS": "1"}
 
 
-def _serve(*options: str) -> Callable[[Place], Sequence[str]]:
-    """``bnexport serve``; "{grpc}" in an option is the port for gRPC."""
-
-    def command(place: Place) -> list[str]:
-        shared = [str(place.python), "-m", "bnexport", "serve", str(place.bundle), "--port", str(place.ports.http)]
-        return [*shared, "--no-access-log", *(option.format(grpc=place.ports.grpc) for option in options)]
-
-    return command
-
-
-def _fastapi(place: Place) -> Sequence[str]:
-    return [str(place.python), str(_PEERS / "fastapi_app.py"), f"{place.bundle}/model.onnx", str(place.ports.http)]
-
-
-def _echo(place: Place) -> Sequence[str]:
-    return [str(place.python), str(_PEERS / "echo_app.py"), str(place.ports.http), str(place.answer_bytes)]
-
-
+_SERVE = ("-m", "bnexport", "serve", "{bundle}", "--port", "{http}", "--no-access-log")
+_FASTAPI = ("{peers}/fastapi_app.py", "{bundle}/model.onnx", "{http}")
 #: Name -> server, in the order of the table.
 WAYS: Mapping[str, ServerWay] = {
-    "binary": ServerWay("bnexport, binary tensors", "oip-binary", _serve(), counted=True),
-    "json": ServerWay("bnexport, JSON", "oip-json", _serve(), counted=True),
-    "grpc": ServerWay("bnexport, gRPC", "oip-grpc", _serve("--grpc-port", "{grpc}"), counted=True),
-    "processes": ServerWay("bnexport, binary tensors, 2 processes", "oip-binary", _serve("--processes", "2")),
-    "echo": ServerWay("bare ASGI echo of the binary body", "echo", _echo),
-    "fastapi": ServerWay("FastAPI, pydantic, onnxruntime; JSON", "rows-json", _fastapi, venv="fastapi"),
+    "binary": ServerWay("bnexport, binary tensors", "oip-binary", _SERVE, counted=True),
+    "json": ServerWay("bnexport, JSON", "oip-json", _SERVE, counted=True),
+    "grpc": ServerWay("bnexport, gRPC", "oip-grpc", (*_SERVE, "--grpc-port", "{grpc}"), counted=True),
+    "processes": ServerWay("bnexport, binary tensors, 2 processes", "oip-binary", (*_SERVE, "--processes", "2")),
+    "echo": ServerWay("bare ASGI echo of the binary body", "echo", ("{peers}/echo_app.py", "{http}", "{answer_bytes}")),
+    "fastapi": ServerWay("FastAPI, pydantic, onnxruntime; JSON", "rows-json", _FASTAPI, venv="fastapi"),
 }
 
 

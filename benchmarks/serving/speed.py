@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from benchmarks.command import measured_in_child
 from benchmarks.serving.alone import Alone, open_session
 from benchmarks.serving.load import Load, need_tools, put_load
 from benchmarks.serving.process import Running, counters, started
-from benchmarks.serving.servers import WAYS, Place, ServerWay
+from benchmarks.serving.servers import WAYS, ServerWay
 from benchmarks.serving.wires import WIRES, WireRequest, read_logits
 from bnexport.bundle import Bundle
 from bnexport.errors import BundleError, ProofError, RuntimeUnavailable
@@ -89,11 +90,8 @@ def measure(
 ) -> ServingSpeeds:
     """Measure rows of WAYS, and NEEDED, in turn; each server is started anew in every round.
 
-    Raises:
-        MissingDependency: A load tool is missing.
-        RuntimeUnavailable: One of NEEDED can't be measured.
-        ProofError: A server's answer is wrong.
-        BundleError: The bundle is of another model.
+    MissingDependency: a load tool is missing. RuntimeUnavailable: one of NEEDED can't be measured. ProofError: a server's
+    answer is wrong. BundleError: the bundle is of another model.
     """
     bench = _Bench(plan, on_line)
     names = [name for name in WAYS if name in {*names, *NEEDED}]
@@ -156,9 +154,10 @@ class _Bench:
         """A warm server; its answers are right at the start and at the end."""
         way = WAYS[name]
         request = WIRES[way.wire].request(self.image)
-        size = self.sizes.get("binary", (0, 0))[1]
-        folder = self.bundle.path
-        with started(lambda ports: way.command(Place(python, folder, ports, size)), way.environment()) as server:
+        command = partial(
+            way.started_by, python, bundle=self.bundle.path, answer_bytes=self.sizes.get("binary", (0, 0))[1]
+        )
+        with started(lambda ports: command(ports=ports), way.environment()) as server:
             server.wait(lambda: self._check(name, server, request))
             self._load(way, server, request, _WARM_CLIENTS, _WARM_SECONDS)
             yield server, request

@@ -14,7 +14,7 @@ import bnexport
 from benchmarks.serving import servers as serving_venvs
 from benchmarks.serving.load import put_load
 from benchmarks.serving.process import ask, counters, free_ports, started
-from benchmarks.serving.servers import VENVS, WAYS, Place, make_venv, requirements
+from benchmarks.serving.servers import VENVS, WAYS, make_venv, requirements
 from benchmarks.serving.wires import WireRequest
 from benchmarks.soak.server import running
 from bnexport.errors import RuntimeUnavailable
@@ -92,12 +92,13 @@ def test_own_servers_find_this_copy_and_others_do_not(monkeypatch, tmp_path):
     )
     assert all(map(os.path.samefile, found.stdout.splitlines(), [bnexport.__file__, numpy.__file__]))
     assert "PYTHONPATH" not in other
-    place = Place(tmp_path / "python", tmp_path, free_ports(), 185)
+    ports = free_ports()
     for name, way in WAYS.items():
-        command = list(way.command(place))
+        command = way.started_by(tmp_path / "python", bundle=tmp_path, ports=ports, answer_bytes=185)
         assert command[0] == str(tmp_path / "python"), name
-        assert str(place.ports.http) in command, name
-        assert (str(place.ports.grpc) in command) == (name == "grpc"), name
+        assert str(ports.http) in command, name
+        assert (str(ports.grpc) in command) == (name == "grpc"), name
+        assert ("185" in command) == (name == "echo"), name
         assert all(Path(word).is_file() for word in command if word.endswith("_app.py")), name
 
 
