@@ -115,7 +115,7 @@ def main() -> None:
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each training sets its threads in its process
     plan = replace(QUICK if given.quick else FULL, dataset=given.dataset)
-    results = run_chapter(given.work, plan, given.only.split(","), jobs=given.jobs, tell=progress)
+    results = run_chapter(given.work, plan, given.only.split(","), jobs=given.jobs, on_line=progress)
     write_chapter(results, given.page)
 
 

@@ -121,7 +121,7 @@ def load_results(path: Path) -> Results:
 
 
 def run_chapter(
-    work: Path, plan: ChapterPlan, experiments: Sequence[str], *, jobs: int = 2, tell: Callable[[str], None]
+    work: Path, plan: ChapterPlan, experiments: Sequence[str], *, jobs: int = 2, on_line: Callable[[str], None]
 ) -> Results:
     """Make the trainings that the folder ``work`` lacks; return every complete experiment, also those of earlier calls.
 
@@ -135,9 +135,9 @@ def run_chapter(
     if jobs < 1:
         raise UsageError(f"{jobs} trainings at a time can't be made", remedy="Give at least 1")
     todo = [spec for spec in specs_of(experiments, plan) if _kept(work, spec) is None]
-    tell(f"{len(todo)} trainings to make, {jobs} at a time")
+    on_line(f"{len(todo)} trainings to make, {jobs} at a time")
     if todo:
-        _make(todo, work, jobs, tell)
+        _make(todo, work, jobs, on_line)
     return gather(work, plan)
 
 
@@ -154,7 +154,7 @@ def gather(work: Path, plan: ChapterPlan) -> Results:
     return Results(plan, tuple(experiments), tuple(complete[key] for key in sorted(complete)))
 
 
-def _make(todo: list[RunSpec], work: Path, jobs: int, tell: Callable[[str], None]) -> None:
+def _make(todo: list[RunSpec], work: Path, jobs: int, on_line: Callable[[str], None]) -> None:
     context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
     threads = max(1, available_cores() // jobs)
     with ProcessPoolExecutor(min(jobs, len(todo)), context, _prepare_process, (threads,)) as pool:
@@ -163,7 +163,7 @@ def _make(todo: list[RunSpec], work: Path, jobs: int, tell: Callable[[str], None
             for number, done in enumerate(as_completed(waiting), 1):
                 result = done.result()
                 write_atomically(_path(work, result.spec), json.dumps(asdict(result), allow_nan=False).encode())
-                tell(f"{number}/{len(todo)} {result.spec.key}: {result.outcome}, {result.seconds:.1f} s")
+                on_line(f"{number}/{len(todo)} {result.spec.key}: {result.outcome}, {result.seconds:.1f} s")
         except BrokenProcessPool as error:
             problem = f"a training's process was ended from outside: {one_line(error)}"
             remedy = "Run the same command again, it resumes; with --jobs 1 it needs less memory"

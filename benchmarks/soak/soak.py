@@ -174,7 +174,7 @@ class _Watch:
         pid, begun = self._server.pids.pop(number), time.monotonic()
         try:
             ports = kill_and_see(pid, self._server.port)
-        except OSError:  # it had ended before, and the log says so
+        except OSError:  # it had ended before, which the log reports
             return
         self._soak.kills.append(Kill(number, pid, begun, time.monotonic(), ports))
 

@@ -34,7 +34,7 @@ class TrainingSpeeds:
 
 
 def measure(
-    names: Sequence[str], *, rounds: int = 3, seconds: float = 10.0, tell: Callable[[str], None] = lambda _: None
+    names: Sequence[str], *, rounds: int = 3, seconds: float = 10.0, on_line: Callable[[str], None] = lambda _: None
 ) -> TrainingSpeeds:
     """Measure rows of WAYS and the baseline in turn, each for some seconds in a new process, after an epoch of warming up.
 
@@ -59,7 +59,7 @@ def measure(
             baseline = best if name == _BASELINE else baseline
             speeds.rates[name] += found
             speeds.ratios[name].append(best / baseline)
-            tell(f"round {number}/{rounds}  {name}: {best:.0f} images/s, {best / baseline:.2f} x the baseline")
+            on_line(f"round {number}/{rounds}  {name}: {best:.0f} images/s, {best / baseline:.2f} x the baseline")
     return speeds
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="more conditions for the reader")
     given = parser.parse_args()
     ways = known(parser, given.ways, list(WAYS), "way")
-    speeds = measure(ways, rounds=given.rounds, seconds=given.seconds, tell=progress)
+    speeds = measure(ways, rounds=given.rounds, seconds=given.seconds, on_line=progress)
     write_page([speed_page(speeds, f"{describe(environment())}. {given.note}".rstrip(". "))], given.out)
 
 

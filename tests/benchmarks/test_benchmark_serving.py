@@ -150,7 +150,7 @@ def test_ratios_are_of_one_round_and_all_targets_can_be_met():
         "2.00 (2.00 to 2.00) for bnexport, binary tensors",
         "2.99 (2.99 to 2.99) for bnexport, JSON",
     )
-    # (90 - 20) / 50 and (80 - 18) / 50: the counter says 20, one image alone takes 18
+    # (90 - 20) / 50 and (80 - 18) / 50: the counter has 20, one image alone takes 18
     assert overhead.figures == ("1.32 (1.24 to 1.40) at 1 client", "1.25 (1.00 to 1.50) at 8 clients")
     assert memory.figures == ("+4.0% over 1,000,100 requests (100.0 to 104.0 MiB)",)
 

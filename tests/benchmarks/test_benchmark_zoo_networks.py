@@ -1,4 +1,4 @@
-"""What is measured of one network: its statistics, the places of its BatchNorms, the fold, and the other tools."""
+"""The measurement of one network: its statistics, the places of its BatchNorms, the fold, and the other tools."""
 
 from __future__ import annotations
 

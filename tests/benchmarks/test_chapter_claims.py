@@ -1,4 +1,4 @@
-"""What the page of the chapter says of its numbers: each claim flips when its numbers do."""
+"""The claims on the page of the chapter: each flips when its numbers do."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_the_plans_agree_with_the_description_on_the_page() -> None:
 def test_a_run_keeps_its_results_and_resumes(tmp_path: Path) -> None:
     plan = replace(PLAN, seeds=2, epochs=1)
     reported: list[str] = []
-    run = partial(run_chapter, tmp_path / "work", plan, ("e",), jobs=2, tell=reported.append)
+    run = partial(run_chapter, tmp_path / "work", plan, ("e",), jobs=2, on_line=reported.append)
     results = run()
     assert results.experiments == ("e",)
     assert reported[0] == "2 trainings to make, 2 at a time"
@@ -103,11 +103,11 @@ def test_a_run_keeps_its_results_and_resumes(tmp_path: Path) -> None:
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no experiment 'f'"):
-        run_chapter(tmp_path, PLAN, ("a", "f"), tell=print)
+        run_chapter(tmp_path, PLAN, ("a", "f"), on_line=print)
     with pytest.raises(UsageError, match="0 trainings at a time"):
-        run_chapter(tmp_path, PLAN, ("e",), jobs=0, tell=print)
+        run_chapter(tmp_path, PLAN, ("e",), jobs=0, on_line=print)
     with pytest.raises(UsageError, match="digits has 6000 images"):
-        run_chapter(tmp_path, replace(FULL, dataset="digits"), ("e",), jobs=1, tell=print)
+        run_chapter(tmp_path, replace(FULL, dataset="digits"), ("e",), jobs=1, on_line=print)
     assert list(tmp_path.iterdir()) == []
 
 

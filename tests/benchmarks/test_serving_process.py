@@ -1,4 +1,4 @@
-"""Servers as processes: their CPU time and memory with all children, their end, and the environments of others."""
+"""Servers as processes: CPU time and memory with all children, their end, and the environments of other servers."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from benchmarks.serving.wires import WireRequest
 from benchmarks.soak.server import running
 from bnexport.errors import RuntimeUnavailable
 
-#: A process and its child; both work for 0.3 s of CPU time, say so, and sleep.
+#: A process and its child; both work for 0.3 s of CPU time, write a file, and sleep.
 FAMILY = """
 import os, subprocess, sys, time
 work = "import os, time\\nend = time.process_time() + 0.3\\nwhile time.process_time() < end: pass\\n"

@@ -59,7 +59,7 @@ class Dropped(Fault):
         await send({"type": "http.response.body", "body": b"{", "more_body": True})
 
 class Lenient(Fault):
-    """What is malformed is taken."""
+    """Malformed requests are accepted."""
     async def serve(self, scope, receive, send, now):
         messages = await self.answer_of(scope, receive)
         if messages and messages[0]["status"] == 400:
@@ -180,4 +180,4 @@ def test_a_faulty_server_fails(
     expected = {demand} | ({ANSWERED} if fault == "Mortal" else set())
     assert set(broken) <= expected, "nothing else is wrong with it"
     if fault == "Mortal":
-        assert len(unexplained(soak)) == len(soak.ledger.lost) > 0, "a kill that nobody ordered explains nothing"
+        assert len(unexplained(soak)) == len(soak.ledger.lost) > 0, "a kill that was not ordered explains nothing"

@@ -1,4 +1,4 @@
-"""What the verdict on a soak demands, on records made by hand; and what is read of processes and counters."""
+"""The demands of a soak's verdict on records made by hand, and the reading of processes and counters."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _PATIENCE = 90.0
 
 
 class Browser:
-    """One page. What it asks for, logs and throws is kept.
+    """One page. Its requests, log lines and exceptions are kept.
 
     Attributes:
         requests: Address of every request that the page made.

@@ -1,4 +1,4 @@
-"""A gRPC client that sends what it is told, malformed or not."""
+"""A gRPC client that sends any bytes, malformed or not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_l
 
 
 class Reply(NamedTuple):
-    """What came back: the name of the code, the sentence, the bytes and the trailing metadata."""
+    """An answer: the name of the code, the sentence, the bytes and the trailing metadata."""
 
     code: str
     message: str
@@ -30,7 +30,7 @@ class Reply(NamedTuple):
 @contextlib.contextmanager
 def channel_to(server: Server, certificate: bytes | None = None) -> Iterator[grpc.Channel]:
     address = f"127.0.0.1:{server.grpc_port}"
-    # A subchannel of its own for each: what one test does to its connection is no other test's affair.
+    # Each has a separate subchannel, so that a broken connection affects one test alone.
     options = [*_UNLIMITED, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
     if certificate is None:
         made = grpc.insecure_channel(address, options)

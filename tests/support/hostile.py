@@ -1,4 +1,4 @@
-"""What every hostile file has in common: who reads it, how it is made, and what the refusal must say."""
+"""The row of a hostile file: its reader, how it is made, and words of the refusal."""
 
 from __future__ import annotations
 

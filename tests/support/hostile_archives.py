@@ -15,7 +15,7 @@ _BIG = 2**30
 
 
 class Code:
-    """What a pickle does when it is loaded."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __reduce__(self) -> tuple[object, ...]:
         import os

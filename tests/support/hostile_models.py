@@ -105,7 +105,7 @@ WIDE = tuple([2**31] * 3)
 SPARSE = field(15, field(1, stored((1,), raw=bytes(4))) + field(2, stored((1,), 7, bytes(8))) + number(3, 2**40))
 
 ONNX: dict[str, Hostile] = {
-    "onnx: text": Hostile("onnx", content(b"this is no model at all"), "is not"),
+    "onnx: text": Hostile("onnx", content(b"this is not a model"), "is not"),
     "onnx: cut off": Hostile("onnx", changed(lambda data: data[: len(data) // 2]), "cut off"),
     "onnx: one byte short": Hostile("onnx", changed(lambda data: data[:-1]), "cut off"),
     "onnx: length beyond the end": Hostile("onnx", content(b"\x3a\xff\xff\xff\xff\x07abc"), "reaches beyond"),

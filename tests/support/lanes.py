@@ -1,4 +1,4 @@
-"""How a run of the tests is spread: the number of worker processes, and the order of the files."""
+"""The spread of a run of the tests: the number of worker processes, and the order of the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server of several processes, as its log tells it."""
+"""A server of several processes, observed by its log."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def counted(server: Server, pattern: str) -> float:
 
 @contextlib.contextmanager
 def serving_twice(models: Path, log: Path, *options: str) -> Iterator[Server]:
-    """A server of two processes, once its log says that both are ready."""
+    """A server of two processes, once its log reports both as ready."""
     with serving(models, log, *TWO, *options) as server:
         until(lambda: sorted(running(server)) == [0, 1])
         yield server

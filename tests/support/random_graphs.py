@@ -88,7 +88,7 @@ def _shapes() -> st.SearchStrategy[Shape]:
 def _unary(
     layer: Callable[[st.DrawFn, Shape], nn.Module], result: Callable[[nn.Module, Shape], Shape] | None = None
 ) -> Any:
-    """A step that applies one layer; its shape is what a run on zeros gives, unless it is told."""
+    """A step that applies one layer; its shape is that of a run on zeros unless it is given."""
 
     def make(draw: st.DrawFn, program: Program, shapes: list[Shape], source: int) -> tuple[Any, Shape]:
         made = program.layer(layer(draw, shapes[source]))

@@ -1,4 +1,4 @@
-"""A server in a process of its own, and clients that may misbehave."""
+"""A server in a separate process, and clients that may misbehave."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ INFER = "/v2/models/bn_lenet/infer"
 
 @dataclass
 class Answer:
-    """What a server said: status, headers in lower case, body."""
+    """A server's answer: status, headers in lower case, body."""
 
     status: int
     headers: dict[str, str]
@@ -75,7 +75,7 @@ class Server:
         return self.ask("POST", path, json.dumps(value), named)
 
     def raw(self, data: bytes, *, seconds: float = PATIENCE, end: bool = False) -> bytes:
-        """All that comes back for bytes sent as they are, until the server closes or an answer is whole."""
+        """Send bytes as they are; return the answer when it is whole or the server closes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as client:
             with contextlib.suppress(OSError):
                 client.sendall(data)

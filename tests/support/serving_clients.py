@@ -48,7 +48,7 @@ class Clients(Threads):
     def _run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
         while not self.stop.is_set():
-            if connection.sock is None:  # the server asked for a new connection
+            if connection.sock is None:  # the server closed it after the answer
                 try:
                     connection.connect()
                 except (ConnectionRefusedError, ConnectionResetError):  # it does not listen any more: nothing was sent

@@ -74,7 +74,7 @@ class Triton:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, for servers that can't be asked which one they took."""
+    """Return ports without a listener, for servers that do not report the port that they chose."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for item in sockets:

@@ -1,4 +1,4 @@
-"""The GPU lane on engines that are made up, so that all of it has run before a GPU comes."""
+"""The GPU lane on made-up engines, so that all of it has run before a GPU is available."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 class Engine(EmulatedRunner):
-    """A GPU that is made up: it rounds as it is told and says that its nodes are on CUDA."""
+    """A made-up GPU: it rounds to a given precision and reports its nodes on CUDA."""
 
     def __init__(self, bundle: Bundle, precision: str, change: Change) -> None:
         super().__init__(bundle, precision)
@@ -51,7 +51,7 @@ class Engine(EmulatedRunner):
 
 
 class GpuSpec(RunnerSpec):
-    """A row that opens in this process: a child would not know it."""
+    """A row that opens in this process, because a child process does not have it."""
 
     def open(self, bundle: Bundle, *, module: object = None, settings: RunSettings | None = None) -> Runner:
         return super().open(bundle, settings=replace(settings or RunSettings(), isolated=False))

@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Opened:
-    """What came of a job."""
+    """The result of a job."""
 
     error: str = ""  # Message of the exception; "" when the bundle opened
     kind: str = ""  # Its class
