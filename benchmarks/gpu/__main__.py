@@ -30,34 +30,29 @@ from bnexport.runtimes.catalogue import runner_spec
 ROOT = Path(__file__).parents[2]
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    made = options("gpu", __doc__)
-    made.add_argument("--bundle", type=Path, default=ROOT / "models" / "bn_lenet" / "1")
-    made.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu.md", help="the page")
-    made.add_argument("--json", type=Path, help="the results as JSON; default: runs/gpu_lane.json")
-    made.add_argument("--data-dir", type=Path, help="folder of the data set; default: BNEXPORT_DATA, then the cache")
-    made.add_argument("--max-samples", type=int, default=MAX_SAMPLES, help="upper bound on the samples of each kind")
-    made.add_argument("--only", action="append", default=[], metavar="RUNTIME", help="this runtime; can be repeated")
-    made.add_argument("--sweep", action="append", default=[], metavar="NAME", help="this sweep; can be repeated")
-    made.add_argument("--no-sweeps", action="store_true")
-    made.add_argument("--no-training", action="store_true", help="leave out the training speed")
-    made.add_argument("--no-refusals", action="store_true", help="leave out the missing libraries")
-    made.add_argument("--seconds", type=float, help="no new part starts after that time")
-    made.add_argument(
-        "--jobs", type=int, help="sweeps side by side; 0: in this process; default: by the cores, at most 4"
-    )
-    made.add_argument("--rehearse", action="store_true", help="measure the CPU even where a GPU works")
-    made.add_argument("--add", action="store_true", help="add to the results that the JSON file already holds")
-    made.add_argument(
-        "--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: merge JSON files into one page"
-    )
-    return made
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the lane and end the process with its exit code."""
-    given = parser().parse_args(arguments)
+    parser = options("gpu", __doc__)
+    parser.add_argument("--bundle", type=Path, default=ROOT / "models" / "bn_lenet" / "1")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu.md", help="the page")
+    parser.add_argument("--json", type=Path, help="the results as JSON; default: runs/gpu_lane.json")
+    parser.add_argument("--data-dir", type=Path, help="folder of the data set; default: BNEXPORT_DATA, then the cache")
+    parser.add_argument("--max-samples", type=int, default=MAX_SAMPLES, help="upper bound on the samples of each kind")
+    parser.add_argument("--only", action="append", default=[], metavar="RUNTIME", help="this runtime; can be repeated")
+    parser.add_argument("--sweep", action="append", default=[], metavar="NAME", help="this sweep; can be repeated")
+    parser.add_argument("--no-sweeps", action="store_true")
+    parser.add_argument("--no-training", action="store_true", help="leave out the training speed")
+    parser.add_argument("--no-refusals", action="store_true", help="leave out the missing libraries")
+    parser.add_argument("--seconds", type=float, help="no new part starts after that time")
+    parser.add_argument(
+        "--jobs", type=int, help="sweeps side by side; 0: in this process; default: by the cores, at most 4"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="measure the CPU even where a GPU works")
+    parser.add_argument("--add", action="store_true", help="add to the results that the JSON file already holds")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: merge JSON files into one page"
+    )
+    given = parser.parse_args(arguments)
     finish("gpu_lane", lambda: _run(given, given.json or ROOT / "runs" / "gpu_lane.json"))
 
 

@@ -56,13 +56,11 @@ def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
     traced = time.perf_counter() - started
     result, plain = (fold_traced(original, (example,), name=source, prove=prove) for prove in (True, False))
     clamped, places = fold_traced(original, (example,), name=source, clamps=True), places_of(original)
-    parameters = sum(item.numel() for item in subject.module.parameters())
-    found |= {"parameters": parameters, "nodes": len(original.graph.nodes), "cost": cost_of(traced, plain, result)}
     ours, more = (
         account(each.report, places) | independent_check(subject, each.model, seed=seed + _OTHER_SEED)
         for each in (result, clamped)
     )
-    return found | ours | {"clamped": more}
+    return found | ours | {"cost": cost_of(traced, plain, result), "clamped": more}
 
 
 def cost_of(traced: float, plain: FoldResult, proved: FoldResult) -> dict[str, dict[str, float]]:
@@ -77,23 +75,17 @@ def account(report: FoldReport, places: dict[str, list[str]]) -> dict[str, Any]:
     waiting = {module: list(flags) for module, flags in places.items()}
     outcomes: dict[str, Counter[str]] = {place: Counter() for place in PLACES}
     reasons: Counter[str] = Counter()
-    rules: Counter[str] = Counter()
     for row in report.rows:
         place = waiting[row.module].pop(0) if waiting.get(row.module) else "arithmetic"
         outcomes[place][row.outcome] += 1
-        if row.gone:
-            rules[row.rule] += 1
-        elif place != "arithmetic":
+        if not row.gone and place != "arithmetic":
             reasons[general(row)] += 1
     return {
         "calls": len(report.rows),
         "outcomes": {key: dict(value) for key, value in outcomes.items()},
-        "rules": dict(rules),
         "reasons": dict(reasons.most_common()),
         "remaining": report.remaining,
-        "growth": report.growth,
         "error": report.error,
-        "worst_site": max((row.error for row in report.rows if row.error is not None), default=None),
         "warnings": list(report.warnings),
     }
 

@@ -128,7 +128,6 @@ def test_the_fold_report_is_counted_by_place() -> None:
         "arithmetic": {"affine": 1},
     }
     assert found["reasons"] == {"before: it follows relu; some of its scales are negative": 1}
-    assert found["rules"] == {"before": 2}
 
 
 def test_a_fold_is_measured(tiny: Callable[[], nn.Module]) -> None:

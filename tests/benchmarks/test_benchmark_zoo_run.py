@@ -62,7 +62,7 @@ def folded(name: str, *, wrong: bool = False, remaining: int = 1) -> dict[str, A
     spread = {"low": 0.5, "middle": 0.6, "high": 0.7, "n": 3}
     return line(
         name, "fold", calls=3, outcomes={"adjacent": {"backward": 1}, "apart": {"through": 1, "affine": 1}, "arithmetic": {}},
-        rules={}, reasons={"it follows a|b": 1}, remaining=remaining, growth=1.0, error=2e-15, worst_site=1e-16, warnings=[],
+        reasons={"it follows a|b": 1}, remaining=remaining, error=2e-15, warnings=[],
         cost=dict.fromkeys(("trace", "fold", "proved", "ratio", "ratio_proved"), spread), check_error=2e-7, check_noise=1e-7,
         wrong=wrong, varies=0.5,
     )  # fmt: skip
