@@ -23,6 +23,7 @@ from bnexport.tensors import Array, TensorSpec
 #: The engine of the server, which also computes the expected answers.
 RUNTIME = "onnxruntime-cpu"
 _POOL, _OF_EACH, _MOST_ROWS = 96, 64, 4
+_GZIP = {"content-encoding": "gzip"}
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,6 @@ def _pictures(preprocessing: Preprocessing, rng: np.random.Generator) -> Array:
     return found[..., 0] if preprocessing.channels == 1 else found
 
 
-def _as_json(_pixels: Array, images: Array, given: TensorSpec) -> tuple[str, Headers, bytes]:
-    return "/infer", JSON, json_body(images, given.name)
-
-
-def _as_gzip(_pixels: Array, images: Array, given: TensorSpec) -> tuple[str, Headers, bytes]:
-    return "/infer", JSON | {"content-encoding": "gzip"}, gzip.compress(json_body(images, given.name), 1)
-
-
 def _as_binary(_pixels: Array, images: Array, given: TensorSpec) -> tuple[str, Headers, bytes]:
     return "/infer", *binary_request(images, given.name)
 
@@ -137,8 +130,11 @@ def _as_picture(pixels: Array, _images: Array, _given: TensorSpec) -> tuple[str,
 
 #: Kind of request -> pixels, images and the input's description to path, headers and body.
 KINDS: dict[str, Callable[[Array, Array, TensorSpec], tuple[str, Headers, bytes]]] = {
-    "JSON": _as_json, "gzip": _as_gzip, "binary": _as_binary, "picture": _as_picture,
-}  # fmt: skip
+    "JSON": lambda _, images, given: ("/infer", JSON, json_body(images, given.name)),
+    "gzip": lambda _, images, given: ("/infer", JSON | _GZIP, gzip.compress(json_body(images, given.name), 1)),
+    "binary": _as_binary,
+    "picture": _as_picture,
+}
 _READERS: dict[str, Callable[[Headers, bytes], object]] = {
     "JSON": json_logits,
     "gzip": json_logits,
@@ -169,7 +165,7 @@ def _bad(model: str, image: Array, given: TensorSpec) -> tuple[Bad, ...]:
         Bad("10^12 samples", 413, "POST", infer, JSON, changed(shape=[10**12, *image.shape[1:]], data=[])),
         Bad("NaN", 400, "POST", infer, nan[1], nan[2]),
         Bad("bytes that are missing", 400, "POST", infer, short[1], short[2][:-4]),
-        Bad("no gzip", 400, "POST", infer, JSON | {"content-encoding": "gzip"}, whole),
+        Bad("no gzip", 400, "POST", infer, JSON | _GZIP, whole),
         Bad("another type", 415, "POST", infer, {"content-type": "text/html"}, whole),
         Bad("no picture", 400, "POST", f"{model}/classify", {"content-type": "image/png"}, b"\x89PNG nothing more"),
         Bad("no such model", 404, "POST", "/v2/models/unknown/infer", JSON, whole),

@@ -20,8 +20,8 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import lane as gpu_lane
 from benchmarks.gpu import refusals
 from benchmarks.gpu import sweeps as tables
+from benchmarks.gpu.__main__ import NOT_MEASURED, page, write_document
 from benchmarks.gpu.lane import LaneInput, require, run_lane
-from benchmarks.gpu.page import NOT_MEASURED, page, write_document
 from benchmarks.gpu.refusals import REFUSALS, HiddenLibrary, Refused, refuse, refused_rightly
 from benchmarks.gpu.results import GpuSpeed, Lane, merge, read_results, write_results
 from benchmarks.gpu.sweeps import Sweep, cpu_sweeps, emulated_spec, gpu_sweeps
