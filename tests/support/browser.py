@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through its DevTools protocol over a pipe: no port, no driver, no package."""
+"""A headless Chromium, driven by its DevTools protocol over a pipe: no port, no driver, no package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 #: Moves the two pipes to the numbers where Chromium expects them, then becomes Chromium.
@@ -20,7 +19,7 @@ _START = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
 )
 _FREE = 10  # file descriptors from here on are not 3 or 4
-#: Of one answer. A machine that is busy with other tests may take long to start it.
+#: Seconds of one answer. A machine that is busy with other tests may take long to start it.
 _PATIENCE = 90.0
 
 
@@ -53,11 +52,8 @@ class Browser:
         self._in, theirs_out = self._pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, str(theirs_in), str(theirs_out), *command],
-            pass_fds=(theirs_in, theirs_out),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+            pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         os.close(theirs_in)
         os.close(theirs_out)
 
@@ -68,9 +64,7 @@ class Browser:
             self.call(f"{domain}.enable")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
         os.close(self._out)
@@ -84,7 +78,7 @@ class Browser:
         self._until(lambda message: message.get("method") == "Page.loadEventFired")
 
     def screen(self, width: int, *, dark: bool = False, media: str = "screen") -> None:
-        """Lay the page out for a screen of so many CSS pixels, or for paper."""
+        """Lay the page out for a screen of this width in CSS pixels, or for paper."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=width < 600
         )
