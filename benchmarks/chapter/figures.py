@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.chapter.claims import changes_of
 from benchmarks.chapter.plan import BATCH_RATES, BATCHES, CONVENTION_BATCHES, RATES
@@ -33,6 +33,10 @@ class Series:
     colour: str
     line: str
     mark: str
+
+    def plot(self, axes: Axes, across: Iterable[float], up: Iterable[float], **style: Any) -> None:
+        """Draw values in this style, apart from the given parts of it."""
+        axes.plot(list(across), list(up), **{"color": self.colour, "linestyle": self.line, "marker": self.mark} | style)
 
 
 _WITH = Series("with BatchNorm", "#0072B2", "-", "o")
@@ -64,16 +68,14 @@ def _conventions(results: Results) -> Figure:
     by_place = {(setting.spec.batch_size, setting.spec.norm): setting for setting in results.settings("b")}
     for norm, series in _CONVENTIONS.items():
         for number, run in enumerate(by_place[CONVENTION_BATCHES[0], norm].runs):
-            losses = [epoch.train_loss for epoch in run.history]
-            curves.plot(
-                range(1, len(losses) + 1), losses, color=series.colour, linestyle=series.line, marker=series.mark,
-                markersize=5, linewidth=5.0 if norm == "torch" else 1.6, label=series.label if number == 0 else None,
-            )  # fmt: skip
+            losses, width = _values(run.history, "train_loss"), 5.0 if norm == "torch" else 1.6
+            label = series.label if number == 0 else None
+            series.plot(curves, range(1, len(losses) + 1), losses, markersize=5, linewidth=width, label=label)
     curves.set_title(f"batches of {CONVENTION_BATCHES[0]}, a curve for each seed", fontsize=9, color=INK)
     _finish(curves, "epoch", "train loss (nats)")
     for place, size in enumerate(CONVENTION_BATCHES):
         found = changes_of(by_place[size, "scratch-unbiased"], by_place[size, "scratch"])
-        changes.plot([place] * len(found), found, color=_WITH.colour, marker=_WITH.mark, linestyle="", markersize=5)
+        _WITH.plot(changes, [place] * len(found), found, linestyle="", markersize=5)
     changes.axhline(0.0, color=INK, linewidth=0.8)
     changes.set_xlim(-0.5, len(CONVENTION_BATCHES) - 0.5)
     changes.set_xticks(range(len(CONVENTION_BATCHES)), [str(size) for size in CONVENTION_BATCHES])
@@ -92,13 +94,10 @@ def _batches(results: Results) -> Figure:
             for place, setting in zip(places, settings, strict=True):
                 for run in setting.runs:
                     values = _values(run.history[-1:], of)
-                    axes.plot(
-                        [place] * len(values), values, color=series.colour, marker=series.mark, linestyle="", markersize=4,
-                        markerfacecolor=series.colour if run.outcome == "learned" else "none",
-                    )  # fmt: skip
-            means = [setting.mean(of) for setting in settings]
-            axes.plot(places, [mean.mean if mean is not None else math.nan for mean in means], color=series.colour,
-                      linestyle=series.line, linewidth=1.8, label=series.label)  # fmt: skip
+                    face = series.colour if run.outcome == "learned" else "none"
+                    series.plot(axes, [place] * len(values), values, linestyle="", markersize=4, markerfacecolor=face)
+            means = [mean.mean if (mean := setting.mean(of)) is not None else math.nan for setting in settings]
+            series.plot(axes, places, means, marker="", linewidth=1.8, label=series.label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(BATCHES, [str(size) for size in BATCHES])
         axes.set_title(f"learning rate {lr:g}", fontsize=9, color=INK)
@@ -123,15 +122,15 @@ def _affine(results: Results) -> Figure:
     """Experiment e: a box for each layer and seed."""
     figure, (row,) = new_panels(9.0, 3.6, rows=1, columns=2)
     (setting,) = results.settings("e")
-    runs = [run for run in setting.runs if run.affine]
+    runs, blue = [run for run in setting.runs if run.affine], {"color": _WITH.colour}
     for axes, name, start in zip(row, ("gamma", "beta"), (1.0, 0.0), strict=True):
         axes.axhline(start, color="#D55E00", linestyle="--", linewidth=1.2, label=f"before training ({start:g})")
         for number, layer in enumerate(_LAYERS):
             for seed, run in enumerate(runs):
+                place = number + (seed + 1) / (len(runs) + 1) - 0.5
                 axes.boxplot(
-                    [run.affine[layer][name]], positions=[number + (seed + 1) / (len(runs) + 1) - 0.5],
-                    widths=0.7 / (len(runs) + 1), whis=(0, 100), manage_ticks=False,
-                    boxprops={"color": "#0072B2"}, whiskerprops={"color": "#0072B2"}, capprops={"color": "#0072B2"},
+                    [run.affine[layer][name]], positions=[place], widths=0.7 / (len(runs) + 1), whis=(0, 100),
+                    manage_ticks=False, boxprops=blue, whiskerprops=blue, capprops=blue,
                     medianprops={"color": "#222222", "linewidth": 1.6},
                 )  # fmt: skip
         axes.set_xticks(range(len(_LAYERS)), _LAYERS)
@@ -167,17 +166,13 @@ def _curves(axes: Axes, setting: Setting, series: Series, of: str) -> None:
     """Draw thin lines for the seeds, a cross where one diverged, and a thick line for the mean of those that learned."""
     for run in setting.runs:
         values = _values(run.history, of)
-        epochs = range(1, len(values) + 1)
-        axes.plot(epochs, values, color=series.colour, linestyle=series.line, linewidth=0.6, alpha=0.7)
+        series.plot(axes, range(1, len(values) + 1), values, marker="", linewidth=0.6, alpha=0.7)
         if run.diverged is not None:
             above = axes.get_xaxis_transform()  # a diverged run has no value: the cross is at the upper edge
-            axes.plot([run.diverged], [0.96], color=series.colour, marker="X", linestyle="", transform=above)
+            series.plot(axes, [run.diverged], [0.96], marker="X", linestyle="", transform=above)
     columns = zip(*(run.history for run in setting.learned), strict=True)
     means = [statistics.mean(_values(column, of)) for column in columns]
-    axes.plot(
-        range(1, len(means) + 1), means, color=series.colour, linestyle=series.line, linewidth=1.8, marker=series.mark,
-        markersize=4, label=series.label,
-    )  # fmt: skip
+    series.plot(axes, range(1, len(means) + 1), means, linewidth=1.8, markersize=4, label=series.label)
 
 
 def _columns(grid: list[list[Axes]], heads: tuple[str, str]) -> None:
