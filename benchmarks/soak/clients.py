@@ -11,11 +11,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from benchmarks.soak.traffic import Good, Traffic
+from benchmarks.soak.traffic import Request, Traffic
 
 HOST = "127.0.0.1"
 #: Seconds that an answer may take; longer than the restart of a process.
@@ -24,8 +24,6 @@ PATIENCE = 60.0
 _SLOW, _FRESH = 0.1, 0.02
 #: Counters that never fall, by their names in Prometheus's text.
 _COUNTERS = ("bnexport_http_requests_total", "bnexport_samples_total", "bnexport_request_seconds_count")
-Judge = Callable[[int, dict[str, str], bytes], str | None]
-Pieces = Iterator[bytes] | bytes
 RIGHT, WRONG, LOST = "right", "wrong", "lost"
 #: Faults of each sort that are kept; more are counted.
 _KEPT = 1000
@@ -112,16 +110,11 @@ class Client:
     def good(self) -> None:
         """Send a request with a known answer."""
         request = self._any_good()
-        self._send(request.kind, ("POST", request.path, request.headers), request.body, self._judge(request))
+        self._send(request.name, request)
 
     def malformed(self) -> None:
         """Send a request that must be refused."""
-        bad = self.traffic.bad[int(self.rng.integers(len(self.traffic.bad)))]
-
-        def judge(status: int, _headers: dict[str, str], _body: bytes) -> str | None:
-            return None if status == bad.status else f"{bad.name}: status {status} instead of {bad.status}"
-
-        self._send("malformed", (bad.method, bad.path, bad.headers), bad.body, judge)
+        self._send("malformed", self.traffic.bad[int(self.rng.integers(len(self.traffic.bad)))])
 
     def slow(self) -> None:
         """Send a request with its body in pieces."""
@@ -133,7 +126,7 @@ class Client:
                 yield part.tobytes()
 
         headers = {**request.headers, "content-length": str(len(request.body))}
-        self._send("slow", ("POST", request.path, headers), pieces(), self._judge(request))
+        self._send("slow", replace(request, headers=headers), pieces())
 
     def broken_off(self) -> None:
         """Disconnect before a request, in the middle of it, or before the answer."""
@@ -154,51 +147,38 @@ class Client:
     def probe(self) -> None:
         """Check its health."""
         path = f"/v2/health/{self.rng.choice(['live', 'ready'])}"
-        self._send("probe", ("GET", path, {}), b"", _is_200)
+        self._send("probe", Request("probe", 200, "GET", path, {}, b""))
 
     def metrics(self) -> None:
         """Read counters, which must not fall, whichever process answers."""
         before = self.ledger.highest()
+        if (body := self._send("metrics", Request("metrics", 200, "GET", "/metrics", {}, b""))) is not None:
+            self.ledger.see(before, counters(body.decode()))
 
-        def judge(status: int, headers: dict[str, str], body: bytes) -> str | None:
-            if status == 200:
-                self.ledger.see(before, counters(body.decode()))
-            return _is_200(status, headers, body)
-
-        self._send("metrics", ("GET", "/metrics", {}), b"", judge)
-
-    def _any_good(self) -> Good:
+    def _any_good(self) -> Request:
         kinds = list(self.traffic.good)
         requests = self.traffic.good[kinds[int(self.rng.integers(len(kinds)))]]
         return requests[int(self.rng.integers(len(requests)))]
 
-    def _judge(self, request: Good) -> Judge:
-        def judge(status: int, headers: dict[str, str], body: bytes) -> str | None:
-            if status != 200:
-                return f"status {status} instead of 200: {body[:200].decode(errors='replace')}"
-            return self.traffic.problem(request, headers, body)
-
-        return judge
-
-    def _send(self, kind: str, head: tuple[str, str, object], body: Pieces, judge: Judge) -> None:
-        """Send one request, and note its result."""
+    def _send(self, kind: str, request: Request, body: Iterator[bytes] | None = None) -> bytes | None:
+        """Send one request, with its body in pieces if these are given, and note its result; return the right answer."""
         started, port = time.monotonic(), None
-        method, path, headers = head
         try:
             port = self._connected().getsockname()[1]
-            self._connection.request(method, path, body, headers)  # type: ignore[arg-type]
+            self._connection.request(request.method, request.path, body or request.body, dict(request.headers))
             answer = self._connection.getresponse()
             got = answer.read()
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             reason = f"{type(error).__name__}: {error}"
             self.ledger.add(LOST, Fault(kind, reason, port, started, time.monotonic()))
-            return
-        answered = {name.lower(): value for name, value in answer.getheaders()}
-        if (problem := judge(answer.status, answered, got)) is None:
-            self.ledger.right(kind)
-        else:
+            return None
+        headers = {name.lower(): value for name, value in answer.getheaders()}
+        if problem := self.traffic.problem(request, answer.status, headers, got):
             self.ledger.add(WRONG, Fault(kind, problem, port, started, time.monotonic()))
+            return None
+        self.ledger.right(kind)
+        return got
 
     def _connected(self) -> socket.socket:
         """Return the kept connection, or a new one."""
@@ -219,10 +199,6 @@ ACTIONS: dict[str, tuple[int, Callable[[Client], None]]] = {
     "probe": (8, Client.probe),
     "metrics": (3, Client.metrics),
 }
-
-
-def _is_200(status: int, _headers: dict[str, str], _body: bytes) -> str | None:
-    return None if status == 200 else f"status {status} instead of 200"
 
 
 def counters(text: str) -> dict[str, float]:

@@ -27,40 +27,35 @@ _GZIP = {"content-encoding": "gzip"}
 
 
 @dataclass(frozen=True)
-class Good:
-    """A request with a known answer, the logits (rows, classes); ``kind``: a row of KINDS."""
+class Request:
+    """A request, and the status and logits that its answer must have."""
 
-    kind: str
-    path: str
-    headers: Headers
-    body: bytes
-    expected: Array
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A request that must be refused with this status."""
-
-    name: str
+    name: str  # a row of KINDS, or the fault of a malformed request
     status: int
     method: str
     path: str
     headers: Headers
     body: bytes
+    expected: Array | None = None  # the logits (rows, classes)
 
 
 @dataclass(frozen=True)
 class Traffic:
     """All requests; ``bound`` limits the error of a logit."""
 
-    good: Mapping[str, tuple[Good, ...]]  # by kind
-    bad: tuple[Bad, ...]
+    good: Mapping[str, tuple[Request, ...]]  # by kind
+    bad: tuple[Request, ...]
     bound: float
 
-    def problem(self, request: Good, headers: Headers, body: bytes) -> str | None:
-        """Return the fault of an answer with status 200; None if it is right."""
+    def problem(self, request: Request, status: int, headers: Headers, body: bytes) -> str | None:
+        """Return the fault of an answer; None if it is right."""
+        if status != request.status:
+            shown = body[:200].decode(errors="replace")
+            return f"{request.name}: status {status} instead of {request.status}: {shown}"
+        if request.expected is None:
+            return None
         try:
-            logits = np.asarray(_READERS[request.kind](headers, body), np.float32).reshape(request.expected.shape)
+            logits = np.asarray(_READERS[request.name](headers, body), np.float32).reshape(request.expected.shape)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             return f"it can't be read: {type(error).__name__}: {str(error)[:100]}"
         off = float(np.abs(logits.astype(np.float64) - request.expected).max())
@@ -84,11 +79,11 @@ def make_traffic(bundle: Bundle, seed: int) -> Traffic:
         raise BundleError(problem, remedy="Take a trained network")
     model = f"/v2/models/{bundle.manifest.name}"
     rng = np.random.default_rng(seed + 1)
-    good: dict[str, list[Good]] = {kind: [] for kind in KINDS}
+    good: dict[str, list[Request]] = {kind: [] for kind in KINDS}
     for kind, _ in itertools.product(KINDS, range(_OF_EACH)):
         rows = rng.choice(_POOL, size=1 if kind == "picture" else rng.integers(1, _MOST_ROWS + 1), replace=False)
         path, headers, body = KINDS[kind](pixels[rows], images[rows], given)
-        good[kind].append(Good(kind, model + path, headers, body, logits[rows]))
+        good[kind].append(Request(kind, 200, "POST", model + path, headers, body, logits[rows]))
     return Traffic({kind: tuple(found) for kind, found in good.items()}, _bad(model, images[:1], given), bound)
 
 
@@ -143,7 +138,7 @@ _READERS: dict[str, Callable[[Headers, bytes], object]] = {
 }
 
 
-def _bad(model: str, image: Array, given: TensorSpec) -> tuple[Bad, ...]:
+def _bad(model: str, image: Array, given: TensorSpec) -> tuple[Request, ...]:
     """A sample of faults: in the body, its form, its values, the address, the method."""
     infer, described = f"{model}/infer", tensor(image, given.name)
     data = image.reshape(-1).tolist()
@@ -155,21 +150,21 @@ def _bad(model: str, image: Array, given: TensorSpec) -> tuple[Bad, ...]:
     nan = _as_binary(image, np.full_like(image, np.nan), given)
     short = _as_binary(image, image, given)
     return (
-        Bad("no JSON", 400, "POST", infer, JSON, b"{"),
-        Bad("JSON cut short", 400, "POST", infer, JSON, whole[:-5]),
-        Bad("no inputs", 400, "POST", infer, JSON, b"{}"),
-        Bad("another shape", 400, "POST", infer, JSON, changed(shape=[1, 3])),
-        Bad("too few values", 400, "POST", infer, JSON, changed(data=data[:-1])),
-        Bad("another name", 400, "POST", infer, JSON, changed(name="unknown")),
-        Bad("another datatype", 400, "POST", infer, JSON, changed(datatype="INT8")),
-        Bad("10^12 samples", 413, "POST", infer, JSON, changed(shape=[10**12, *image.shape[1:]], data=[])),
-        Bad("NaN", 400, "POST", infer, nan[1], nan[2]),
-        Bad("bytes that are missing", 400, "POST", infer, short[1], short[2][:-4]),
-        Bad("no gzip", 400, "POST", infer, JSON | _GZIP, whole),
-        Bad("another type", 415, "POST", infer, {"content-type": "text/html"}, whole),
-        Bad("no picture", 400, "POST", f"{model}/classify", {"content-type": "image/png"}, b"\x89PNG nothing more"),
-        Bad("no such model", 404, "POST", "/v2/models/unknown/infer", JSON, whole),
-        Bad("no such version", 404, "GET", f"{model}/versions/987654321", {}, b""),
-        Bad("no such address", 404, "GET", "/v3", {}, b""),
-        Bad("another method", 405, "DELETE", infer, {}, b""),
+        Request("no JSON", 400, "POST", infer, JSON, b"{"),
+        Request("JSON cut short", 400, "POST", infer, JSON, whole[:-5]),
+        Request("no inputs", 400, "POST", infer, JSON, b"{}"),
+        Request("another shape", 400, "POST", infer, JSON, changed(shape=[1, 3])),
+        Request("too few values", 400, "POST", infer, JSON, changed(data=data[:-1])),
+        Request("another name", 400, "POST", infer, JSON, changed(name="unknown")),
+        Request("another datatype", 400, "POST", infer, JSON, changed(datatype="INT8")),
+        Request("10^12 samples", 413, "POST", infer, JSON, changed(shape=[10**12, *image.shape[1:]], data=[])),
+        Request("NaN", 400, "POST", infer, nan[1], nan[2]),
+        Request("bytes that are missing", 400, "POST", infer, short[1], short[2][:-4]),
+        Request("no gzip", 400, "POST", infer, JSON | _GZIP, whole),
+        Request("another type", 415, "POST", infer, {"content-type": "text/html"}, whole),
+        Request("no picture", 400, "POST", f"{model}/classify", {"content-type": "image/png"}, b"\x89PNG nothing more"),
+        Request("no such model", 404, "POST", "/v2/models/unknown/infer", JSON, whole),
+        Request("no such version", 404, "GET", f"{model}/versions/987654321", {}, b""),
+        Request("no such address", 404, "GET", "/v3", {}, b""),
+        Request("another method", 405, "DELETE", infer, {}, b""),
     )

@@ -173,19 +173,21 @@ def test_answers_that_are_wrong_are_seen(tmp_path: Path) -> None:
     assert set(traffic.good) == set(KINDS)
     for request in traffic.good["binary"][:5]:
         headers = {"inference-header-content-length": "2"}
+        assert request.expected is not None
         right = request.expected.astype(np.float32)
-        assert traffic.problem(request, headers, b"{}" + right.tobytes()) is None
+        assert traffic.problem(request, 200, headers, b"{}" + right.tobytes()) is None
         off = right.copy()
         off[-1, -1] += 3 * traffic.bound
-        assert "a logit is off by" in str(traffic.problem(request, headers, b"{}" + off.tobytes()))
+        assert "a logit is off by" in str(traffic.problem(request, 200, headers, b"{}" + off.tobytes()))
         off[-1, -1] = np.nan
-        assert traffic.problem(request, headers, b"{}" + off.tobytes()) is not None
-        assert "can't be read" in str(traffic.problem(request, headers, b"{}" + right.tobytes()[:-4]))
-        assert "can't be read" in str(traffic.problem(request, {}, right.tobytes()))
+        assert traffic.problem(request, 200, headers, b"{}" + off.tobytes()) is not None
+        assert "can't be read" in str(traffic.problem(request, 200, headers, b"{}" + right.tobytes()[:-4]))
+        assert "can't be read" in str(traffic.problem(request, 200, {}, right.tobytes()))
     first, second = traffic.good["picture"][:2]
+    assert first.expected is not None
     body = b'{"predictions": [{"logits": %s}]}' % str(first.expected[0].tolist()).encode()
-    assert traffic.problem(first, {}, body) is None
-    assert traffic.problem(second, {}, body) is not None, "another request's answer"
+    assert traffic.problem(first, 200, {}, body) is None
+    assert traffic.problem(second, 200, {}, body) is not None, "another request's answer"
 
 
 def test_one_process_can_not_be_soaked(tmp_path: Path) -> None:
