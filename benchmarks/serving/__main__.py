@@ -67,34 +67,35 @@ def _clean(speeds: ServingSpeeds, *names: str) -> bool:
     return not any(sample.load.errors for name in names for rows in speeds.samples[name].values() for sample in rows)
 
 
-def _each(spreads: Mapping[int, Spread], reached: Callable[[float], bool], aside: Mapping[int, str]) -> Iterator[str]:
-    """Yield a figure for each count of clients; a missed one has the note of ``aside``."""
-    for count, spread in spreads.items():
-        missed = "" if reached(spread.middle) else f" (missed{aside.get(count, '')})"
-        yield f"{ranged(spread)} at {in_words(count)}{missed}"
+def _judged(
+    words: str, found: Mapping[str, Spread], reached: Callable[[float], bool], *, clean: bool, aside: Mapping[str, str]
+) -> TargetOutcome:
+    """Judge the worst of some medians; a figure that misses the target has the note of ``aside``."""
+    missed = {
+        where: f" (missed{aside.get(where, '')})" for where, spread in found.items() if not reached(spread.middle)
+    }
+    figures = tuple(f"{ranged(spread)} {where}{missed.get(where, '')}" for where, spread in found.items())
+    return TargetOutcome(words, figures, clean and not missed if found else None)
 
 
 def _faster(speeds: ServingSpeeds) -> TargetOutcome:
     words = "Binary tensors: at least 6 times the requests per CPU second of FastAPI with JSON"
     if "fastapi" not in speeds.samples:
         return TargetOutcome(words, (), None)
-    found = {n: cpu_ratios(speeds, "binary", "fastapi", n) for n in speeds.samples["binary"]}
-    met = min(spread.middle for spread in found.values()) >= 6.0
+    counts = {f"at {in_words(n)}": n for n in speeds.samples["binary"]}
+    found = {where: cpu_ratios(speeds, "binary", "fastapi", n) for where, n in counts.items()}
     # The echo is the bound: no inference, no protocol.
-    echo = {n: f"; the echo has {cpu_ratios(speeds, 'echo', 'fastapi', n).middle:.2f}" for n in found}
-    figures = tuple(_each(found, lambda ratio: ratio >= 6.0, echo))
-    return TargetOutcome(words, figures, met and _clean(speeds, "binary", "fastapi"))
+    echo = {
+        where: f"; the echo has {cpu_ratios(speeds, 'echo', 'fastapi', n).middle:.2f}" for where, n in counts.items()
+    }
+    return _judged(words, found, lambda ratio: ratio >= 6.0, clean=_clean(speeds, "binary", "fastapi"), aside=echo)
 
 
 def _tail(speeds: ServingSpeeds) -> TargetOutcome:
     words = f"99th percentile at {_TAIL_CLIENTS} clients below 3 times the median"
     judged = {name: rows for name in JUDGED if (rows := speeds.samples.get(name, {}).get(_TAIL_CLIENTS))}
-    found = {name: _tails(rows) for name, rows in judged.items()}
-    if not found:
-        return TargetOutcome(words, (), None)
-    figures = tuple(f"{ranged(spread)} for {WAYS[name].words}" for name, spread in found.items())
-    met = max(spread.middle for spread in found.values()) < 3.0
-    return TargetOutcome(words, figures, met and _clean(speeds, *found))
+    found = {f"for {WAYS[name].words}": _tails(rows) for name, rows in judged.items()}
+    return _judged(words, found, lambda ratio: ratio < 3.0, clean=_clean(speeds, *judged), aside={})
 
 
 def _tails(rows: Sequence[Sample]) -> Spread:
@@ -103,25 +104,18 @@ def _tails(rows: Sequence[Sample]) -> Spread:
 
 def _overhead(speeds: ServingSpeeds) -> TargetOutcome:
     words = "CPU time of a binary request without inference at most 1.5 times that of a bare ASGI echo of the same body"
-    found = {n: overheads(speeds, "binary", n) for n in speeds.samples["binary"]}
-    met = max(spread.middle for spread in found.values()) <= 1.5
-    figures = tuple(_each(found, lambda ratio: ratio <= 1.5, {}))
-    return TargetOutcome(words, figures, met and _clean(speeds, "binary", "echo"))
+    found = {f"at {in_words(n)}": overheads(speeds, "binary", n) for n in speeds.samples["binary"]}
+    return _judged(words, found, lambda ratio: ratio <= 1.5, clean=_clean(speeds, "binary", "echo"), aside={})
 
 
 def _memory(speeds: ServingSpeeds) -> TargetOutcome:
     words = "Memory flat within 5 % over 1 million requests"
     memory = speeds.memory
-    if memory is None or memory.requests[-1] < 1_000_000:
-        return TargetOutcome(words, () if memory is None else (_grown(speeds),), None)
-    return TargetOutcome(words, (_grown(speeds),), memory.growth <= 0.05)
-
-
-def _grown(speeds: ServingSpeeds) -> str:
-    assert speeds.memory is not None
-    memory = speeds.memory
+    if memory is None:
+        return TargetOutcome(words, (), None)
     first, last = memory.resident[0] / 2**20, memory.resident[-1] / 2**20
-    return f"{memory.growth:+.1%} over {memory.requests[-1]:,} requests ({first:.1f} to {last:.1f} MiB)"
+    grown = f"{memory.growth:+.1%} over {memory.requests[-1]:,} requests ({first:.1f} to {last:.1f} MiB)"
+    return TargetOutcome(words, (grown,), memory.growth <= 0.05 if memory.requests[-1] >= 1_000_000 else None)
 
 
 #: Target -> outcome.
