@@ -9,7 +9,6 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,119 +31,102 @@ TOOLS: dict[str, str] = {
 _NOTHING = "-"
 
 
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """One network with the results of both parts; empty if a part was not measured or failed."""
-
-    name: str
-    fold: Mapping[str, Any]
-    tools: Mapping[str, Any]
-    problems: Mapping[str, str]  # part -> reason of its failure
-
-    @property
-    def norms(self) -> int:
-        """Return the number of BatchNorm modules; 0 if unknown."""
-        return int((self.fold or self.tools).get("norms", 0))
-
-    @property
-    def warned(self) -> bool:
-        """Return True if a fold failed its own proof."""
-        return any("failed its proof" in text for text in self.fold["warnings"])
-
-    @property
-    def clamped(self) -> Entry:
-        """Return the same network folded with ``clamps``."""
-        return Entry(self.name, self.fold["clamped"], self.tools, self.problems)
-
-    def count(self, place: str, outcomes: Sequence[str] = tuple(OUTCOMES)) -> int:
-        """Return the number of BatchNorm calls at a place with one of the outcomes."""
-        found = self.fold.get("outcomes", {}).get(place, {})
-        return sum(int(found.get(outcome, 0)) for outcome in outcomes)
+Fold = Mapping[str, Any]  # the result of ``measure_fold``
 
 
 def write_document(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the page of the lines that ``read_lines`` returns."""
     entries = entries_of(lines)
-    folded = [entry for entry in entries if "calls" in entry.fold]
-    clamped = [entry for entry in folded if "clamped" in entry.fold]
-    plain = [entry for entry in entries if not entry.norms and not entry.problems]
-    conditions = [(line, describe(dict(line))) for line in lines if line["part"] == "conditions"]
-    errors = [(entry, entry.fold["error"]) for entry in folded if entry.fold["error"] is not None]
+    folds = {name: entry["fold"] for name, entry in entries.items() if "calls" in entry["fold"]}
+    clamps = {name: fold["clamped"] for name, fold in folds.items() if "clamped" in fold}
+    errors = {name: fold["error"] for name, fold in folds.items() if fold["error"] is not None}
     inexact = [
-        f"{entry.name} ({error:.1e}, its own float32 error {_size(entry.fold['check_noise'])})"
-        for entry, error in errors
+        f"{name} ({error:.1e}, its own float32 error {_size(folds[name]['check_noise'])})"
+        for name, error in errors.items()
         if error > MAX_ERROR
     ]
+
+    def total(place: str, outcomes: Sequence[str] = tuple(OUTCOMES)) -> int:
+        return sum(_count(fold, place, outcomes) for fold in folds.values())
+
     text = render(
-        "zoo/page.md.jinja", entries=entries, folded=folded, clamped=clamped, plain=plain, conditions=conditions, gone=GONE,
-        example=EXAMPLE, calibration=CALIBRATION, places=PLACES, total=lambda place, *rest: _total(folded, place, *rest),
-        outcomes=[[name, *(_total(folded, place, [name]) for place in ("adjacent", "apart")), meaning]
+        "zoo/page.md.jinja", entries=entries, folds=folds, clamps=clamps, gone=GONE, total=total, places=PLACES,
+        plain=[name for name, entry in entries.items() if not _norms(entry) and not entry["problems"]],
+        conditions=[(line, describe(dict(line))) for line in lines if line["part"] == "conditions"],
+        example=EXAMPLE, calibration=CALIBRATION, wrong_factor=WRONG_FACTOR, wrong_share=WRONG_SHARE, max_error=MAX_ERROR,
+        outcomes=[[name, *(total(place, [name]) for place in ("adjacent", "apart")), meaning]
                   for name, meaning in OUTCOMES.items()],
-        tools=[_tool(folded, key, heading) for key, heading in TOOLS.items()],
-        wrong_factor=WRONG_FACTOR, wrong_share=WRONG_SHARE, max_error=MAX_ERROR, errors=errors, inexact=inexact,
-        exact=[error for _, error in errors if error <= MAX_ERROR],
-        wrong=_verdict(folded, lambda entry: entry.fold["wrong"]), warned=_verdict(folded, lambda entry: entry.warned),
-        adjacent=_verdict(folded, lambda entry: entry.count("adjacent") > entry.count("adjacent", GONE)),
-        more=_verdict(folded, lambda entry: entry.fold["remaining"] > _standing(entry)),
-        clamped_gone=sum(entry.clamped.count("apart", GONE) for entry in clamped),
-        clamped_wrong=_verdict(clamped, lambda entry: entry.clamped.fold["wrong"] or entry.clamped.warned),
-        reasons=_reasons(folded), costs=_costs(folded), failures=_failures(entries),
+        tools=[_tool(entries, folds, key, heading) for key, heading in TOOLS.items()],
+        errors=errors, inexact=inexact, exact=[error for error in errors.values() if error <= MAX_ERROR],
+        wrong=_verdict(folds, lambda fold: fold["wrong"]), warned=_verdict(folds, _warned),
+        adjacent=_verdict(folds, lambda fold: _count(fold, "adjacent") > _count(fold, "adjacent", GONE)),
+        more=_verdict(folds, lambda fold: fold["remaining"] > _standing(fold)),
+        clamped_gone=sum(_count(fold, "apart", GONE) for fold in clamps.values()),
+        clamped_wrong=_verdict(clamps, lambda fold: fold["wrong"] or _warned(fold)),
+        reasons=_reasons(folds), costs=_costs(folds), failures=_failures(entries),
         heads=["network", "pixels", "BatchNorms", "adjacent", "apart", "apart, gone", "left: bnexport", "with clamps",
                *TOOLS.values(), "error", "check", "trace, s", "fold", "with proofs"],
-        rows=[_cells(entry) for entry in entries if entry.norms and (entry.fold or entry.tools)],
+        rows=[_cells(name, entry) for name, entry in entries.items() if _norms(entry)],
     )  # fmt: skip
     write_page([text], path)
 
 
-def entries_of(lines: Sequence[Mapping[str, Any]]) -> list[Entry]:
-    """Return the lines by network: torchvision's first, in the order of their names."""
-    gathered: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for line in lines:
-        if line["part"] != "conditions":
-            gathered.setdefault(line["name"], {})[line["part"]] = line
-    return [
-        Entry(
-            name,
-            found.get("fold", {}).get("result", {}),
-            found.get("tools", {}).get("result", {}),
-            {part: line["problem"] for part, line in found.items() if "problem" in line},
-        )
-        for name, found in sorted(gathered.items(), key=lambda item: (not item[0].startswith("torchvision"), item[0]))
-    ]
+def entries_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return network -> the results "fold" and "tools", {} without one, and "problems": part -> reason of its failure.
+
+    torchvision's networks are first, in the order of their names.
+    """
+    measured = [line for line in lines if line["part"] != "conditions"]
+    names = sorted({line["name"] for line in measured}, key=lambda name: (not name.startswith("torchvision"), name))
+    entries: dict[str, dict[str, Any]] = {name: {"fold": {}, "tools": {}, "problems": {}} for name in names}
+    for line in measured:
+        place = entries[line["name"]]["problems"] if "problem" in line else entries[line["name"]]
+        place[line["part"]] = line["problem"] if "problem" in line else line["result"]
+    return entries
 
 
-def _total(entries: Sequence[Entry], place: str, outcomes: Sequence[str] = tuple(OUTCOMES)) -> int:
-    return sum(entry.count(place, outcomes) for entry in entries)
+def _norms(entry: Mapping[str, Any]) -> int:
+    """Return the number of BatchNorm modules; 0 if unknown."""
+    return int((entry["fold"] or entry["tools"]).get("norms", 0))
 
 
-def _standing(entry: Entry) -> int:
-    """BatchNorm calls that are not gone by their rows."""
-    return sum(entry.count(place) - entry.count(place, GONE) for place in ("adjacent", "apart"))
+def _count(fold: Fold, place: str, outcomes: Sequence[str] = tuple(OUTCOMES)) -> int:
+    """Return the number of BatchNorm calls at a place with one of the outcomes."""
+    return sum(fold["outcomes"][place].get(outcome, 0) for outcome in outcomes)
 
 
-def _tool(folded: Sequence[Entry], key: str, heading: str) -> list[object]:
-    both = [entry for entry in folded if key in entry.tools.get("left", {})]
-    before = sum(entry.tools["left"].get("before", entry.norms) for entry in both)
-    left, ours = sum(entry.tools["left"][key] for entry in both), sum(entry.fold["remaining"] for entry in both)
-    return [heading, len(both), before, left, ours]
+def _standing(fold: Fold) -> int:
+    """Return the number of BatchNorm calls that are not gone by their rows."""
+    return sum(_count(fold, place) - _count(fold, place, GONE) for place in ("adjacent", "apart"))
 
 
-def _verdict(entries: Sequence[Entry], missed: Callable[[Entry], bool]) -> str:
-    names = [entry.name for entry in entries if missed(entry)]
+def _warned(fold: Fold) -> bool:
+    return any("failed its proof" in text for text in fold["warnings"])
+
+
+def _verdict(folds: Mapping[str, Fold], missed: Callable[[Fold], bool]) -> str:
+    names = [name for name, fold in folds.items() if missed(fold)]
     return f"missed by {len(names)} ({', '.join(names)})" if names else "met"
 
 
-def _reasons(folded: Sequence[Entry]) -> list[list[object]]:
+def _tool(entries: Mapping[str, Any], folds: Mapping[str, Fold], key: str, heading: str) -> list[object]:
+    both = {name: left for name in folds if key in (left := entries[name]["tools"].get("left", {}))}
+    before = sum(left.get("before", _norms(entries[name])) for name, left in both.items())
+    return [heading, len(both), before, sum(left[key] for left in both.values()),
+            sum(folds[name]["remaining"] for name in both)]  # fmt: skip
+
+
+def _reasons(folds: Mapping[str, Fold]) -> list[list[object]]:
     reasons: Counter[str] = Counter()
     networks: Counter[str] = Counter()
-    for entry in folded:
-        reasons.update(entry.fold["reasons"])
-        networks.update(dict.fromkeys(entry.fold["reasons"], 1))
+    for fold in folds.values():
+        reasons.update(fold["reasons"])
+        networks.update(fold["reasons"].keys())
     return [[count, networks[reason], reason] for reason, count in reasons.most_common()]
 
 
-def _costs(folded: Sequence[Entry]) -> list[list[str]]:
-    costs = {entry.name: {key: cost["middle"] for key, cost in entry.fold["cost"].items()} for entry in folded}
+def _costs(folds: Mapping[str, Fold]) -> list[list[str]]:
+    costs = {name: {key: cost["middle"] for key, cost in fold["cost"].items()} for name, fold in folds.items()}
     found = []
     for key, ratio, what in (("fold", "ratio", "without the proofs"), ("proved", "ratio_proved", "with the proofs")):
         if costs:
@@ -156,14 +138,13 @@ def _costs(folded: Sequence[Entry]) -> list[list[str]]:
     return found
 
 
-def _cells(entry: Entry) -> list[object]:
-    left, failed = entry.tools.get("left", {}), entry.tools.get("failed", {})
+def _cells(name: str, entry: Mapping[str, Any]) -> list[object]:
+    fold, left, failed = entry["fold"], entry["tools"].get("left", {}), entry["tools"].get("failed", {})
     tools = [left.get(key, "failed" if key in failed else _NOTHING) for key in TOOLS]
-    head = [entry.name, (entry.fold or entry.tools)["shape"][-1]]
-    if "calls" not in entry.fold:
-        return [*head, entry.norms, *[_NOTHING] * 5, *tools, *[_NOTHING] * 5]
-    fold, cost = entry.fold, entry.fold["cost"]
-    counts = [entry.count("adjacent"), entry.count("apart"), entry.count("apart", GONE)]
+    head = [name, (fold or entry["tools"])["shape"][-1]]
+    if "calls" not in fold:
+        return [*head, _norms(entry), *[_NOTHING] * 5, *tools, *[_NOTHING] * 5]
+    cost, counts = fold["cost"], [_count(fold, "adjacent"), _count(fold, "apart"), _count(fold, "apart", GONE)]
     clamps = fold["clamped"]["remaining"] if "clamped" in fold else _NOTHING
     check = f"{_size(fold['check_error'])} ({_size(fold['check_noise'])}){' WRONG' if fold['wrong'] else ''}"
     trace = f"{cost['trace']['low']:.2f} (n = {cost['trace']['n']})"
@@ -172,9 +153,9 @@ def _cells(entry: Entry) -> list[object]:
     return [*head, *ours, *tools, _size(fold["error"]), check, trace, *ratios]
 
 
-def _failures(entries: Sequence[Entry]) -> list[list[str]]:
-    found = [[entry.name, part, why] for entry in entries for part, why in entry.problems.items()]
-    failed = [(entry.name, item) for entry in entries for item in entry.tools.get("failed", {}).items()]
+def _failures(entries: Mapping[str, Any]) -> list[list[str]]:
+    found = [[name, part, why] for name, entry in entries.items() for part, why in entry["problems"].items()]
+    failed = [(name, item) for name, entry in entries.items() for item in entry["tools"].get("failed", {}).items()]
     return found + [[name, TOOLS.get(tool, "export for the tools"), why] for name, (tool, why) in failed]
 
 
