@@ -62,6 +62,7 @@ def write_document(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         adjacent=_verdict(folds, lambda fold: _count(fold, "adjacent") > _count(fold, "adjacent", GONE)),
         more=_verdict(folds, lambda fold: fold["remaining"] > _standing(fold)),
         clamped_gone=sum(_count(fold, "apart", GONE) for fold in clamps.values()),
+        unclamped=sum(folds[name]["remaining"] for name in clamps),
         clamped_wrong=_verdict(clamps, lambda fold: fold["wrong"] or _warned(fold)),
         reasons=_reasons(folds), costs=_costs(folds), failures=_failures(entries),
         heads=["network", "pixels", "BatchNorms", "adjacent", "apart", "apart, gone", "left: bnexport", "with clamps",
