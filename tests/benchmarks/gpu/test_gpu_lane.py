@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,9 +69,14 @@ def gpu(
     return GpuSpec("onnxruntime", "cuda", MODEL_ONNX, opener, lambda _device: None, "tf32", BOTH)
 
 
+def measured(bundle: Bundle, sweeps: Sequence[Sweep], samples: int = 20, **options: Any) -> Lane:
+    """Run sweeps alone; by default in this process."""
+    shared = {"training": False, "refusals": (), "jobs": 0}
+    return run_lane(LaneInput(bundle, max_samples=samples), sweeps, **(shared | options))
+
+
 def lane(bundle: Bundle, spec: RunnerSpec, scope: Scope | None = None) -> Lane:
-    scope = scope or Scope(BOTH, drift=False)
-    return run_lane(LaneInput(bundle, max_samples=80), [Sweep(spec, scope)], training=False, refusals=(), jobs=0)
+    return measured(bundle, [Sweep(spec, scope or Scope(BOTH, drift=False))], samples=80)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +164,7 @@ def test_an_engine_that_fails_midway_fails_the_lane(bundle: Bundle) -> None:
     assert found.broken == {"onnxruntime-cuda": "onnxruntime-cuda can't run here: no y"}
     assert "- onnxruntime-cuda: onnxruntime-cuda can't run here: no y" in page(found)
     sweeps = [Sweep(spec, Scope(("float32",), drift=False)) for spec in (emulated_spec(), replace(gpu(), opener=never))]
-    found = run_lane(LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0)
+    found = measured(bundle, sweeps)
     assert [run.passed for run in found.runs] == [True]
     assert not found.passed
 
@@ -397,10 +403,7 @@ def test_no_sweep_starts_after_the_budget(bundle: Bundle) -> None:
     sweeps = [Sweep(gpu(change=slow), Scope(("float32",), drift=False), label) for label in ("a", "b")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_lane.time, "monotonic", lambda: now[0])
-        found = run_lane(
-            LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), seconds=50, jobs=0,
-            on_line=begun.append, keep=kept.append,
-        )  # fmt: skip
+        found = measured(bundle, sweeps, seconds=50, on_line=begun.append, keep=kept.append)
     assert begun == ["onnxruntime-cuda, a"]
     assert list(found.sweeps) == ["onnxruntime-cuda, a"]
     assert found.unreached == ("onnxruntime-cuda, b",)
@@ -429,7 +432,7 @@ def test_a_crash_of_one_sweep_keeps_the_others(
 
     monkeypatch.setattr(gpu_lane.subprocess, "Popen", child)
     sweeps = [Sweep(emulated_spec(), Scope(), name) for name in code]
-    found = run_lane(LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=2)
+    found = measured(bundle, sweeps, jobs=2)
     assert list(found.sweeps) == ["emulated-cpu, good"]
     assert found.sweeps["emulated-cpu, good"].passed
     assert dict(found.failed) == {
@@ -457,7 +460,7 @@ def test_the_order_is_that_of_the_table(bundle: Bundle, good: Lane, monkeypatch:
     monkeypatch.setattr(gpu_lane, "refuse", refuse)
     sweeps = [Sweep(emulated_spec(), Scope(), name) for name in "abc"]
     hidden = [HiddenLibrary(name, "torch-cuda") for name in ("first", "second")]
-    found = run_lane(LaneInput(bundle), sweeps, training=False, refusals=hidden, jobs=3)
+    found = measured(bundle, sweeps, refusals=hidden, jobs=3)
     assert list(found.sweeps) == [f"emulated-cpu, {name}" for name in "abc"]
     if sys.platform.startswith("linux"):
         assert [item.refusal.name for item in found.refused] == ["first", "second"]
@@ -483,7 +486,7 @@ def test_an_interrupt_ends_the_processes_of_the_parts(bundle: Bundle, monkeypatc
     monkeypatch.setattr(gpu_lane.subprocess, "Popen", child)
     sweeps = [Sweep(emulated_spec(), Scope(), name) for name in ("endless", "quick")]
     with pytest.raises(KeyboardInterrupt):
-        run_lane(LaneInput(bundle), sweeps, training=False, refusals=(), jobs=2, keep=keep)
+        measured(bundle, sweeps, jobs=2, keep=keep)
     assert min(process.wait(240) for process in children) < 0
 
 
@@ -492,7 +495,7 @@ def test_a_part_that_does_not_end_is_stopped(bundle: Bundle, monkeypatch: pytest
     endless = [sys.executable, "-c", "print('half', flush=True); import time; time.sleep(600)"]
     monkeypatch.setattr(gpu_lane.subprocess, "Popen", lambda _arguments, **options: popen(endless, **options))
     monkeypatch.setattr(gpu_lane, "PART_SECONDS", 3.0)
-    found = run_lane(LaneInput(bundle), [Sweep(emulated_spec(), Scope())], training=False, refusals=(), jobs=1)
+    found = measured(bundle, [Sweep(emulated_spec(), Scope())], jobs=1)
     assert found.failed["emulated-cpu"].startswith("its process was stopped after 3 s")
     assert found.verdict == "FAIL"
 
@@ -511,9 +514,7 @@ def test_an_absent_runtime_is_neither_a_failure_nor_unreached(bundle: Bundle, go
     row = replace(gpu(), prober=lambda _device: "no GPU")
     begun: list[str] = []
     sweeps = [Sweep(row, Scope(("float32",)), label) for label in ("", "wide")]
-    found = run_lane(
-        LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0, on_line=begun.append
-    )
+    found = measured(bundle, sweeps, on_line=begun.append)
     assert dict(found.absent) == {"onnxruntime-cuda": "no GPU"}
     assert found.unreached == ()
     assert begun == ["onnxruntime-cuda"], "the second sweep of an absent runtime was tried"
