@@ -167,7 +167,7 @@ def test_a_cell_can_t_break_its_table() -> None:
 
 
 def commands() -> list[str]:
-    """The modules that end in a command, as the README's table names them."""
+    """Return the commands in the README's table."""
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     return re.findall(r"^\| `(benchmarks\.[\w.]+)", text, re.MULTILINE)
 

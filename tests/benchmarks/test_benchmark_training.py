@@ -1,4 +1,4 @@
-"""The comparison of ways to train: what is measured, what becomes of it, and its page."""
+"""The comparison of ways to train: the measurement, its ratios, and its page."""
 
 import sys
 from pathlib import Path

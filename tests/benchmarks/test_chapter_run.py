@@ -1,4 +1,4 @@
-"""The trainings behind docs/results/chapter.md: what one measures, what a run over all of them keeps, and what it saves."""
+"""The trainings behind docs/results/chapter.md: one training, the files of a run over all of them, and the saved results."""
 
 from __future__ import annotations
 

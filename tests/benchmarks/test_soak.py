@@ -1,4 +1,4 @@
-"""A short soak, and servers with a fault each: every demand of the verdict can be broken, and is seen to be."""
+"""A short soak, and servers with a fault each: each fault breaks its demand of the verdict."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Failing(Fault):
             await send(message)
 
 class Forgetful(Fault):
-    """Counters that are sometimes another process's alone."""
+    """Counters that are sometimes those of one process."""
     async def serve(self, scope, receive, send, now):
         messages = await self.answer_of(scope, receive)
         if scope["path"] == "/metrics" and next(self.count) % 2:
@@ -87,7 +87,7 @@ class Forgetful(Fault):
             await send(message)
 
 class Mortal(Fault):
-    """A process that dies of a request."""
+    """A process that a request kills."""
     async def serve(self, scope, receive, send, now):
         if now and next(self.count) > 400:
             os.kill(os.getpid(), signal.SIGKILL)

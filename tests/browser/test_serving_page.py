@@ -172,7 +172,7 @@ def test_the_verdict_and_the_report(browser: Browser) -> None:
 
 
 def test_a_server_without_models_is_reported(browser: Browser) -> None:
-    """Their folders may go while it runs; the page must not look as if it had not loaded."""
+    """Their folders may be removed while it runs; the page must not look as if it had not loaded."""
     browser.evaluate("ask = async () => ({json: async () => ({models: []})}); load()")
     assert browser.until("document.getElementById('problem').textContent") == "This server has no models now."
     assert not browser.evaluate("document.getElementById('model').checkVisibility()")

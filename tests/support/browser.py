@@ -86,7 +86,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
 
     def until(self, expression: str) -> Any:
-        """The value of a JavaScript expression once it is true."""
+        """Return the value of a JavaScript expression once it is true."""
         deadline = time.monotonic() + _PATIENCE
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < deadline, (
@@ -103,17 +103,17 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def screenshot(self) -> bytes:
-        """The whole page as PNG."""
+        """Return the whole page as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol, and its answer."""
+        """Send one command of the protocol, and return its answer."""
         number = next(self._numbers)
         message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
         if self._session is not None:

@@ -1,4 +1,4 @@
-"""Small bundles made without bnexport's own folding and exporting: what verification is tested against.
+"""Small bundles made without bnexport's own folding and exporting, for the tests of verification.
 
 The fold is a few lines of float64 arithmetic of this file, so that a fault in ``bnexport.folding`` can't hide here, and a
 sabotage is one changed number in it.

@@ -41,7 +41,7 @@ def channel_to(server: Server, certificate: bytes | None = None) -> Iterator[grp
 
 
 def call(channel: grpc.Channel, path: str, *messages: bytes, timeout: float = PATIENCE, **options: Any) -> Reply:
-    """Send bytes as they are, in as many messages as there are; one answer."""
+    """Send byte strings as they are, each as one message; return the answer."""
     try:
         answer, done = channel.stream_unary(path).with_call(iter(messages), timeout=timeout, **options)
     except grpc.RpcError as error:
@@ -50,7 +50,7 @@ def call(channel: grpc.Channel, path: str, *messages: bytes, timeout: float = PA
 
 
 def ask(channel: grpc.Channel, method: str, answer: str, message: Any, **options: Any) -> Any:
-    """A call that must succeed; its answer as a message."""
+    """Make a call that must succeed; return its answer as a message."""
     reply = call(channel, method if method[0] == "/" else SERVICE + method, message.SerializeToString(), **options)
     assert reply.code == "OK", reply
     return classes()[answer].FromString(reply.data)

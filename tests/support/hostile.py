@@ -82,7 +82,7 @@ def write_zip(
     path: Path, members: list[Member], *, front: bytes = b"", behind: bytes = b"", comment: bytes = b"",
     count: int | None = None, table_size: int | None = None, gap: bytes = b"",
 ) -> Path:  # fmt: skip
-    """An archive made by hand, so that each field can lie."""
+    """Write an archive byte by byte, so that each field can be wrong."""
     body, table = bytearray(front), bytearray()
     for member in members:
         place = len(body) if member.header is None else member.header
@@ -125,7 +125,7 @@ def replaced(members: list[Member], ending: str, data: bytes) -> list[Member]:
 
 
 def zeros_deflated(count: int) -> bytes:
-    """A stream that unpacks to ``count`` zeros (a multiple of 4 MiB), made in no time: one packed block, repeated."""
+    """A stream that unpacks to ``count`` zeros (a multiple of 4 MiB), made fast: one packed block, repeated."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = deflate.compress(bytes(4 * 2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)
     return block * (count // (4 * 2**20)) + b"\x03\x00"

@@ -44,7 +44,7 @@ def first_input(**changes: Any) -> Callable[[Path, Good], Path]:
 
 
 def moved(name: str, link: Callable[[Path, Path], object]) -> Callable[[Path, Good], Path]:
-    """A bundle in which one file or folder lies elsewhere, and a link stands in its place."""
+    """A bundle in which one file or folder is replaced by a link to another place."""
 
     def build(folder: Path, good: Good) -> Path:
         elsewhere = folder.parent / "elsewhere"

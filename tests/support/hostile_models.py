@@ -77,7 +77,7 @@ def changed(change: Callable[[bytes], bytes]) -> Callable[[Path, Good], Path]:
 
 
 def with_data(location: str, place: Callable[[Path], object], **more: str) -> Callable[[Path, Good], Path]:
-    """A model with external data, and something where it points."""
+    """A model with external data, and a file at the place that it names."""
 
     def build(folder: Path, good: Good) -> Path:
         inner = folder / "inner"
@@ -90,7 +90,7 @@ def with_data(location: str, place: Callable[[Path], object], **more: str) -> Ca
 
 
 def many_fields(folder: Path, good: Good) -> Path:
-    """Four megabytes that protobuf would make half a gigabyte of: nodes without anything in them."""
+    """Four megabytes of empty nodes, which protobuf would expand to half a gigabyte."""
     return content(field(7, b"\x0a\x00" * 2_000_001))(folder, good)
 
 

@@ -95,7 +95,7 @@ def in_training_mode() -> nn.Module:
 
 
 class MutatesWeight(nn.Module):
-    """Changes its convolution's weight in forward: what it holds depends on how often it was called."""
+    """A convolution whose weight changes at each forward."""
 
     def __init__(self) -> None:
         super().__init__()

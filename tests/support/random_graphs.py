@@ -60,7 +60,7 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 def _names(shapes: list[Shape], source: int, made: list[str]) -> list[str]:
-    """Steps that fit here; a norm often comes after what could take it in, and rarely after another norm."""
+    """Steps that fit here; a norm often comes after a layer that could absorb it, and rarely after another norm."""
     names = [name for name, (fits, _) in STEPS.items() if fits(shapes, source)]
     if made[source].startswith("norm"):
         return [name for name in names if name != "norm"]

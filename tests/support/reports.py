@@ -1,4 +1,4 @@
-"""Verification reports made by hand: one with every part filled in, one as large as reports get."""
+"""Verification reports made by hand: one with every part filled in, and a very large one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that ask a server without a pause, and notice each request that is lost."""
+"""Clients that send requests without a pause, and record each lost request."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Threads:
 
 
 class Clients(Threads):
-    """Threads that ask without a pause; each answer must be right, whichever version gives it."""
+    """Threads that send requests without a pause; each answer must be right for the version that it names."""
 
     def __init__(self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 6):
         super().__init__(count)

@@ -1,4 +1,4 @@
-"""A real Triton Inference Server, as the wheel of nvidia-pytriton brings it: its core and Python backend, no ONNX Runtime."""
+"""A real Triton Inference Server from the wheel of nvidia-pytriton: its core and Python backend, without ONNX Runtime."""
 
 from __future__ import annotations
 

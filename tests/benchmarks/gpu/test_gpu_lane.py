@@ -81,7 +81,7 @@ def lane(bundle: Bundle, spec: RunnerSpec, scope: Scope | None = None) -> Lane:
 
 @pytest.fixture(scope="module")
 def good(bundle: Bundle) -> Lane:
-    """The lane on a GPU that is made up, and right."""
+    """The lane on a made-up GPU without a fault."""
     return lane(bundle, gpu())
 
 
@@ -125,7 +125,7 @@ def test_tf32_left_on_fails_the_lane_and_is_named(bundle: Bundle) -> None:
 
 
 def jittering(share: float) -> Change:
-    """Each run is off by another part of the scale."""
+    """Each run has a different error."""
     rng = np.random.default_rng(0)
 
     def change(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -203,7 +203,7 @@ def test_the_table_of_a_gpu_holds_every_combination() -> None:
 
 
 def made_up_tables(monkeypatch: pytest.MonkeyPatch, *, real: bool) -> None:
-    """Tables that a test can run in this process: a GPU that is made up, or none and the emulation."""
+    """Tables that a test can run in this process: a made-up GPU, or no GPU and the emulation."""
     row = gpu() if real else replace(gpu(), prober=lambda _device: "no GPU")
     monkeypatch.setattr(tables, "gpu_sweeps", lambda: (Sweep(row, Scope(BOTH, drift=False)),))
     monkeypatch.setattr(tables, "cpu_sweeps", lambda: (Sweep(emulated_spec(), Scope(BOTH, drift=False)),))
@@ -275,7 +275,7 @@ def test_what_counts_as_a_refusal(code: int, message: str, passed: bool) -> None
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda row: f"{row.name}, {row.runtime}")
 def test_a_hidden_library_is_named_with_exit_code_3(bundle: Bundle, refusal: HiddenLibrary) -> None:
-    """On any machine: what is hidden is missing, whatever else is."""
+    """On any machine the hidden library is missing."""
     found = refuse(refusal, bundle.path)
     assert found.passed, found
     assert found.code == 3
@@ -346,7 +346,7 @@ def test_bad_input_and_a_missing_device_are_one_sentence(
 def test_two_calls_make_the_page_of_one(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By --merge and by --add, in any order; what a call did not measure is not a PASS of it."""
+    """By --merge and by --add, in any order; a part that a call did not measure is not a PASS."""
 
     def opener(*arguments: object) -> Runner:
         runner = emulated_spec().opener(*arguments)  # type: ignore[arg-type]
@@ -445,7 +445,7 @@ def test_a_crash_of_one_sweep_keeps_the_others(
 
 
 def test_the_order_is_that_of_the_table(bundle: Bundle, good: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that in which the parts end."""
+    """The order is not that in which the parts end."""
     result = next(iter(good.sweeps.values()))
 
     def in_child(job: LaneInput, part: str, *_rest: object) -> Lane:
