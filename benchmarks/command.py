@@ -6,12 +6,15 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NoReturn, TypeVar
 
 from bnexport import interrupts
 from bnexport.cli.main import EXIT_CODES, EXIT_INTERRUPTED
 from bnexport.errors import BnexportError, RuntimeUnavailable
+
+_T = TypeVar("_T")
 
 
 def options(name: str, text: str | None) -> argparse.ArgumentParser:
@@ -43,6 +46,19 @@ def measured_in_child(what: str, *words: str, remedy: str, env: Mapping[str, str
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise RuntimeUnavailable(f"{what} can't be measured: {last[:200]}", remedy=remedy)
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def side_by_side(calls: Sequence[Callable[[], _T]], workers: int) -> Iterator[_T]:
+    """Yield results as they come from threads that wait for processes; with 0 workers one after the other in this thread."""
+    if workers < 1:
+        yield from (call() for call in calls)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for future in as_completed([pool.submit(call) for call in calls]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def finish(name: str, action: Callable[[], int | None]) -> NoReturn:

@@ -15,12 +15,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import side_by_side
 from benchmarks.gpu import sweeps as tables
 from benchmarks.gpu.measure import MAX_SAMPLES, gpu_machine, measure
 from benchmarks.gpu.refusals import REFUSALS, HiddenLibrary, refuse
@@ -100,7 +100,7 @@ def run_lane(
 
     try:
         for parts, workers in groups:
-            for found in _side_by_side([partial(measured, *item) for item in parts.items()], workers):
+            for found in side_by_side([partial(measured, *item) for item in parts.items()], workers):
                 if found is not None:
                     lane = _in_order(merge([lane, found]), todo)
                     keep(lane)
@@ -108,19 +108,6 @@ def run_lane(
         if stop is not None:
             stop.set()
     return lane
-
-
-def _side_by_side(calls: Sequence[Callable[[], Lane | None]], workers: int) -> Iterator[Lane | None]:
-    """Yield the results as they come; with 0 workers one after the other in this thread."""
-    if workers < 1:
-        yield from (call() for call in calls)
-        return
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for future in as_completed([pool.submit(call) for call in calls]):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_order(lane: Lane, todo: Sequence[str]) -> Lane:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import side_by_side
 from bnexport.environment import environment, versions_of
 from bnexport.errors import BnexportError, DataError, UsageError
 from bnexport.optional import one_line, require
@@ -51,12 +52,10 @@ def run_zoo(run: ZooRun, *, on_line: Callable[[str], None] = lambda _line: None)
         here |= {"packages": here["packages"] | versions_of("timm", "onnxslim")}
         for part in run.parts:
             _append(run.out, {"part": "conditions", "name": part, "seed": run.seed, "jobs": run.jobs, **here})
-        with ThreadPoolExecutor(run.jobs) as pool:
-            waiting = [pool.submit(_measure, part, source, run) for source, part in todo]
-            for number, done in enumerate(as_completed(waiting), 1):
-                line = done.result()
-                _append(run.out, line)
-                on_line(f"{number}/{len(todo)} {line['name']} {line['part']}: {line.get('problem') or line['seconds']}")
+        calls = [partial(_measure, part, source, run) for source, part in todo]
+        for number, line in enumerate(side_by_side(calls, run.jobs), 1):
+            _append(run.out, line)
+            on_line(f"{number}/{len(todo)} {line['name']} {line['part']}: {line.get('problem') or line['seconds']}")
     return read_lines(run.out)
 
 

@@ -37,7 +37,7 @@ class Threads:
 
 
 class Clients(Threads):
-    """Threads that send requests without a pause; each answer must be right for the version that it names."""
+    """Threads that send requests without a pause, and record each answer's version and ratio to the logits."""
 
     def __init__(self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 6):
         super().__init__(count)
