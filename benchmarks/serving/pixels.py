@@ -132,7 +132,7 @@ def measured(channels: int, size: int) -> list[list[str]]:
 def main() -> None:
     """Print the table in Markdown, and its conditions."""
     options("serving.pixels", __doc__).parse_args()
-    rows = [row for channels, size in ((1, 28), (3, 224)) for row in measured(channels, size)]
+    rows = [cells for channels, size in ((1, 28), (3, 224)) for cells in measured(channels, size)]
     conditions = f"Least of {_ROUNDS} rounds, and median and range of the ratios within a round"
     print(table_page(["CPU time", "float32", "uint8", "float32 / uint8"], rows, conditions))
 
