@@ -22,6 +22,7 @@ from benchmarks.serving.speed import Sample, ServerMemory, ServingPlan, ServingS
 from benchmarks.serving.wires import WIRES, read_logits
 from benchmarks.soak.server import running
 from bnexport.errors import BundleError, MissingDependency, ProofError, RuntimeUnavailable
+from bnexport.serving.grpc.call import classes
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "models" / "bn_lenet" / "1"
@@ -79,31 +80,10 @@ def test_requests_carry_the_image(name):
 
 
 def test_a_grpc_message_is_a_model_infer_request():
-    """Read back by protobuf itself, with the fields of the published service."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="x.proto", syntax="proto3")
-    tensor = file.message_type.add(name="Tensor")
-    request = file.message_type.add(name="Request")
-    for message, name, number, kind, repeated in (
-        (tensor, "name", 1, kinds.TYPE_STRING, False),
-        (tensor, "datatype", 2, kinds.TYPE_STRING, False),
-        (tensor, "shape", 3, kinds.TYPE_INT64, True),
-        (request, "model_name", 1, kinds.TYPE_STRING, False),
-        (request, "inputs", 5, kinds.TYPE_MESSAGE, True),
-        (request, "raw_input_contents", 7, kinds.TYPE_BYTES, True),
-    ):
-        label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
-        field = message.field.add(name=name, number=number, type=kind, label=label)
-        if kind == kinds.TYPE_MESSAGE:
-            field.type_name = ".Tensor"
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
     image = np.random.default_rng(0).random((1, 1, 28, 28), np.float32)
     body = WIRES["oip-grpc"].request(image).body
     assert body[:5] == b"\0" + (len(body) - 5).to_bytes(4, "big")
-    found = message_factory.GetMessageClass(pool.FindMessageTypeByName("Request")).FromString(body[5:])
+    found = classes()["ModelInferRequest"].FromString(body[5:])
     assert (found.model_name, found.inputs[0].name, found.inputs[0].datatype) == ("bn_lenet", "input", "FP32")
     assert list(found.inputs[0].shape) == [1, 1, 28, 28]
     assert list(found.raw_input_contents) == [image.tobytes()]
