@@ -51,7 +51,7 @@ def page(lane: Lane) -> str:
     """Return the page."""
     runs: dict[str, list[list[str]]] = {}
     for run in lane.runs:
-        runs.setdefault(run.runtime, []).append(_run(run))
+        runs.setdefault(run.runtime, []).append(_cells(run))
     failures = [(f"{run.runtime}, {run.settings or 'float32'}", run.reason) for run in lane.runs if not run.passed]
     known = [sweep.name for sweep in (tables.gpu_sweeps() if lane.real else tables.cpu_sweeps())]
     done = parts_of(lane) | set(lane.unreached)
@@ -65,7 +65,7 @@ def page(lane: Lane) -> str:
     )  # fmt: skip
 
 
-def _run(run: RuntimeRun) -> list[str]:
+def _cells(run: RuntimeRun) -> list[str]:
     predicted = f"{run.error / run.predicted:.1f}" if run.error is not None and run.predicted else _NOTHING
     names = {name: name.removesuffix("ExecutionProvider").replace("Tensorrt", "TensorRT") for name in run.nodes or {}}
     nodes = ", ".join(f"{n} {names[provider]}" for provider, n in (run.nodes or {}).items()) or _NOTHING
