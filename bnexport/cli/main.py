@@ -66,6 +66,9 @@ EXIT_INTERRUPTED = 130
 EXIT_FAULT = 70
 DEBUG = "BNEXPORT_DEBUG"
 
+#: Number of new objects after which a command looks for garbage cycles.
+_YOUNG_OBJECTS = 50_000
+
 
 class LazyGroup(click.Group):
     """A group that imports a command's module only when that command runs."""
@@ -114,6 +117,8 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     _tolerate_narrow_streams()
+    # Imports and traces make objects that stay. Python's 700 searches them 800 times for garbage: 7 % of the time of verify.
+    gc.set_threshold(_YOUNG_OBJECTS)
     try:
         code = run(arguments)
     except BrokenPipeError:  # the reader (head, less) has closed the pipe, which is not an error
