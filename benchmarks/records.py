@@ -14,8 +14,8 @@ def from_json(kind: Any, value: Any) -> Any:
     TypeError, KeyError or AttributeError: the JSON is of another type.
     """
     origin, parts = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        return kind(**{name: from_json(_hints(kind)[name], item) for name, item in value.items()})  # type: ignore[operator]
+    if isinstance(kind, type) and is_dataclass(kind):
+        return kind(**{name: from_json(_hints(kind)[name], item) for name, item in value.items()})
     if origin in (tuple, list):
         return origin(from_json(parts[0], item) for item in value)
     if origin is Mapping:
