@@ -26,13 +26,12 @@ from typing import Any
 import numpy as np
 
 from bnexport.errors import BundleError, FeedError
-from bnexport.files import Refusal, sha256, write_atomically
+from bnexport.files import Refusal, input_errors, sha256, write_atomically
 from bnexport.optional import one_line, require
 from bnexport.tensor_proto import read_tensor
 from bnexport.tensors import Array, Signature, TensorSpec
 from bnexport.validation.json_text import check_keys, parse_json
 from bnexport.validation.limits import count_elements, limit, refusing, shown
-from bnexport.validation.onnx_file import validate_tensor
 from bnexport.validation.paths import check_twins, name_problem, place_problem
 
 FORMAT = "bnexport-bundle"
@@ -181,7 +180,7 @@ class Bundle:
         """
         folder = Path(path)
         file = folder / MANIFEST
-        try:
+        with input_errors(file, BundleError, remedy=_REBUILD):
             if not folder.is_dir():
                 what = "is a file, not a bundle's directory" if folder.exists() else "does not exist"
                 raise BundleError(f"{folder} {what}", remedy="Give a directory written by bnexport fold-and-export")
@@ -192,8 +191,6 @@ class Bundle:
             with refusing(f"{file} can't be read: it", BundleError, remedy=_REBUILD), file.open("rb") as opened:
                 most = limit("manifest-bytes")
                 value = parse_json(opened.read(most + 1), max_bytes=most)
-        except OSError as error:
-            raise BundleError(f"{file} can't be read: {one_line(error)}", remedy=_REBUILD) from error
         manifest = Manifest.from_json(value)
         if value.get("digest") != _digest(value):
             raise BundleError(f"{file} was changed after it was written (its digest does not match)", remedy=_REBUILD)
@@ -204,15 +201,13 @@ class Bundle:
         path = self.path / name
         if name not in self.manifest.files or not path.is_file():
             raise BundleError(f"{self.path} has no {name}", remedy=_REBUILD)
-        if (problem := self._place_problem(name)) is not None:
+        try:
+            problem = place_problem(self.path, name)
+        except OSError as error:
+            problem = _unreadable(name, error)
+        if problem is not None:
             raise BundleError(f"{self.path}: {problem}", remedy=_REBUILD)
         return path
-
-    def _place_problem(self, name: str) -> str | None:
-        try:
-            return place_problem(self.path, name)
-        except OSError as error:
-            return _unreadable(name, error)
 
     def problem(self, name: str) -> str | None:
         """Return why a listed file is not the written one; None if its size and SHA-256 match."""
@@ -260,31 +255,19 @@ class Bundle:
         Raises:
             BundleError: A file is missing or is not a tensor.
         """
-        signature = self.manifest.signature
-        for name in [f"{GOLDEN}/{kind}_{i}.pb" for kind, specs in _sides(signature) for i in range(len(specs))]:
-            self._validate_tensor(name)
-        return (
-            {s.name: self._tensor(f"{GOLDEN}/input_{i}.pb") for i, s in enumerate(signature.inputs)},
-            {s.name: self._tensor(f"{GOLDEN}/output_{i}.pb") for i, s in enumerate(signature.outputs)},
+        inputs, outputs = (
+            {spec.name: self._tensor(f"{GOLDEN}/{kind}_{number}.pb") for number, spec in enumerate(specs)}
+            for kind, specs in _sides(self.manifest.signature)
         )
-
-    def _validate_tensor(self, name: str) -> None:
-        path = self.file(name)
-        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
-            try:
-                if path.stat().st_size > limit("onnx-bytes"):
-                    raise Refusal("has more than 2 GB, which protobuf can't read")
-                validate_tensor(path.read_bytes())
-            except OSError as error:
-                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+        return inputs, outputs
 
     def _tensor(self, name: str) -> Array:
         path = self.file(name)
-        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
-            try:
-                return read_tensor(path.read_bytes())[1]
-            except OSError as error:
-                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+        odd = refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD)
+        with odd, input_errors(path, BundleError, remedy=_REBUILD):
+            if path.stat().st_size > limit("onnx-bytes"):
+                raise Refusal("has more than 2 GB, which protobuf can't read")
+            return read_tensor(path.read_bytes())[1]
 
 
 def _unreadable(name: str, error: OSError) -> str:

@@ -25,6 +25,7 @@ PACKAGES: tuple[tuple[str, ...], ...] = (
     ("openvino",),
     ("numpy",),
 )
+_CPU = Path("/proc/cpuinfo")
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _STAT, _MEMORY, _OWN_STATUS = Path("/proc/stat"), Path("/proc/meminfo"), Path("/proc/self/status")
@@ -97,10 +98,7 @@ def _memory_limits() -> Iterator[int]:
     """
     for folder in _control_groups("memory"):
         files = [line.split()[1] for line in _lines(folder / "memory.stat") if line.startswith("inactive_file ")]
-        for limit, used in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             words = [*_lines(folder / limit), *_lines(folder / used)]
             if len(words) == 2 and all(word.isdigit() for word in words):
                 yield max(0, int(words[0]) - int(words[1]) + sum(map(int, files)))
@@ -124,13 +122,13 @@ def _control_groups(*names: str) -> Iterator[Path]:
 
 def available_memory() -> int | None:
     """Return the bytes that new processes may use, by the system and the control groups; None if it is unknown."""
-    free = [int(line.split()[1]) * 1024 for line in _lines(_MEMORY) if line.startswith("MemAvailable:")]
-    return min([*free, *_memory_limits()], default=None)
+    free = _entry(_MEMORY, "MemAvailable:")
+    return min([*([] if free is None else [_kilobytes(free)]), *_memory_limits()], default=None)
 
 
 def peak_memory() -> int:
     """Return the largest resident memory of this process so far, in bytes; 0 if the system does not report it."""
-    return next((int(line.split()[1]) * 1024 for line in _lines(_OWN_STATUS) if line.startswith("VmHWM:")), 0)
+    return _kilobytes(_entry(_OWN_STATUS, "VmHWM:") or "0")
 
 
 def cpu_seconds() -> tuple[float, float]:
@@ -150,11 +148,7 @@ def cpu_state() -> dict[str, Any]:
 
     A fact that the system does not report is an empty list or None.
     """
-    flags: set[str] = set()
-    for line in _lines(Path("/proc/cpuinfo")):
-        if line.startswith(("flags", "Features")):
-            flags.update(line.partition(":")[2].split())
-            break
+    flags = (_entry(_CPU, "flags", "Features") or "").split()
     return {
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "governor": next(iter(_lines(_GOVERNOR)), None),
@@ -170,12 +164,19 @@ def _lines(file: Path) -> list[str]:
         return []
 
 
+def _entry(file: Path, *starts: str) -> str | None:
+    """Return the value of the first line "NAME: VALUE" that begins with one of the texts; None without one."""
+    return next((line.partition(":")[2].strip() for line in _lines(file) if line.startswith(starts)), None)
+
+
+def _kilobytes(value: str) -> int:
+    """Return a size such as "3936 kB" in bytes."""
+    return int(value.split()[0]) * 1024
+
+
 def cpu_name() -> str:
     """Return the processor's marketing name if the system provides it, else its architecture."""
-    for line in _lines(Path("/proc/cpuinfo")):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _entry(_CPU, "model name") or platform.processor() or platform.machine()
 
 
 def gpu_name() -> str | None:
@@ -193,12 +194,7 @@ def gpu_name() -> str | None:
 
 def _driver_gpu_name() -> str | None:
     """Return the name from the driver's files, which contain "Model: <tab> NVIDIA H100 80GB HBM3"."""
-    for file in sorted(_DRIVER.glob("*/information")):
-        with contextlib.suppress(OSError):
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                if line.startswith("Model:"):
-                    return line.partition(":")[2].strip()
-    return None
+    return next(filter(None, (_entry(file, "Model:") for file in sorted(_DRIVER.glob("*/information")))), None)
 
 
 def describe(record: dict[str, Any]) -> str:

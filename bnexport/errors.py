@@ -130,11 +130,8 @@ class BundleError(BadInput):
 class RequestError(BadInput):
     """A network request is invalid.
 
-    Args:
-        message: See BnexportError.
-        remedy: See BnexportError.
-        status: HTTP status (RFC 9110, chapter 15.5), which other protocols translate.
-        allow: Allowed methods, for status 405.
+    ``status`` is the HTTP status (RFC 9110, chapter 15.5), which other protocols translate; ``allow`` the allowed methods
+    for 405.
     """
 
     def __init__(self, message: str, *, remedy: str, status: int = 400, allow: tuple[str, ...] = ()) -> None:
@@ -160,13 +157,7 @@ class RuntimeUnavailable(Unavailable):
 
 
 class NotServing(Unavailable):
-    """A server can't accept a request now.
-
-    Args:
-        message: See BnexportError.
-        remedy: See BnexportError.
-        status: HTTP status (RFC 9110, chapter 15.6): 503, or 504 after a time limit.
-    """
+    """A server can't accept a request now; ``status`` is 503, or 504 after a time limit (RFC 9110, chapter 15.6)."""
 
     def __init__(self, message: str, *, remedy: str, status: int = 503) -> None:
         super().__init__(message, remedy=remedy)

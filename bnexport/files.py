@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bnexport import interrupts
-from bnexport.errors import OutputError
+from bnexport.errors import BadInput, OutputError
 from bnexport.optional import one_line
 
 
@@ -54,12 +54,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def staged_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` at the end of the block, or is deleted after an exception.
 
-    Args:
-        path: Final path of the folder.
-        force: Replace an existing ``path``. The old folder stays until the new one is complete.
-
-    Raises:
-        OutputError: ``path`` exists and ``force`` is false, or it can't be written.
+    ``force`` replaces an existing ``path``, which stays until the new folder is complete; OutputError without it.
     """
     refuse_existing(path, force=force)
     missing = [folder for folder in path.parents if not folder.exists()]
@@ -104,11 +99,7 @@ def refuse_existing_file(
 ) -> None:
     """Raise OutputError if a file can't be written to ``path``; called before long work.
 
-    Args:
-        path: The output.
-        force: Replace an existing file.
-        read: Inputs, which are never replaced.
-        role: Name of these inputs in the message.
+    ``read`` are inputs, which are never replaced; ``role`` is their name in the message.
     """
     if any(file.exists() and path.exists() and file.samefile(path) for file in read):
         raise OutputError(f"{path} is the {role}", remedy="Choose another file")
@@ -128,6 +119,15 @@ def output_errors(path: Path) -> Iterator[None]:
             f"{path} can't be written: {one_line(error)}",
             remedy="Free some space or choose a folder that this user may write; existing files are unchanged",
         ) from error
+
+
+@contextlib.contextmanager
+def input_errors(what: object, kind: type[BadInput], *, remedy: str) -> Iterator[None]:
+    """Convert an OSError inside the block to ``kind``: "WHAT can't be read: ..."."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what} can't be read: {one_line(error)}", remedy=remedy) from error
 
 
 def _swap_in(stage: Path, path: Path) -> None:

@@ -49,20 +49,14 @@ def fold_onnx_file(
     clamps: bool = False,
     inputs: tuple[str, ...] = (),
 ) -> OnnxFoldResult:
-    """Fold an ONNX file and write the result as one file, after its proof.
+    """Fold an ONNX file and write the result as one file with its weights inside, after its proof.
 
-    Args:
-        source: The file.
-        out: The file to write, with weights inside.
-        force: Replace ``out`` if it exists.
-        max_growth: See ``fold_onnx``.
-        clamps: See ``fold_onnx``.
-        inputs: Texts as in ``ExportRequest.inputs``: numbers for sizes that the file leaves open, for shapes and the proof.
+    ``max_growth`` and ``clamps`` are those of ``fold_onnx``. ``inputs`` are texts as in ``ExportRequest.inputs``: numbers
+    for sizes that the file leaves open, for shapes and the proof.
 
     Raises:
-        UsageError: ``inputs`` does not fit the file.
-        OutputError: ``out`` exists already, or can't be written.
-        BadInput: See ``fold_onnx``; nothing was written.
+        OutputError: ``out`` exists already without ``force``, or can't be written.
+        BadInput: See ``fold_onnx``, or ``inputs`` does not fit the file; nothing was written.
         ProofError: See ``fold_onnx``; nothing was written.
     """
     path = Path(out)
@@ -77,12 +71,7 @@ def fold_and_export_onnx(
 ) -> ExportResult:
     """Fold an ONNX file and write a bundle of it: ``model.onnx`` alone, with golden vectors of the original in float64.
 
-    Args:
-        source: The file.
-        out: The bundle's directory, ``models/<name>/<version>``.
-        request: Labels, preprocessing, data set, sizes that vary, ``max_growth``, ``clamps``, ``force``; the other fields do
-            not apply to a file.
-        progress: Called before each stage.
+    Of the request, labels, preprocessing, data set, sizes that vary, ``max_growth``, ``clamps`` and ``force`` apply to a file.
 
     Raises:
         ExportError: The file can't be verified: inputs or outputs without a batch or a shape, another precision than
@@ -210,11 +199,7 @@ def _of_fixed_batch(spec: TensorSpec, array: Array) -> Array:
 
 
 def _sample_shapes(signature: Signature, texts: tuple[str, ...]) -> dict[str, tuple[int, ...]] | None:
-    """Return the requested or declared shape of one sample of each input; None when sizes vary and none were requested.
-
-    Raises:
-        UsageError: --input does not fit the file's declaration.
-    """
+    """Return the requested or declared shape of one sample of each input; None when sizes vary and none were requested."""
     if not texts:
         fixed = {spec.name: tuple(d for d in spec.sample_shape if isinstance(d, int)) for spec in signature.inputs}
         whole = all(len(fixed[spec.name]) == len(spec.sample_shape) for spec in signature.inputs)

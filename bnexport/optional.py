@@ -57,11 +57,10 @@ def installed(name: str) -> bool:
 
 
 def need_packages(purpose: str, *names: str) -> None:
-    """Raise MissingDependency if packages are missing, before any of them is imported.
+    """Raise MissingDependency if packages are missing, by top-level import name, before any of them is imported.
 
-    Args:
-        purpose: The feature that needs them, as the start of a sentence: "bnexport train".
-        names: Top-level import names; serving machines (bnexport-runtime) lack most of them.
+    ``purpose`` is the feature that needs them, as the start of a sentence: "bnexport train". Serving machines
+    (bnexport-runtime) lack most of them.
     """
     missing = [INSTALL.get(name, name) for name in names if not installed(name)]
     if not missing:

@@ -93,13 +93,9 @@ class _Failed(Exception):
 
 
 def publish(make: Callable[[str, int], Source], path: Path, request: ExportRequest, progress: Progress) -> ExportResult:
-    """Write a source's bundle and verify it; the bundle is at ``path`` only after a PASS, and otherwise nothing is.
+    """Write the bundle of the source that ``make`` returns for a name and a version, and verify it.
 
-    Args:
-        make: Makes the source for a bundle of this name and version.
-        path: The bundle's directory, ``models/<name>/<version>``.
-        request: The options of the export.
-        progress: Called before each stage.
+    The bundle is at ``path`` only after a PASS, and otherwise nothing is.
     """
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
@@ -351,10 +347,7 @@ def with_int8(
     """Make the model.onnx of a folder int8, keep its float32 original next to it, and return the manifest with the record.
 
     Ranges come from BatchNorm where the request names no calibration, and from the training images of the manifest's data set
-    where BatchNorm does not give all ranges. For the arguments see ``quantize.quantise``.
-
-    Raises:
-        BadInput: The model can't be quantised, or the calibration can't be used; the folder is unchanged.
+    where BatchNorm does not give all ranges. If the model can't be quantised (BadInput), the folder is unchanged.
     """
     model = read_model(stage / MODEL_ONNX)
     options = Int8Options(request.target, request.float_layers, read_share(request.allow_flips, "--allow-flips"))

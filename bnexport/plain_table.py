@@ -11,12 +11,9 @@ Rows = Sequence[Sequence[str]]
 def text_table(heads: Sequence[str], rows: Rows, *, numbers: Sequence[str] = ()) -> str:
     """Return a table as text: a line of heads, a line of dashes, one line per row.
 
-    Args:
-        heads: Heads of the columns.
-        rows: One text per column. Characters that would steer a terminal become "?".
-        numbers: Heads of the columns that are aligned to the right.
+    Columns whose head is in ``numbers`` are aligned to the right. Characters that would steer a terminal become "?".
     """
-    cells = [[_printable(cell) for cell in row] for row in (heads, *rows)]
+    cells = [[printable(cell) for cell in row] for row in (heads, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
 
@@ -39,5 +36,6 @@ def html_table(heads: Sequence[str], rows: Rows, *, numbers: Sequence[str] = ())
     return f"<table><thead>{line(heads, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Replace characters that would steer a terminal: names of modules and nodes come from the user's network."""
     return "".join(char if char.isprintable() else "?" for char in text)

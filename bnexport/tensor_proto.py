@@ -28,10 +28,7 @@ _BITS: Mapping[str, str] = {"float16": "uint16"}
 
 
 def read_tensor(content: bytes) -> tuple[str, Array]:
-    """Read a serialised TensorProto, after its validation.
-
-    Returns:
-        The tensor's name, and a writable array of its values in native byte order.
+    """Read a serialised TensorProto, after its validation: its name, and a writable array in native byte order.
 
     Raises:
         Refusal: The file is damaged, its sizes do not fit its bytes, its type is not in ELEMENT_TYPES, or a number does not fit

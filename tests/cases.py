@@ -1,4 +1,4 @@
-"""The one table of models: what they are, what goes in, and what must become of each BatchNorm.
+"""The one table of models, with their inputs and the outcome of each BatchNorm.
 
 Statistics are always randomised per channel (``randomise``): a fresh BatchNorm makes every wrong fold look right. A row that
 folds has a twin in which a second consumer, another axis, a sign or an edge makes the same fold wrong.
@@ -51,12 +51,12 @@ Outcomes = tuple[tuple[str, str], ...]
 class Case:
     """One model."""
 
-    name: str  # Of the test
+    name: str
     build: Callable[[], nn.Module]  # Makes the model; its BatchNorms are randomised afterwards
     shapes: tuple[tuple[int, ...], ...]  # One per input, batch first
     outcomes: Outcomes  # Module path -> outcome, in the order of the calls
     because: str = ""  # Part of the reason of the first BatchNorm that is not gone
-    positive: bool = False  # Whether all gammas are positive
+    positive: bool = False  # All gammas are positive
     max_growth: float = 1.1  # As for ``bnexport.fold``
     clamps: bool = False  # As for ``bnexport.fold``
 

@@ -8,7 +8,9 @@ skip into a failure, so that a GPU lane can't pass by skipping everything.
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -183,6 +185,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if name in required():
                 pytest.fail(f"BNEXPORT_REQUIRE names {name}, but {reason}", pytrace=False)
             pytest.skip(f"needs {name}: {reason}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine, for at most four minutes."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    values = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+
+    async def bounded() -> None:
+        await asyncio.wait_for(pyfuncitem.obj(**values), 240)
+
+    asyncio.run(bounded())
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bnexport.errors import ProofError
-from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.inference import classes
 from bnexport.tensors import ELEMENT_TYPES, Array
 
 #: Addresses of models/bn_lenet in the Open Inference Protocol, over HTTP and over gRPC.

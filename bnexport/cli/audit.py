@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from bnexport.auditing.tool_table import TOOLS
+from bnexport.cli.options import PATH, given_options, numbers, options_of, read_model_options
 from bnexport.errors import UsageError
+from bnexport.exporting.request import ExportRequest
 from bnexport.optional import need_packages
 
 _NAMES = [tool.name for tool in TOOLS]
@@ -19,26 +20,8 @@ _OF_INT8 = ("reference", "samples", "mean", "std", "repair", "force")
 
 @click.command("audit", epilog="Example: bnexport audit net.int8.onnx --reference net.onnx --samples photos.npy")
 @click.argument("source")
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path),
-    help="Weights file, bundle or run directory with the weights of the network.",
-)
-@click.option("--weights-key", metavar="NAME", help="Name of the set of weights, if the file has several.")
-@click.option(
-    "--model-option",
-    "model_options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Argument of the network's constructor. Repeatable.",
-)
-@click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    metavar="[NAME=]SHAPE[:TYPE]",
-    help="Shape of one sample, as 1x28x28. Repeatable.",
-)
+@click.option("--weights", type=PATH, help="Weights file, bundle or run directory with the weights of the network.")
+@options_of(ExportRequest, last="inputs")
 @click.option(
     "--tool",
     "tools",
@@ -50,21 +33,16 @@ _OF_INT8 = ("reference", "samples", "mean", "std", "repair", "force")
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed of the inputs."
 )
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="Float32 ONNX file of an int8 file. Int8 files only."
-)
+@click.option("--reference", type=PATH, help="Float32 ONNX file of an int8 file. Int8 files only.")
 @click.option(
     "--samples",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Inputs as .npy or .npz file, or a folder of images with --mean and --std. Int8 files only.",
 )
 @click.option("--mean", help="Mean per channel of pixels from 0 to 1, as 0.485,0.456,0.406. Int8 files only.")
 @click.option("--std", help="Standard deviation per channel, as 0.229,0.224,0.225. Int8 files only.")
 @click.option(
-    "--repair",
-    type=click.Path(path_type=Path),
-    metavar="OUT.onnx",
-    help="File to write, with weights that can't saturate. Int8 files only.",
+    "--repair", type=PATH, metavar="OUT.onnx", help="File to write, with weights that can't saturate. Int8 files only."
 )
 @click.option("--force", is_flag=True, help="Replace an existing file of --repair.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -85,50 +63,41 @@ def command(
 
     if is_onnx(source):
         _refuse_options(source, _OF_NETWORKS, "takes a network, not an int8 file")
-        given = {name: options[name] for name in (*_OF_INT8, "as_json")}
-        return _audit_int8(Path(source), **given)
+        return _audit_int8(Path(source), **{name: options[name] for name in (*_OF_INT8, "as_json")})
     _refuse_options(source, _OF_INT8, "takes an int8 ONNX file")
     need_packages("bnexport audit", "torch", "onnx", "onnxscript", "onnx_ir")
     from bnexport.auditing.audit import audit
-    from bnexport.cli.options import read_model_options
     from bnexport.cli.output import prints_aside
     from bnexport.exporting.request import parse_inputs
     from bnexport.loading.sources import load_source
     from bnexport.reporting.results import print_audit
 
     with prints_aside():
-        given = read_model_options(options["model_options"])
-        loaded = load_source(source, weights=weights, weights_key=options["weights_key"], options=given)
+        arguments = read_model_options(options["model_options"])
+        loaded = load_source(source, weights=weights, weights_key=options["weights_key"], options=arguments)
         for note in loaded.notes:
             click.echo(note, err=True)
         specs = parse_inputs(inputs, default_shape=loaded.input_shape)
-        report = audit(loaded.module, specs, tools=tools, seed=seed, progress=_show)
+        report = audit(
+            loaded.module, specs, tools=tools, seed=seed, progress=lambda tool: click.echo(f"running {tool}", err=True)
+        )
     print_audit(report, as_json=options["as_json"])
     return 1 if report.wrong else 0
 
 
-def _show(tool: str) -> None:
-    """Print progress on standard error, so that standard output has only the table or JSON."""
-    click.echo(f"running {tool}", err=True)
-
-
 def _refuse_options(source: str, names: tuple[str, ...], why: str) -> None:
     """Refuse options given on the command line that could only be ignored."""
-    context = click.get_current_context()
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and option.name in names:
-            raise UsageError(f"{option.opts[0]} does not go with {source}: it {why}", remedy="Leave it out")
+    for name, flag in given_options().items():
+        if name in names:
+            raise UsageError(f"{flag} does not go with {source}: it {why}", remedy="Leave it out")
 
 
 def _audit_int8(source: Path, *, as_json: bool, mean: str | None, std: str | None, **options: Any) -> int:
     need_packages("bnexport audit", "onnx", "onnxruntime")
     from bnexport.auditing.int8_audit import audit_int8_file
-    from bnexport.cli.options import numbers
     from bnexport.reporting.results import print_int8_audit
 
-    means, stds = (None if text is None else numbers(text, flag) for text, flag in ((mean, "--mean"), (std, "--std")))
-    found = audit_int8_file(source, mean=means, std=stds, **options)
+    found = audit_int8_file(source, mean=numbers(mean, "--mean"), std=numbers(std, "--std"), **options)
     if options["repair"] is not None:
         click.echo(f"written: {options['repair']}, in which no channel can saturate", err=True)
     print_int8_audit(found, as_json=as_json)

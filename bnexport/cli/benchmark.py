@@ -11,15 +11,13 @@ import click
 
 from bnexport.benchmarking.request import ALL, BATCHES, QUICK_BATCHES, QUICK_SECONDS, SECONDS, BenchmarkRequest
 from bnexport.benchmarking.spread import LEAST_ROUNDS, ROUNDS
-from bnexport.cli.output import STDOUT, stages, write_json, write_result
+from bnexport.cli.options import PATH, RUNTIME
+from bnexport.cli.output import STDOUT, prints_aside, stages, write_json, write_result
 from bnexport.errors import OutputError, UsageError
 from bnexport.optional import need_packages
-from bnexport.runtimes.catalogue import RUNNERS
 
 if TYPE_CHECKING:
     from bnexport.benchmarking.report import BenchmarkReport
-
-_RUNTIMES = [spec.name for spec in RUNNERS]
 
 
 def _listed(counts: tuple[int, ...]) -> str:
@@ -27,10 +25,10 @@ def _listed(counts: tuple[int, ...]) -> str:
 
 
 @click.command("benchmark", epilog="Example: bnexport benchmark models/bn_lenet/1 --quick")
-@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE.onnx",
     help="ONNX file to run in ONNX Runtime's own session as the first rows. It is not verified.",
 )
@@ -38,9 +36,9 @@ def _listed(counts: tuple[int, ...]) -> str:
     "--runtime",
     "runtimes",
     multiple=True,
-    type=click.Choice(_RUNTIMES),
+    type=RUNTIME,
     metavar="NAME",
-    help=f"Measure this runtime only. Repeatable. Runtimes: {', '.join(_RUNTIMES)}.  "
+    help=f"Measure this runtime only. Repeatable. Runtimes: {', '.join(RUNTIME.choices)}.  "
     "[default: CPU runtimes that work here]",
 )
 @click.option(
@@ -99,7 +97,6 @@ def command(ctx: click.Context, /, bundles: tuple[Path, ...], **options: Any) ->
     if outputs["html_file"] or outputs["plot_file"]:
         need_packages("bnexport benchmark --html and --plot", "jinja2", "markupsafe")
     from bnexport.benchmarking.benchmark import benchmark
-    from bnexport.cli.output import prints_aside
 
     with prints_aside(), stages() as progress:
         report = benchmark(request, progress=progress)
@@ -122,11 +119,11 @@ def command(ctx: click.Context, /, bundles: tuple[Path, ...], **options: Any) ->
 def _outputs(options: dict[str, Any]) -> dict[str, str | None]:
     """Return the files to write; refuse two results in one file, and a picture that is not an SVG."""
     files = {name: options[name] for name in ("json_file", "html_file", "plot_file")}
-    given = [file for file in files.values() if file is not None]
-    if twice := next(
-        (file for file in given if [Path(x).resolve() for x in given].count(Path(file).resolve()) > 1), ""
-    ):
-        raise UsageError(f"two results would be written to {twice}", remedy="Give each its own file")
+    seen: set[Path] = set()
+    for file in filter(None, reversed(files.values())):  # the first of two is named
+        if (place := Path(file).resolve()) in seen:
+            raise UsageError(f"two results would be written to {file}", remedy="Give each a separate file")
+        seen.add(place)
     if files["plot_file"] is not None and not files["plot_file"].lower().endswith(".svg"):
         raise OutputError(f"--plot {files['plot_file']} is not a .svg file", remedy="Choose this suffix")
     return files

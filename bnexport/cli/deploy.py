@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from bnexport.cli.options import PATH
 from bnexport.deploying.deploy_request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 from bnexport.deploying.releases import DEFAULT_RELEASE, TRITON_RELEASES
 from bnexport.optional import require
@@ -19,8 +20,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: Arguments and options of every target.
 _COMMON = (
-    click.argument("bundle", type=click.Path(path_type=Path)),
-    click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write."),
+    click.argument("bundle", type=PATH),
+    click.option("--out", required=True, type=PATH, help="Folder to write."),
     click.option("--name", help="Name of the deployed model.  [default: the bundle's]"),
     click.option(
         "--triton", metavar="RELEASE", default=DEFAULT_RELEASE, show_default=True,
@@ -110,11 +111,7 @@ def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **o
     epilog="Example: bnexport deploy docker models/bn_lenet/1 --out image",
 )
 @_common
-@click.option(
-    "--wheel",
-    type=click.Path(path_type=Path),
-    help="Wheel of bnexport to install in the image.  [default: from pip's index]",
-)
+@click.option("--wheel", type=PATH, help="Wheel of bnexport to install in the image.  [default: from pip's index]")
 def docker(bundle: Path, out: Path, wheel: Path | None, **options: Any) -> None:
     """Write BUNDLE with a Dockerfile for bnexport serve, and a compose file for it and for Triton."""
     from bnexport.bundle import Bundle

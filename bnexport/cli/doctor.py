@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.cli.options import RUNTIME
 
 if TYPE_CHECKING:
     from bnexport.runtimes.doctor import Diagnosis
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option(
     "--require",
     multiple=True,
-    type=click.Choice([spec.name for spec in RUNNERS]),
+    type=RUNTIME,
     metavar="NAME",
     help="Exit with 3 unless this runtime works. Repeatable.  [default: all CPU runtimes of this installation]",
 )

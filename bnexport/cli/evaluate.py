@@ -1,4 +1,4 @@
-"""``bnexport evaluate`` and ``bnexport recalibrate``."""
+"""``bnexport evaluate``, ``bnexport recalibrate`` and ``bnexport inspect``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from typing import Any
 
 import click
 
-from bnexport.cli.options import options_of, values_of
-from bnexport.evaluating.network_options import EvaluationRequest, RecalibrationRequest
+from bnexport.cli.options import PATH, options_of, values_of
+from bnexport.cli.output import STDOUT, prints_aside, progress_bar, write_json
+from bnexport.evaluating.network_options import EvaluationRequest, InspectionRequest, RecalibrationRequest
 from bnexport.optional import need_packages
 
 
 @click.command("evaluate", epilog="Example: bnexport evaluate models/bn_lenet/1 --confusion confusion.png")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @options_of(EvaluationRequest, first="dataset")
 @options_of(EvaluationRequest, last="labels")
-@click.option(
-    "--confusion",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Draw the confusion matrix into this .png or .svg file.",
-)
+@click.option("--confusion", type=PATH, metavar="FILE", help="Draw the confusion matrix into this .png or .svg file.")
 @click.option(
     "--json", "json_file", metavar="FILE", help="Write the whole result as JSON. - prints it instead of the table."
 )
@@ -36,7 +32,6 @@ def evaluate(path: Path, confusion: Path | None, json_file: str | None, **option
         from bnexport.reporting.figures import check_suffix
 
         check_suffix(confusion)
-    from bnexport.cli.output import STDOUT, prints_aside, progress_bar, write_json
     from bnexport.evaluating.evaluate import evaluate_path
     from bnexport.reporting.results import print_evaluation
 
@@ -56,13 +51,8 @@ def evaluate(path: Path, confusion: Path | None, json_file: str | None, **option
 
 
 @click.command("recalibrate", epilog="Example: bnexport recalibrate runs/bn_lenet --samples 10000")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Checkpoint to write.  [default: *.recalibrated.safetensors]",
-)
+@click.argument("checkpoint", type=PATH)
+@click.option("--out", type=PATH, metavar="FILE", help="Checkpoint to write.  [default: *.recalibrated.safetensors]")
 @options_of(RecalibrationRequest, first="definition")
 @options_of(RecalibrationRequest, last="labels")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -73,7 +63,6 @@ def recalibrate(checkpoint: Path, out: Path | None, as_json: bool, **options: An
     distance of the old statistics from the exact ones, layer by layer, and the accuracy on test images before and after.
     """
     need_packages("bnexport recalibrate", "torch", "safetensors")
-    from bnexport.cli.output import prints_aside, progress_bar
     from bnexport.evaluating.recalibration import recalibrate_checkpoint
     from bnexport.reporting.results import print_recalibration
 
@@ -81,3 +70,32 @@ def recalibrate(checkpoint: Path, out: Path | None, as_json: bool, **options: An
     with prints_aside(), progress_bar("re-estimating") as advance:
         done = recalibrate_checkpoint(checkpoint, out, request, on_batch=advance)
     print_recalibration(done, as_json=as_json)
+
+
+@click.command("inspect", epilog="Example: bnexport inspect runs/bn_lenet --statistics")
+@click.argument("path", type=PATH)
+@click.option(
+    "--statistics", is_flag=True, help="Compare the moving statistics with exact ones on 1024 training images."
+)
+@options_of(InspectionRequest, first="dataset")
+@options_of(InspectionRequest, last="labels")
+@click.option("--all", "every", is_flag=True, help="Print the numbers of every channel too.")
+@click.option("--json", "as_json", is_flag=True, help="Print every number as JSON.")
+def inspect(path: Path, statistics: bool, every: bool, as_json: bool, **options: Any) -> None:
+    """Show the BatchNorm statistics of a network: a summary, each layer in the network's order, and unusual channels.
+
+    PATH is a run directory or checkpoint, any other .safetensors file, or a bundle. Dead channels (constant output) and
+    exploding ones (scale over 30 times the layer's median) are listed. --statistics, or an option that it needs, adds the
+    distance of the moving statistics from the exact ones, layer by layer.
+    """
+    from bnexport.loading.inspection import inspect_path
+    from bnexport.reporting.results import print_statistics
+
+    request = InspectionRequest(**values_of(InspectionRequest, options))
+    inspection, stale = inspect_path(path), None
+    if statistics or request != InspectionRequest():
+        need_packages("bnexport inspect --statistics", "torch", "safetensors")
+        from bnexport.evaluating.network import sampled_staleness, trained_network
+
+        stale = sampled_staleness(trained_network(path, request), data_dir=request.data_dir, download=True)
+    print_statistics(inspection, stale=stale, as_json=as_json, every=every)

@@ -1,4 +1,4 @@
-"""``bnexport fold-and-export``: a network into a bundle, or an ONNX file into a file or a bundle."""
+"""``bnexport fold-and-export``: a network or an ONNX file into a bundle; ``bnexport fold``: its folded weights as one file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from bnexport.cli.options import export_request, options_of
+from bnexport.cli.options import PATH, export_request, given_options, options_of, values_of
+from bnexport.cli.output import prints_aside, stages
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest
 from bnexport.optional import need_packages
@@ -41,7 +41,7 @@ _OF_BUNDLES = (
 
 
 def is_onnx(source: str) -> bool:
-    """Return whether a source is an ONNX file: by its name, or by its first bytes (a protobuf's IR version)."""
+    """Return True if a source is an ONNX file: by its name, or by its first bytes (a protobuf's IR version)."""
     path = Path(source)
     if path.suffix == ".onnx":
         return True
@@ -53,100 +53,47 @@ def is_onnx(source: str) -> bool:
     return start[:1] == b"\x08" and start[8:9] != b"{"  # a safetensors file has its length there, then JSON
 
 
-def fold_onnx_source(
-    source: str, out: Path, options: dict[str, Any], *, as_json: bool, quiet: bool = False, verbose: bool = False
-) -> int:
-    """Write a file or a bundle, print the fold report, and return the exit code.
-
-    Raises:
-        UsageError: An option that does not go with an ONNX file.
-    """
-    refuse_options(out)
-    if out.suffix == ".onnx":
-        return _file(source, out, options, as_json=as_json)
-    return _bundle(source, out, options, as_json=as_json, quiet=quiet, verbose=verbose)
-
-
-def refuse_options(out: Path) -> None:
-    """Refuse options given on the command line that could only be ignored."""
-    context = click.get_current_context()
-    words = {option.name: option.opts[0] for option in context.command.params if isinstance(option, click.Option)}
-    given = [name for name in words if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    for name in given:
-        if name == "precision" and context.params["precision"] not in ("float32", "int8"):
+def _refuse_options(out: Path) -> None:
+    """Refuse options given for an ONNX file that could only be ignored."""
+    given = click.get_current_context().params
+    for name, flag in given_options().items():
+        if name == "precision" and given["precision"] not in ("float32", "int8"):
             raise UsageError(
-                f"--precision does not apply to {context.params['source']}",
+                f"--precision does not apply to {given['source']}",
                 remedy="Leave it out, or pass int8: an ONNX file keeps its precision otherwise",
             )
         if name in _REFUSED:
-            raise UsageError(
-                f"{words[name]} does not apply to {context.params['source']}", remedy=f"Leave it out: {_REFUSED[name]}"
-            )
+            raise UsageError(f"{flag} does not apply to {given['source']}", remedy=f"Leave it out: {_REFUSED[name]}")
         if name in _OF_BUNDLES and out.suffix == ".onnx":
-            raise UsageError(f"{words[name]} applies to a bundle only", remedy="Pass --out models/<name>/<version>")
-    if set(context.params.get("formats") or ()) - {"onnx"}:
+            raise UsageError(f"{flag} applies to a bundle only", remedy="Pass --out models/<name>/<version>")
+    if set(given["formats"]) - {"onnx"}:
         raise UsageError("an ONNX file can be exported as ONNX only", remedy="Leave --format out")
 
 
-def _fold_options(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("max_growth", "clamps") if options.get(name) is not None}
-
-
-def _file(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> int:
+def _fold_file(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> int:
+    """Fold an ONNX file into an ONNX file."""
     from bnexport.onnx_pipeline import fold_onnx_file
-    from bnexport.reporting.results import print_json
-    from bnexport.reporting.tables import literal, make_console, print_fold_report
+    from bnexport.reporting.results import print_fold, print_json
 
-    result = fold_onnx_file(
-        source, out, force=options["force"], inputs=tuple(options["inputs"] or ()), **_fold_options(options)
-    )
+    chosen = {name: options[name] for name in ("force", "inputs", "max_growth", "clamps")}
+    result = fold_onnx_file(source, out, **chosen)
+    before = list(result.normalised)
     if as_json:
-        print_json(
-            {
-                "file": str(out),
-                "changed": result.changed,
-                "normalised": list(result.normalised),
-                "fold": result.report.to_json(),
-            }
-        )
+        print_json({"file": str(out), "changed": result.changed, "normalised": before, "fold": result.report.to_json()})
         return 0
-    console = make_console()
-    print_fold_report(result.report, console)
-    if result.normalised:
-        console.print(literal(f"Normalised before folding: {'; '.join(result.normalised)}.", console), soft_wrap=True)
+    notes = [f"Normalised before folding: {'; '.join(before)}."] if before else []
     if not result.changed:
-        text = "Nothing was folded." if result.normalised else "Nothing was changed: the file is written as it was."
-        console.print(literal(text, console), soft_wrap=True)
-    size = out.stat().st_size
-    console.print(literal(f"File: {out} ({size / 1000:.0f} kB)", console), soft_wrap=True)
+        notes.append("Nothing was folded." if before else "Nothing was changed: the file is written as it was.")
+    print_fold(result.report, out, *notes)
     return 0
-
-
-def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool, quiet: bool, verbose: bool) -> int:
-    from bnexport.cli.output import stages
-    from bnexport.onnx_pipeline import fold_and_export_onnx
-    from bnexport.reporting.results import print_export
-
-    request = export_request(**options)
-    with stages(quiet=quiet) as progress:
-        result = fold_and_export_onnx(source, out, request=request, progress=progress)
-    print_export(result.fold, result.verification, result.bundle, as_json=as_json, verbose=verbose)
-    return 0 if result.bundle is not None else 1
 
 
 @click.command("fold-and-export", epilog="Example: bnexport fold-and-export runs/bn_lenet --out models/bn_lenet/1")
 @click.argument("source")
 @click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Bundle to write: models/<name>/<version>, or FILE.onnx for an ONNX file.",
+    "--out", required=True, type=PATH, help="Bundle to write: models/<name>/<version>, or FILE.onnx for an ONNX file."
 )
-@click.option(
-    "--weights",
-    type=click.Path(path_type=Path),
-    help="Weights file, bundle or run directory with the weights of the network.",
-)
+@click.option("--weights", type=PATH, help="Weights file, bundle or run directory with the weights of the network.")
 @options_of(ExportRequest, last="rename_classes")
 @click.option(
     "--mean", help="Mean per channel of pixels from 0 to 1, as 0.485,0.456,0.406. predict and serve then accept images."
@@ -168,15 +115,60 @@ def command(
     Exit codes: 0 the bundle is written, 1 the verdict is FAIL, 2 bad input, 3 this machine can't run it.
     """
     need_packages("bnexport fold-and-export", "torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "jinja2")
-    from bnexport.cli.output import prints_aside, stages
-
-    if is_onnx(source):
-        return fold_onnx_source(source, out, options, as_json=as_json, quiet=quiet, verbose=verbose)
+    onnx = is_onnx(source)
+    if onnx:
+        _refuse_options(out)
+        if out.suffix == ".onnx":
+            return _fold_file(source, out, options, as_json=as_json)
     from bnexport.pipeline import fold_and_export
     from bnexport.reporting.results import print_export
 
     request = export_request(**options)
     with stages(quiet=quiet) as progress, prints_aside():
-        result = fold_and_export(source, out, weights=weights, request=request, progress=progress)
+        if onnx:
+            from bnexport.onnx_pipeline import fold_and_export_onnx
+
+            result = fold_and_export_onnx(source, out, request=request, progress=progress)
+        else:
+            result = fold_and_export(source, out, weights=weights, request=request, progress=progress)
     print_export(result.fold, result.verification, result.bundle, as_json=as_json, verbose=verbose)
     return 0 if result.bundle is not None else 1
+
+
+@click.command(
+    "fold", epilog="Example: bnexport fold torchvision:resnet18 --weights resnet18.pth --out folded.safetensors"
+)
+@click.argument("source")
+@click.option("--out", required=True, type=PATH, help="Safetensors file to write.")
+@click.option("--weights", type=PATH, help="Weights of the network: safetensors or a torch state dict.")
+@options_of(ExportRequest, last="inputs")
+@options_of(ExportRequest, first="allow_untrained", last="allow_untrained")
+@options_of(ExportRequest, first="allow_nonfinite", last="allow_nonfinite")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the fold report as JSON.")
+def fold(source: str, out: Path, weights: Path | None, as_json: bool, **options: Any) -> int:
+    """Fold BatchNorm inside a network and write the folded weights, under the network's own names.
+
+    SOURCE is a source of fold-and-export, except an ONNX file. The fold is proved on the network itself in float64. The
+    file appears whole or not at all. bnexport.load_folded loads it into a network.
+
+    Exit codes: 0 done, 1 the proof failed, 2 bad input.
+    """
+    need_packages("bnexport fold", "torch", "safetensors")
+    from bnexport.pipeline import fold_weights
+    from bnexport.reporting.results import print_fold, print_json
+
+    if is_onnx(source):
+        raise UsageError(
+            f"{source} is an ONNX file, which has no modules",
+            remedy=f"Fold it with bnexport fold-and-export {source} --out FILE.onnx",
+        )
+    request = ExportRequest(**values_of(ExportRequest, options))
+    with prints_aside():
+        result = fold_weights(source, out, weights=weights, request=request)
+    if as_json:
+        print_json({"file": str(out), "fold": result.report.to_json()})
+        return 0
+    unchanged = () if result.report.folded else ("Nothing was folded: the file holds the weights as they were.",)
+    print_fold(result.report, out, *unchanged)
+    return 0

@@ -7,7 +7,6 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -16,6 +15,7 @@ from bnexport import __version__, interrupts
 from bnexport.errors import BadInput, BnexportError, ProofError, Unavailable
 from bnexport.files import forget_reader
 from bnexport.optional import one_line
+from bnexport.plain_table import printable
 
 #: Section of the help -> command -> (module that holds it, one line of help). "module:name" names the click command in the
 #: module; without a name it is ``command``. The module is imported when the command runs.
@@ -26,12 +26,12 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Export": {
         "fold-and-export": ("bnexport.cli.fold_and_export", "Fold BatchNorm, export, verify: write one bundle."),
-        "fold": ("bnexport.cli.fold", "Fold BatchNorm inside a network: write its folded weights."),
+        "fold": ("bnexport.cli.fold_and_export:fold", "Fold BatchNorm inside a network: write its folded weights."),
     },
     "Check": {
         "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
         "evaluate": ("bnexport.cli.evaluate:evaluate", "Measure accuracy on test images, class by class."),
-        "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
+        "inspect": ("bnexport.cli.evaluate:inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
         "benchmark": ("bnexport.cli.benchmark", "Find the fastest runtime whose answers are right."),
         "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),
         "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),
@@ -146,7 +146,8 @@ def run(arguments: list[str] | None = None) -> int:
         click.echo("Interrupted. Files already complete are kept; nothing is half-written.", err=True)
         return EXIT_INTERRUPTED
     except BnexportError as error:
-        click.echo("\n".join(_sentences(error)), err=True)
+        for text in filter(None, (f"Error: {error.message}", error.remedy)):
+            click.echo(_ended(text), err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
     except MemoryError:
         click.echo("Error: out of memory.\nTry a smaller batch or model.", err=True)
@@ -165,18 +166,9 @@ def run(arguments: list[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _sentences(error: BnexportError) -> Iterator[str]:
-    yield f"Error: {_ended(error.message)}"
-    if error.remedy:
-        yield _ended(error.remedy)
-
-
 def _ended(text: str) -> str:
-    """Return a sentence with a full stop, unless it ends with "?", "!" or "...".
-
-    Names come from untrusted files, so characters that control the terminal are replaced by "?".
-    """
-    text = "".join(char if char.isprintable() else "?" for char in text)
+    """Return a sentence, which may contain names of untrusted files, with a full stop unless it ends with "?" or "!"."""
+    text = printable(text)
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 

@@ -19,17 +19,17 @@ from bnexport.data.dataset_table import DATASETS, FOLDER, is_dataset
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest, image_preprocessing, parse_inputs, read_labels
 from bnexport.optional import one_line
+from bnexport.runtimes.catalogue import RUNNERS
+
+#: Types of the options that name files and folders, and runtimes.
+PATH = click.Path(path_type=Path)
+RUNTIME = click.Choice([spec.name for spec in RUNNERS])
 
 
 def options_of(request: type, *, first: str = "", last: str = "") -> Callable[[Any], Any]:
-    """Return a decorator that adds one option per field of a request class, in the order of the fields.
+    """Return a decorator that adds one option per field of a request class, from the field ``first`` to ``last``.
 
     Only fields made by ``request_fields.option`` are options; a field whose factory is a request class adds that class's.
-
-    Args:
-        request: A dataclass.
-        first: The first field to add; "" is the first of the class.
-        last: The last field to add; "" is the last of the class.
     """
     names = [item.name for item in fields(request)]
     chosen = fields(request)[names.index(first) if first else 0 : names.index(last) + 1 if last else None]
@@ -71,10 +71,7 @@ def _option(item: Field[Any]) -> Callable[[Any], Any]:
 def values_of(request: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a request class from click's values, each converted by the type of its field.
 
-    An option that the command does not have keeps its default.
-
-    Raises:
-        UsageError: A value that can't be read.
+    A field without an option in the command keeps its default.
     """
     values: dict[str, Any] = {}
     for item in fields(request):
@@ -91,11 +88,7 @@ def values_of(request: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def export_request(**options: Any) -> ExportRequest:
-    """Return the request that the options of fold-and-export state.
-
-    Raises:
-        UsageError: Values that do not go together, or that can't be read.
-    """
+    """Return the request of fold-and-export."""
     if options["formats"] and "onnx" not in options["formats"]:
         raise UsageError("a bundle without model.onnx can't be verified", remedy="Add --format onnx")
     images = preprocessing(options["inputs"], options["mean"], options["std"])
@@ -103,11 +96,7 @@ def export_request(**options: Any) -> ExportRequest:
 
 
 def read_model_options(texts: tuple[str, ...]) -> dict[str, bool | int | float | str]:
-    """Return ``KEY=VALUE`` texts as a constructor's named arguments: whole numbers, numbers, true and false, else text.
-
-    Raises:
-        UsageError: A text of another form, or one key twice.
-    """
+    """Return ``KEY=VALUE`` texts as a constructor's named arguments: whole numbers, numbers, true and false, else text."""
     options: dict[str, bool | int | float | str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -133,19 +122,15 @@ def _value(text: str) -> bool | int | float | str:
 
 def preprocessing(inputs: tuple[str, ...], mean: str | None, std: str | None) -> dict[str, Any] | None:
     """Return the preprocessing of a network that takes one image, if --mean and --std are given."""
-    means, stds = (None if text is None else numbers(text, flag) for text, flag in ((mean, "--mean"), (std, "--std")))
+    means, stds = numbers(mean, "--mean"), numbers(std, "--std")
     specs = parse_inputs(inputs) if inputs and (means, stds) != (None, None) else ()
     return image_preprocessing(specs, means, stds)
 
 
-def numbers(text: str, option: str) -> tuple[float, ...]:
-    """Return a text like "0.485,0.456,0.406" as numbers.
-
-    Raises:
-        UsageError: It is not a list of numbers.
-    """
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """Return a text like "0.485,0.456,0.406" as numbers; None without a text."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        return None if text is None else tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(
             f"{option} {text!r} is not a list of numbers", remedy="Write it as 0.485,0.456,0.406"
@@ -185,9 +170,9 @@ class _Kind:
 _KINDS: dict[str, _Kind] = {
     "int": _Kind({"type": int}),
     "float": _Kind({"type": float}),
-    "Path": _Kind({"type": click.Path(path_type=Path)}),
+    "Path": _Kind({"type": PATH}),
     "tuple[str, ...]": _Kind({"multiple": True}),
-    "tuple[str, ...] | None": _Kind({"type": click.Path(path_type=Path)}, lambda path, _: read_labels(path)),
+    "tuple[str, ...] | None": _Kind({"type": PATH}, lambda path, _: read_labels(path)),
     "tuple[float, ...]": _Kind({}, numbers),
     "tuple[float, ...] | None": _Kind({}, numbers),
     "Mapping": _Kind({"multiple": True}, lambda texts, _: read_model_options(texts)),
@@ -209,7 +194,7 @@ def config_option(table: str) -> Callable[..., Any]:
 
     return click.option(
         "--config",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="FILE",
         is_eager=True,
         expose_value=False,
@@ -219,8 +204,14 @@ def config_option(table: str) -> Callable[..., Any]:
 
 
 def was_given(context: click.Context, name: str) -> bool:
-    """Return whether the user gave an option: on the command line, in a configuration file, or in the environment."""
+    """Return True if the user gave an option: on the command line, in a configuration file, or in the environment."""
     return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def given_options() -> dict[str, str]:
+    """Return name -> flag of the running command's arguments and options that the user gave."""
+    context = click.get_current_context()
+    return {item.name: item.opts[0] for item in context.command.params if item.name and was_given(context, item.name)}
 
 
 def _file_values(command: click.Command, path: Path, table: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -39,11 +39,7 @@ def write_json(target: str, value: dict[str, Any]) -> None:
 
 
 def write_result(target: str, content: bytes) -> None:
-    """Write bytes to a file, or print them where the target is STDOUT.
-
-    Raises:
-        OutputError: The file can't be written.
-    """
+    """Write bytes to a file, or print them where the target is STDOUT."""
     from bnexport.files import forget_reader, write_atomically
 
     if target == STDOUT:
@@ -60,20 +56,13 @@ def make_bar(console: Console, *, timed: bool = True, counted: bool = True) -> P
 
     ``timed`` shows the time left, for steps of similar length; ``counted`` shows the number of steps instead of their share.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as rich
 
-    amount = MofNCompleteColumn() if counted else TaskProgressColumn()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount)
-    return Progress(
-        *columns,
-        *((TimeRemainingColumn(),) if timed else ()),
+    return rich.Progress(
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn() if counted else rich.TaskProgressColumn(),
+        *((rich.TimeRemainingColumn(),) if timed else ()),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -81,14 +70,25 @@ def make_bar(console: Console, *, timed: bool = True, counted: bool = True) -> P
     )
 
 
+class BarDisplay:
+    """Base of listeners that print lines and move a bar; the ``with`` block ends the bar, also after an error."""
+
+    def __init__(self, console: Console, description: str = "") -> None:
+        self._console = console
+        self._bar = make_bar(console)
+        self._task = self._bar.add_task(description, total=None, visible=False)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
 @contextlib.contextmanager
 def stages(*, quiet: bool = False, logged: bool = True) -> Iterator[progress.Progress]:
-    """Show a job's stages on standard error: a bar with the time left on a terminal, or a line per stage in a log.
-
-    Args:
-        quiet: Show nothing.
-        logged: Print the lines in a log.
-    """
+    """Show a job's stages on standard error: a bar on a terminal; in a log, with ``logged``, one line per stage."""
     from bnexport.reporting.tables import make_console
 
     if quiet:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnexport.cli.output import make_bar
+from bnexport.cli.options import PATH, RUNTIME
+from bnexport.cli.output import BarDisplay
 from bnexport.errors import UsageError
 from bnexport.optional import require
-from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.serving.bulk.bulk_request import BulkProgress
 
 if TYPE_CHECKING:
@@ -25,28 +24,17 @@ if TYPE_CHECKING:
 _PAUSE = 10.0
 
 
-class BulkDisplay(BulkProgress):
-    """Listener that prints; use it in a ``with`` block, which ends the bar also after an error."""
+class BulkDisplay(BarDisplay, BulkProgress):
+    """Listener of a bulk job that prints."""
 
     def __init__(self, console: Console | None = None, *, pause: float = _PAUSE) -> None:
         if console is None:
             from rich.console import Console
 
             console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        self._console = console
-        self._bar = make_bar(self._console)
-        self._task = self._bar.add_task("images", total=None, visible=False)
+        super().__init__(console, "images")
         self._pause, self._printed = pause, time.monotonic()
         self._rows = self._done = 0
-
-    def __enter__(self) -> BulkDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def on_tuning(self, line: str) -> None:
         """Print the line."""
@@ -68,7 +56,6 @@ class BulkDisplay(BulkProgress):
             self._console.print(f"{self._done} of {self._rows} images")
 
 
-_RUNTIME = click.Choice([spec.name for spec in RUNNERS])
 #: Options that apply only with --out -> their flags.
 _BULK = {
     "engine": "--engine", "workers": "--workers", "batch_size": "--batch-size", "shard_rows": "--shard-rows",
@@ -77,18 +64,16 @@ _BULK = {
 
 
 @click.command("predict", epilog="Example: bnexport predict models/bn_lenet/1 shirt.png")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
+@click.argument("images", nargs=-1, required=True, type=PATH)
 @click.option(
-    "--runtime", type=_RUNTIME, default="onnxruntime-cpu", show_default=True, metavar="NAME",
+    "--runtime", type=RUNTIME, default="onnxruntime-cpu", show_default=True, metavar="NAME",
     help="Engine and device. bnexport doctor lists them.",
 )  # fmt: skip
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object per image; with --out, one for the whole job."
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Write Parquet files into this folder instead of printing."
-)
+@click.option("--out", type=PATH, help="Write Parquet files into this folder instead of printing.")
 @click.option(
     "--engine",
     type=click.Choice(("local", "ray")),
@@ -100,9 +85,7 @@ _BULK = {
     help="With --out: number of sessions with one thread each.  [default: tuned.json, or one per core; GPU: 1]",
 )
 @click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="With --out: images per call.  [default: tuned.json, or 256]",
+    "--batch-size", type=click.IntRange(min=1), help="With --out: images per call.  [default: tuned.json, or 256]"
 )
 @click.option("--shard-rows", type=click.IntRange(min=1), help="With --out: number of rows per file.  [default: 10000]")
 @click.option("--column", help="With --out: column of Parquet and .npz files that holds the images.  [default: image]")

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.cli.options import PATH, RUNTIME
+from bnexport.errors import UsageError
+from bnexport.optional import require
 
-_FILE = click.Path(path_type=Path)
 #: Options that are fields of ServerSettings under the same name.
 _PLAIN = (
     "host", "port", "grpc_port", "reuse_port", "grace", "poll", "access_log", "token_file", "middleware", "allow_load",
@@ -40,7 +41,7 @@ class _Seconds(click.FloatRange):
 
 
 @click.command("serve", epilog="Example: bnexport serve models --port 8000 --processes 4")
-@click.argument("path", type=_FILE)
+@click.argument("path", type=PATH)
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0 means every address."
 )
@@ -64,7 +65,7 @@ class _Seconds(click.FloatRange):
 )
 @click.option(
     "--runtime",
-    type=click.Choice([spec.name for spec in RUNNERS]),
+    type=RUNTIME,
     default="onnxruntime-cpu",
     show_default=True,
     metavar="NAME",
@@ -94,9 +95,9 @@ class _Seconds(click.FloatRange):
     show_default=True,
     help="Seconds in which running requests may finish at the end.",
 )
-@click.option("--token-file", type=_FILE, help="File with a token that every client must send.")
-@click.option("--tls-cert", type=_FILE, help="Certificate of the server (PEM), with --tls-key.")
-@click.option("--tls-key", type=_FILE, help="Key of the certificate (PEM).")
+@click.option("--token-file", type=PATH, help="File with a token that every client must send.")
+@click.option("--tls-cert", type=PATH, help="Certificate of the server (PEM), with --tls-key.")
+@click.option("--tls-key", type=PATH, help="Key of the certificate (PEM).")
 @click.option("--allow-load", is_flag=True, help="Let clients load and unload models.")
 @click.option("--access-log/--no-access-log", default=True, show_default=True, help="Print one JSON line per request.")
 @click.option(
@@ -104,8 +105,6 @@ class _Seconds(click.FloatRange):
 )
 def command(path: Path, **options: Any) -> None:
     """Serve PATH, a bundle or a folder of models, over the Open Inference Protocol v2 until SIGTERM or Ctrl-C."""
-    from bnexport.optional import require
-
     for name in ("uvicorn", "httptools", "orjson", "prometheus_client"):
         require(name, purpose="bnexport serve")
     if options["grpc_port"] is not None:
@@ -122,7 +121,6 @@ def command(path: Path, **options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> Any:
-    from bnexport.errors import UsageError
     from bnexport.serving.http.http_server import ServerSettings
     from bnexport.serving.served_model import ServingSettings
     from bnexport.serving.serving_limits import limits_from

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from bnexport.cli.options import config_option, options_of, values_of, was_given
+from bnexport.cli.options import PATH, config_option, options_of, values_of, was_given
 from bnexport.optional import need_packages
 from bnexport.training.config import LENET, TrainingConfig
-
-if TYPE_CHECKING:
-    from bnexport.training.listeners import TrainingListener
 
 
 @click.command(
@@ -22,17 +19,10 @@ if TYPE_CHECKING:
 )
 @config_option("train")
 @options_of(TrainingConfig, last="dataset")
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder of data sets: it contains FashionMNIST/raw.",
-)
+@click.option("--data-dir", type=PATH, metavar="DIR", help="Folder of data sets: it contains FashionMNIST/raw.")
 @options_of(TrainingConfig, first="model")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bn_lenet"), help="Run directory to write.")
-@click.option(
-    "--tensorboard", type=click.Path(path_type=Path), metavar="DIR", help="Folder for TensorBoard event files."
-)
+@click.option("--out", type=PATH, default=Path("runs/bn_lenet"), help="Run directory to write.")
+@click.option("--tensorboard", type=PATH, metavar="DIR", help="Folder for TensorBoard event files.")
 @click.option(
     "--resume", is_flag=True, help="Resume after the last finished epoch, with the options of the stopped run."
 )
@@ -47,6 +37,7 @@ def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Pat
     from bnexport.cli.training_display import TrainingDisplay, leading, quiet_followers
     from bnexport.reporting.figures import learning_curves
     from bnexport.training.directory import CURVES
+    from bnexport.training.listeners import Both, EventFiles
     from bnexport.training.step import keep_freed_memory
     from bnexport.training.training_run import train
 
@@ -54,12 +45,11 @@ def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Pat
     keep_freed_memory()
     with quiet_followers(), TrainingDisplay() as display:
         config = _config(context, out, resume, options)
-        listener: TrainingListener = display
-        if tensorboard is not None and leading():
-            listener = _with_events(display, tensorboard)
+        listener = display if tensorboard is None or not leading() else Both(display, EventFiles(tensorboard))
         result = train(config, out=out, resume=resume, force=force, data_dir=data_dir, progress=listener)
         if leading():
-            learning_curves(result.history, out / CURVES, title=_title(config))
+            name = f"BN-LeNet ({config.norm})" if config.model == LENET else config.model
+            learning_curves(result.history, out / CURVES, title=f"{name} on {config.dataset}")
             display.show_result(result, written=(result.model, result.checkpoint, out / CURVES))
 
 
@@ -72,14 +62,3 @@ def _config(context: click.Context, out: Path, resume: bool, options: dict[str, 
         return TrainingConfig(**values)
     given = {name: value for name, value in values.items() if was_given(context, name)}
     return RunDirectory(out).config_to_resume(given)
-
-
-def _with_events(display: TrainingListener, folder: Path) -> TrainingListener:
-    from bnexport.training.listeners import Both, EventFiles
-
-    return Both(display, EventFiles(folder))
-
-
-def _title(config: TrainingConfig) -> str:
-    name = f"BN-LeNet ({config.norm})" if config.model == LENET else config.model
-    return f"{name} on {config.dataset}"

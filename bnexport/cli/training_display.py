@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 
-from bnexport.cli.output import make_bar
+from bnexport.cli.output import BarDisplay
 from bnexport.errors import BadInput
 from bnexport.training.config import LENET, TrainingConfig
 from bnexport.training.listeners import EpochMetrics, TrainingListener
@@ -22,7 +21,7 @@ _MOST_VALUES = 16
 
 
 def leading() -> bool:
-    """Return whether this process writes and prints: it is alone, or torchrun's first."""
+    """Return True if this process writes and prints: it is alone, or torchrun's first."""
     return asked_rank() == 0
 
 
@@ -37,25 +36,14 @@ def quiet_followers() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-class TrainingDisplay(TrainingListener):
-    """Listener that prints; use it in a ``with`` block, which ends the bar also after an error."""
+class TrainingDisplay(BarDisplay, TrainingListener):
+    """Listener of a training that prints."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, markup=False, soft_wrap=True, quiet=not leading())
-        self._bar = make_bar(self._console)
-        self._task = self._bar.add_task("", total=None, visible=False)
+        super().__init__(console or Console(highlight=False, markup=False, soft_wrap=True, quiet=not leading()))
         self._config = TrainingConfig()
         self._epoch = 1
         self._file = ""
-
-    def __enter__(self) -> TrainingDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def on_download(self, file: str, done: int, total: int | None) -> None:
         """Show the bytes on the bar; in a log, name each file once."""
@@ -69,9 +57,11 @@ class TrainingDisplay(TrainingListener):
         """Print the data set, the network, the configuration and the device."""
         self._config, self._epoch = config, first_epoch
         self._console.print(f"{config.dataset}: {origin}")
+        schedule = f", warm-up {config.warmup_epochs:g} epochs" if config.warmup_epochs else ""
+        schedule += f", {config.schedule}" if config.schedule != "constant" else ""
         network = f"BN-LeNet, norm {config.norm}" if config.model == LENET else config.model
         self._console.print(
-            f"{network}, {config.epochs} epochs, {config.optimizer}, lr {config.lr:g}{_schedule(config)}, "
+            f"{network}, {config.epochs} epochs, {config.optimizer}, lr {config.lr:g}{schedule}, "
             f"batch {config.batch_size}, seed {config.seed}, on {device}"
         )
         if first_epoch > config.epochs:
@@ -119,11 +109,6 @@ class TrainingDisplay(TrainingListener):
         lines += [f"written: {path}" for path in written]
         for line in lines:
             self._console.print(line)
-
-
-def _schedule(config: TrainingConfig) -> str:
-    warmup = f", warm-up {config.warmup_epochs:g} epochs" if config.warmup_epochs else ""
-    return warmup + (f", {config.schedule}" if config.schedule != "constant" else "")
 
 
 def _row(values: Sequence[float]) -> str:

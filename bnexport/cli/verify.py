@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnexport.cli.options import DatasetName
-from bnexport.cli.output import STDOUT, write_json, write_result
+from bnexport.cli.options import PATH, RUNTIME, DatasetName
+from bnexport.cli.output import STDOUT, counting, prints_aside, stages, write_json, write_result
 from bnexport.optional import need_packages, require
 from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
-from bnexport.runtimes.catalogue import RUNNERS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,14 +21,14 @@ if TYPE_CHECKING:
 
 
 @click.command(name="verify", epilog="Example: bnexport verify models/bn_lenet/1 --html report.html")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PATH)
 @click.option(
     "--runtime",
     "runtimes",
     multiple=True,
-    type=click.Choice([spec.name for spec in RUNNERS]),
+    type=RUNTIME,
     metavar="NAME",
-    help=f"Verify on this runtime only. Repeatable. Runtimes: {', '.join(spec.name for spec in RUNNERS)}.  "
+    help=f"Verify on this runtime only. Repeatable. Runtimes: {', '.join(RUNTIME.choices)}.  "
     "[default: all that work here]",
 )
 @click.option(
@@ -63,13 +62,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--data-dir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of the data set's files. Nothing is downloaded.  [default: BNEXPORT_DATA, then the cache]",
 )
 @click.option(
-    "--samples",
-    type=click.Path(path_type=Path),
-    help="Your own inputs instead of the data set's images: .npy, .npz, or a folder of images.",
+    "--samples", type=PATH, help="Your own inputs instead of the data set's images: .npy, .npz, or a folder of images."
 )
 @click.option("--max-samples", type=click.IntRange(min=1), help="Largest number of samples of each kind.")
 @click.option(
@@ -112,8 +109,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     float32 (full precision), and in the shipping precision (the one it is served with).
     """
     from bnexport.bundle import Bundle
-    from bnexport.cli.output import prints_aside
-    from bnexport.reporting.tables import literal, make_console, print_environment, print_verification
+    from bnexport.reporting.tables import make_console, print_environment, print_lines, print_verification
     from bnexport.verification.full_check import full_check
 
     if options["html_file"] is not None:
@@ -130,22 +126,27 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
         advice = f"; give {needs} for the full check" if needs else ""
         print_verification(report, console, labels=opened.manifest.labels, advice=advice, verbose=options["verbose"])
         if full:
-            console.print(literal(f"Full check: {full}", console), soft_wrap=True)
+            print_lines(console, f"Full check: {full}", soft_wrap=True)
         print_environment(report.environment, console)
     ctx.exit(0 if report.passed else 1)
 
 
 def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
-    from bnexport.cli.output import stages
     from bnexport.verification.scope import Scope
     from bnexport.verification.verify import verify
 
+    module: nn.Module | None = None
+    if options["source"] is not None:
+        require("torch", purpose="--source")
+        from bnexport.evaluating.network import network_of_bundle
+
+        module = network_of_bundle(opened, options["source"])
     common = {
         "runtimes": options["runtimes"] or None,
         "dataset": options["dataset"],
         "data_dir": options["data_dir"],
         "samples": options["samples"],
-        "module": _module(opened, options["source"]),
+        "module": module,
         "seed": options["seed"],
     }
     scope = Scope(
@@ -162,21 +163,11 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
         report = verify(opened, **common, scope=scope, progress=progress)
     if not options["with_self_test"]:
         return report
-    from bnexport.cli.output import counting
     from bnexport.verification.self_test.tester import self_test
 
     with counting("self-test") as progress:
         low = scope.allow_low_accuracy
         return report.with_self_test(self_test(opened, **common, allow_low_accuracy=low, progress=progress))
-
-
-def _module(bundle: Bundle, source: str | None) -> nn.Module | None:
-    if source is None:
-        return None
-    require("torch", purpose="--source")
-    from bnexport.evaluating.network import network_of_bundle
-
-    return network_of_bundle(bundle, source)
 
 
 def _write_files(report: VerificationReport, opened: Bundle, path: Path, options: dict[str, Any]) -> None:

@@ -41,11 +41,7 @@ _LEAST_USEFUL = 0.1
 def check_classes(labels: Sequence[str] | None, classes: Sequence[str], *, dataset: str, scores: int | None) -> None:
     """Refuse a data set whose classes are not the network's; case, spaces, hyphens and underscores are ignored.
 
-    Args:
-        labels: The network's labels in the order of its scores; None if they are unknown.
-        classes: The data set's classes in the order of their numbers.
-        dataset: Name of the data set.
-        scores: Number of scores of the network; None if it is unknown.
+    ``labels`` and ``scores`` (the number of scores) are None if they are unknown.
 
     Raises:
         UsageError: Another number of classes, other names, or the same names in another order.
@@ -88,15 +84,9 @@ def check_dataset(
     scores: int | None = None,
     remedy: str = "Leave --dataset out",
 ) -> None:
-    """Refuse a data set, named by the user, that can't be used.
+    """Refuse a data set, named by the user, that can't be used by a network with this preprocessing (JSON), labels and scores.
 
-    Args:
-        dataset: A row of DATASETS, or ``folder:PATH``.
-        preprocessing: JSON of the network's preprocessing; None if it is unknown or the input is not an image.
-        data_dir: Folder of the data set; None: the default places.
-        labels: The network's labels, if known.
-        scores: Number of the network's scores, if known.
-        remedy: Remedy for an unknown preprocessing.
+    ``remedy`` is that for an unknown preprocessing.
 
     Raises:
         UsageError: The name or the preprocessing is unknown, ``data_dir`` is given for embedded images, or the classes
@@ -107,8 +97,7 @@ def check_dataset(
         raise UsageError(f"the data set {dataset!r} is unknown", remedy=dataset_remedy(dataset))
     if preprocessing is None:
         raise UsageError(
-            f"the images of {dataset} can't be used: the preprocessing of the network is unknown",
-            remedy=remedy,
+            f"the images of {dataset} can't be used: the preprocessing of the network is unknown", remedy=remedy
         )
     check_classes(labels, dataset_labels(dataset, data_dir=data_dir), dataset=dataset, scores=scores)
     load_test_images(dataset, data_dir=data_dir, preprocessing=Preprocessing.from_json(preprocessing))
@@ -132,13 +121,7 @@ def known_classes(dataset: str | None) -> tuple[str, ...] | None:
 
 
 def at_chance(truth: Array, given: npt.NDArray[np.int64], classes: int) -> float | None:
-    """Return the chance level if the answers are at or below it by the tests of this module; None otherwise.
-
-    Args:
-        truth: True classes, integers (n,).
-        given: Predicted classes, integers (n,).
-        classes: Number of classes.
-    """
+    """Return the chance level if the answers (n,) to the true classes (n,) are at or below it by the tests of this module."""
     n, right = len(truth), int((truth == given).sum())
     if n == 0 or classes < 2:
         return None

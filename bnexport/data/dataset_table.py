@@ -20,7 +20,7 @@ class Dataset:
 
     name: str  # Name of its row in DATASETS, or ``folder:PATH``
     # uint8: (n, 28, 28) for a row of DATASETS; for a folder (n, channels, height, width), a read-only map of a file, which
-    # can be larger than memory. ``data.prepare.prepared`` converts both to (n, channels, height, width).
+    # can be larger than memory. ``data.images.prepared`` converts both to (n, channels, height, width).
     train_images: Images
     train_labels: Labels  # int64 (n,)
     test_images: Images  # Like ``train_images``

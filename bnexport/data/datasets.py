@@ -52,7 +52,7 @@ def load_dataset(
         download: Download missing files.
         progress: Called with a file's name, the bytes so far and the total bytes (None if unknown).
         preprocessing: The model's preprocessing: images of a folder are decoded to its size and channels. Other images are
-            unchanged; ``data.prepare.prepared`` fits them.
+            unchanged; ``data.images.prepared`` fits them.
         on_picture: Called with the number of decoded images and their total number.
 
     Returns:
@@ -77,22 +77,14 @@ def load_dataset(
 
 
 def load_test_images(
-    name: str,
-    *,
-    data_dir: str | Path | None = None,
-    download: bool = False,
-    preprocessing: Preprocessing | None = None,
+    name: str, *, data_dir: str | Path | None = None, download: bool = False, preprocessing: Preprocessing | None = None
 ) -> tuple[Images, Labels]:
     """Load the test part as ``load_dataset`` does; training files may be missing, and training images are not decoded."""
     return _load_part(name, "test", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 
 def load_train_images(
-    name: str,
-    *,
-    data_dir: str | Path | None = None,
-    download: bool = False,
-    preprocessing: Preprocessing | None = None,
+    name: str, *, data_dir: str | Path | None = None, download: bool = False, preprocessing: Preprocessing | None = None
 ) -> tuple[Images, Labels]:
     """Load the training part as ``load_dataset`` does; test files may be missing, and test images are not decoded."""
     return _load_part(name, "train", data_dir=data_dir, download=download, preprocessing=preprocessing)

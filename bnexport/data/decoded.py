@@ -22,13 +22,12 @@ import numpy as np
 
 from bnexport import interrupts
 from bnexport.data.dataset_table import Images
-from bnexport.data.images import read_picture_file
+from bnexport.data.images import channels_first, read_picture_file
 from bnexport.data.locate import cache_folder
-from bnexport.data.prepare import channels_first
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, OutputError
-from bnexport.files import output_errors, staged_directory
-from bnexport.optional import one_line, require
+from bnexport.files import input_errors, output_errors, staged_directory
+from bnexport.optional import require
 
 #: Called after each image with the number of decoded images and the total number.
 PictureProgress = Callable[[int, int], None]
@@ -186,9 +185,7 @@ def _bad_remedy(name: str) -> str:
 
 def _tidy(shelf: Path, outdated: Callable[[str], bool]) -> None:
     """Remove entries by their names; an entry that can't be removed (open files on Windows) stays until the next call."""
-    try:
+    with input_errors(shelf, OutputError, remedy="Choose another cache folder"):
         entries = [entry for entry in shelf.iterdir() if outdated(entry.name)]
-    except OSError as error:
-        raise OutputError(f"{shelf} can't be read: {one_line(error)}", remedy="Choose another cache folder") from error
     for entry in entries:
         shutil.rmtree(entry, ignore_errors=True)

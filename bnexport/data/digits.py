@@ -15,6 +15,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from bnexport.data.dataset_table import Images, Labels
+
 TRAIN_COUNT = 6000
 TEST_COUNT = 1000
 SIZE = 28
@@ -27,10 +29,7 @@ STROKES: dict[int, tuple[str, ...]] = {
     1: ("22,32 56,0 54,70 52,140",),
     2: ("6,34 20,8 50,0 82,10 92,40 78,72 42,106 4,138 50,136 98,138",),
     3: ("8,14 42,0 80,10 88,36 70,60 36,68 76,76 96,102 82,130 46,140 6,126",),
-    4: (
-        "62,0 32,50 2,94 50,95 100,93",
-        "72,42 71,90 70,140",
-    ),
+    4: ("62,0 32,50 2,94 50,95 100,93", "72,42 71,90 70,140"),
     5: ("92,2 50,2 16,3 12,36 10,64 48,54 84,68 96,98 78,128 42,140 4,126",),
     6: ("82,6 46,18 18,52 6,96 22,130 54,140 86,126 92,98 74,74 40,74 10,100",),
     7: ("4,4 50,3 96,2 72,48 52,92 38,140",),
@@ -41,30 +40,28 @@ STROKES: dict[int, tuple[str, ...]] = {
 _CHUNK = 64  # images drawn at once: their pixel arrays stay in the processor's cache
 
 
-def training_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def training_set() -> tuple[Images, Labels]:
     """Return TRAIN_COUNT images (n, 28, 28) and their labels (n,), the same at every call."""
     return _copy(*_drawn(TRAIN_COUNT, seed=1))
 
 
-def test_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def test_set() -> tuple[Images, Labels]:
     """Return TEST_COUNT images (n, 28, 28) and their labels (n,), drawn with another seed."""
     return _copy(*_drawn(TEST_COUNT, seed=2))
 
 
 @functools.cache
-def _drawn(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _drawn(count: int, *, seed: int) -> tuple[Images, Labels]:
     """Draw a set once per process: it takes about a second, and a verification uses it several times."""
     return draw(count, seed=seed)
 
 
-def _copy(
-    images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _copy(images: Images, labels: Labels) -> tuple[Images, Labels]:
     """Return copies, so that a caller may change its images."""
     return images.copy(), labels.copy()
 
 
-def draw(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def draw(count: int, *, seed: int) -> tuple[Images, Labels]:
     """Draw digits with the labels 0 to 9 in turn: uint8 (count, 28, 28), white on black, and int64 (count,)."""
     generator = np.random.Generator(np.random.PCG64(seed))
     labels = np.arange(count, dtype=np.int64) % len(STROKES)
@@ -77,7 +74,7 @@ def draw(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
     return images, labels
 
 
-def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
+def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> Images:
     """Return ``count`` drawings of one digit."""
 
     def between(low: float, high: float, *shape: int) -> Floats:
@@ -93,7 +90,7 @@ def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> npt.N
     pen, softness = between(0.8, 1.7, 1), between(0.6, 1.4, 1)  # half the width and the blur of the edge, in pixels
     ink = np.clip((pen + softness / 2 - np.sqrt(distance)) / softness, 0.0, 1.0)
     grey = ink * between(170, 255, 1) + between(-1, 1, SIZE * SIZE) * between(0, 28, 1)
-    pixels: npt.NDArray[np.uint8] = np.clip(np.floor(grey + 0.5), 0, 255).astype(np.uint8)
+    pixels: Images = np.clip(np.floor(grey + 0.5), 0, 255).astype(np.uint8)
     return pixels.reshape(count, SIZE, SIZE)
 
 

@@ -16,7 +16,8 @@ from bnexport.data.decoded import Decoded, OnBad, PictureFile, PictureProgress, 
 from bnexport.data.images import ENDINGS, folder_entries, pictures_below
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
-from bnexport.optional import need_packages, one_line
+from bnexport.files import input_errors
+from bnexport.optional import need_packages
 
 TRAIN = "train"
 #: Names of the test part's folder; the first existing one is used.
@@ -126,10 +127,8 @@ def check_apart(layout: FolderLayout, train: Sequence[PictureFile], test: Sequen
 
 
 def _same(first: Path, second: Path) -> bool:
-    try:
+    with input_errors(f"{first} or {second}", DataError, remedy="Check permissions"):
         return filecmp.cmp(first, second, shallow=False)
-    except OSError as error:
-        raise DataError(f"{first} or {second} can't be read: {one_line(error)}", remedy="Check permissions") from error
 
 
 def _rank(name: str, seed: int) -> bytes:
@@ -192,19 +191,11 @@ def load_folder(
     """Load a folder of images in the layout of torchvision's ImageFolder.
 
     The layout is ``PATH/train/CLASS/x.png`` with ``PATH/test`` or ``PATH/val`` (``test`` if both exist), or
-    ``PATH/CLASS/x.png`` with a held-out share of each class as the test part. Class names are sorted. Images
-    (PNG, JPEG, BMP, WebP, the first frame of a GIF) are converted as ``data.images.load_images``
-    does for prediction. The pixels are kept in the user's cache, see ``data.decoded.decode_once``. Later calls map that
-    file.
-
-    Args:
-        path: The folder.
-        preprocessing: The model's preprocessing: size and channels (1 or 3).
-        seed: Seed of the split into parts.
-        holdout: Held-out share, between 0 and 1.
-        cache_dir: Folder for the decoded images; default: the user's cache.
-        progress: Called with the number of decoded images and their total number, for each part.
-        on_bad: "skip" leaves out images that can't be read; ``origin`` contains their number.
+    ``PATH/CLASS/x.png`` with the share ``holdout`` of each class as the test part, chosen by ``seed``. Class names are
+    sorted. Images (PNG, JPEG, BMP, WebP, the first frame of a GIF) are converted as ``data.images.load_images`` does for
+    prediction. The pixels are kept in ``cache_dir``, by default the user's cache, see ``data.decoded.decode_once``; later
+    calls map that file. ``progress`` receives the number of decoded images and their total number, for each part.
+    ``on_bad="skip"`` leaves out images that can't be read; ``origin`` contains their number.
 
     Returns:
         Images uint8 (n, channels, height, width), read-only maps of files; labels int64 (n,). Training images are in the order

@@ -1,4 +1,4 @@
-"""Reading of image files, .npy files and IDX files as pixel arrays that fit a model's preprocessing.
+"""Image files, .npy files, IDX files and arrays of images as pixel arrays that fit a model's preprocessing.
 
 An IDX file (LeCun, Cortes and Burges, "The MNIST database") has two zero bytes, a byte for the element type, a byte for the
 number of dimensions, each dimension as a big-endian 32-bit number, then the elements, big-endian, in C order.
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from bnexport.data.dataset_table import Images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
-from bnexport.files import Refusal
+from bnexport.files import Refusal, input_errors
 from bnexport.optional import no_warnings, one_line, require
 from bnexport.tensors import Array
 from bnexport.validation.archives import NPY_MAGIC, check_header
@@ -65,8 +66,7 @@ def _read(stream: BinaryIO, file: Path, max_bytes: int) -> Array:
     size = math.prod(shape) * dtype.itemsize
     if size > max_bytes:
         raise DataError(
-            f"{file} declares {size} bytes, above the limit of {max_bytes}",
-            remedy="Check the origin of the file",
+            f"{file} declares {size} bytes, above the limit of {max_bytes}", remedy="Check the origin of the file"
         )
     content = stream.read(size + 1)
     if len(content) < size:
@@ -108,15 +108,10 @@ def folder_entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     folders: list[Path] = []
     files: list[Path] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(folder / entry.name)
-    except OSError as error:
-        raise DataError(
-            f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions and its links"
-        ) from error
+    with input_errors(folder, DataError, remedy="Check its permissions and its links"), os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.name.startswith("."):
+                (folders if entry.is_dir() else files).append(folder / entry.name)
     return folders, files
 
 
@@ -129,14 +124,8 @@ def pictures_below(
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the images at any depth of a folder, as POSIX path below it and status; hidden entries are ignored.
 
-    Args:
-        root: The folder.
-        endings: Endings of image files, in lower case.
-        seen: The folders listed so far. A second link to a folder is refused, since its images would count twice.
-        below: Names of the folders from the root to the listed one.
-
-    Raises:
-        DataError: A folder or image can't be read, is listed twice or too deep, or is not a plain file.
+    ``seen`` are the folders listed so far: a second link to a folder is refused, since its images would count twice.
+    ``below`` are the names of the folders from the root to the listed one.
     """
     folder, seen = root.joinpath(*below), {} if seen is None else seen
     here = _status(folder)
@@ -158,12 +147,8 @@ def pictures_below(
 
 
 def _status(path: Path) -> os.stat_result:
-    try:
+    with input_errors(path, DataError, remedy="Check its permissions, or remove a broken link"):
         return path.stat()
-    except OSError as error:
-        raise DataError(
-            f"{path} can't be read: {one_line(error)}", remedy="Check its permissions, or remove a broken link"
-        ) from error
 
 
 def load_images(
@@ -174,19 +159,11 @@ def load_images(
 
     Images are turned upright by their EXIF tag, put on black if they are transparent, converted to grey or RGB, and resized to
     the preprocessing's size by bilinear filtering; the aspect ratio is not kept. Pixels are not inverted: the known data sets
-    are light on dark.
-
-    Args:
-        path: A file with one image, or with a stack: .npy uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4),
-            or IDX (n, H, W).
-        preprocessing: The model's preprocessing: size and channels.
+    are light on dark. A stack is .npy uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4), or IDX (n, H, W).
 
     Returns:
         (name, image) of each image: uint8 (height, width) for one channel, else (height, width, channels). The name is the
         file's, with [index] in a stack.
-
-    Raises:
-        DataError: The file is missing, damaged or too large, or has no images.
     """
     file = Path(path)
     start = start_of(file)
@@ -328,3 +305,37 @@ def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
     if picture.size != size:
         picture = picture.resize(size, module.Resampling.BILINEAR)
     return np.asarray(picture).copy()
+
+
+def prepared(images: Images, preprocessing: Preprocessing) -> Images:
+    """Fit images to a model, bit for bit as ``load_images`` does for the same images in PNG files.
+
+    The images are uint8 (n, H, W), or (n, C, H, W) with 1 or 3 channels. Grey is repeated to RGB, RGB is converted to grey by
+    Pillow's weights (ITU-R 601-2: 0.299, 0.587, 0.114), and images are resized by bilinear filtering. The result, uint8
+    (n, channels, height, width), is in memory, so a large set should be fitted in batches; it is a view of images that fit.
+
+    Raises:
+        DataError: The array has another type or shape, or the model has neither 1 nor 3 channels.
+    """
+    planes = images[:, np.newaxis] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or planes.ndim != 4 or planes.shape[1] not in (1, 3) or 0 in planes.shape[1:]:
+        raise DataError(
+            f"the images are an array of {images.dtype.name} and shape {images.shape}",
+            remedy="Give uint8 of shape (n, H, W) or (n, C, H, W) with 1 or 3 channels",
+        )
+    wanted = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    if planes.shape[1:] == wanted:
+        return planes
+    if planes.shape[1] == 1 and wanted == (3, *planes.shape[2:]):
+        return np.repeat(planes, 3, axis=1)
+    fitted = np.empty((len(planes), *wanted), np.uint8)
+    for index, image in enumerate(planes):
+        fitted[index] = channels_first(
+            fit_array(image[0] if len(image) == 1 else image.transpose(1, 2, 0), preprocessing)
+        )
+    return fitted
+
+
+def channels_first(image: Images) -> Images:
+    """Return a view of (H, W) or (H, W, C) as (C, H, W)."""
+    return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)

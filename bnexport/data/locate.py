@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bnexport.data.dataset_table import DataFile, DatasetInfo
 from bnexport.errors import DataError, NetworkError
-from bnexport.files import write_atomically
+from bnexport.files import input_errors, write_atomically
 from bnexport.optional import installed, one_line
 
 #: Called with the file's name, the bytes so far, and the total bytes (None if the server does not send them).
@@ -157,11 +157,8 @@ def _is_right(path: Path, file: DataFile) -> bool:
     """Return True if a packed file has its MD5; an unpacked one is not checked."""
     if path.name != file.name:
         return True
-    try:
-        with path.open("rb") as opened:
-            return hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == file.md5
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
+    with input_errors(path, DataError, remedy="Check the file's permissions"), path.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == file.md5
 
 
 def _wrong_md5(path: Path) -> DataError:

@@ -68,7 +68,7 @@ class Preprocessing:
             float32 (n, channels, height, width), a new array.
 
         Raises:
-            DataError: The element type or shape is another one (``data.prepare`` fits images to the shape), or ambiguous: 3x3
+            DataError: The element type or shape is another one (``data.images`` fits images to the shape), or ambiguous: 3x3
                 pixels with 3 channels.
         """
         _check_bytes(images)
@@ -124,8 +124,7 @@ class Preprocessing:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"the preprocessing can't be read: {one_line(error)}",
-                remedy="Write the bundle or the checkpoint again",
+                f"the preprocessing can't be read: {one_line(error)}", remedy="Write the bundle or the checkpoint again"
             ) from error
 
 

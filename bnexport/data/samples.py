@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bnexport.data.images import ENDINGS, fit_stack, folder_entries, load_images, start_of
+from bnexport.data.images import ENDINGS, fit_stack, folder_entries, load_images, map_npy, start_of
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, FeedError
 from bnexport.optional import one_line
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 from bnexport.validation import validate_archive
-from bnexport.validation.archives import NPY_MAGIC, check_header
-from bnexport.validation.limits import limit as screen_limit
+from bnexport.validation.archives import NPY_MAGIC
 from bnexport.validation.limits import refusing
 
 #: Name of the array in an .npz file that holds the true classes.
@@ -80,7 +79,7 @@ def load_samples(
     labels: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Samples:
-    """Read a user's samples and check that they fit.
+    """Read a user's samples and check that they fit a bundle; errors name the file and the index.
 
     Args:
         path: A .npy file for a network with one input: arrays of its type and shape, or uint8 images, which go through the
@@ -90,10 +89,6 @@ def load_samples(
         preprocessing: The bundle's preprocessing, if it has one.
         labels: Class names of the bundle, if it has some.
         limit: Maximum number of samples, spread evenly over the existing ones.
-
-    Raises:
-        DataError: They are missing, damaged, empty, pickled, not finite, or do not fit; with the file and the index.
-        MissingDependency: They are pictures, and pillow is not installed.
     """
     target = _Target(Path(path), signature, preprocessing, None if labels is None else tuple(labels), limit)
     if target.path.is_dir():
@@ -114,31 +109,16 @@ def _from_npy(target: _Target) -> Samples:
             remedy=f"Save an .npz file with the arrays {names}",
         )
     spec = target.signature.inputs[0]
-    with _reading(target.path):
-        array = _map_npy(target.path)
-    return _checked(target, {spec.name: array}, None)
-
-
-def _map_npy(path: Path) -> Array:
-    """Return the array, mapped: only the chosen samples are read."""
-    with path.open("rb") as file:
-        check_header(file.read(screen_limit("npy-header") + 12), path.stat().st_size)
-    array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
+    return _checked(target, {spec.name: map_npy(target.path, remedy=_REMEDY)}, None)  # only chosen samples are read
 
 
 def _from_npz(target: _Target) -> Samples:
     validate_archive(target.path, "npz")
-    with _reading(target.path):
-        arrays = _read_npz(target.path)
+    with _reading(target.path), np.load(target.path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
     is_input = any(spec.name == LABELS for spec in target.signature.inputs)
     labels = None if is_input else arrays.pop(LABELS, None)
     return _checked(target, arrays, labels)
-
-
-def _read_npz(path: Path) -> dict[str, Array]:
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
 
 
 @contextlib.contextmanager
@@ -176,7 +156,7 @@ def _checked(target: _Target, arrays: Mapping[str, Array], labels: Array | None)
 
 
 def _is_image(spec: TensorSpec, array: Array, *, known: bool) -> bool:
-    """Return whether an array holds images, also where the files take pixels; ``known`` is whether there is a preprocessing."""
+    """Return True if an array holds images, also where the files take pixels; ``known``: there is a preprocessing."""
     fits = spec.dtype == "uint8" and not (known and spec.problem(array))
     return array.dtype == np.uint8 and not fits
 

@@ -105,14 +105,13 @@ def checked_yaml(value: Mapping[str, Any]) -> str:
     """Return a document as YAML text, read back and checked against the schema."""
     yaml = require("yaml", purpose="writing YAML")
     text: str = yaml.safe_dump(dict(value), sort_keys=False, width=120)
-    check_yaml(text)
-    if yaml.safe_load(text) != value:
+    if check_yaml(text) != value:
         raise ExportError("the YAML text is read back as another document", remedy="Give a simpler name or address")
     return text
 
 
-def check_yaml(text: str) -> None:
-    """Refuse a document that the schema does not allow."""
+def check_yaml(text: str) -> Any:
+    """Return the document in a YAML text; ExportError for one that the schema does not allow."""
     yaml = require("yaml", purpose="reading YAML")
     jsonschema = require("jsonschema", purpose="checking YAML")
     try:
@@ -126,3 +125,4 @@ def check_yaml(text: str) -> None:
             f"inference_service: {place}: {one_line(ValueError(found.message), 160)}",
             remedy="Change the option that this value comes from",
         )
+    return document

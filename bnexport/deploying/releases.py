@@ -92,10 +92,7 @@ def check_loads(file: Path, release: str, *, from_onnx: bool = False) -> Reads:
             " and export it again"
         )
     remedy = f"{again}, or choose a newer release with --triton"
-    for what, found, most in (
-        ("operator set", has.opset, able.opset),
-        ("IR version", has.ir_version, able.ir_version),
-    ):
+    for what, found, most in (("operator set", has.opset, able.opset), ("IR version", has.ir_version, able.ir_version)):
         if found > most:
             raise ExportError(f"{file} has {what} {found}, and {engine} reads {what}s up to {most}", remedy=remedy)
     return has

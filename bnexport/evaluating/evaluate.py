@@ -15,7 +15,7 @@ from bnexport.data.classes import SUSPECTS, at_chance, check_classes
 from bnexport.data.dataset_table import folder_of
 from bnexport.data.datasets import dataset_labels, load_test_images
 from bnexport.data.folder import HOLDOUT, holds_out
-from bnexport.data.prepare import prepared
+from bnexport.data.images import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import DataError, UsageError

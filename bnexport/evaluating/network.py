@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
 from bnexport.data.classes import check_classes
 from bnexport.data.datasets import dataset_labels, load_train_images
-from bnexport.data.prepare import prepared
+from bnexport.data.images import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.evaluating.network_options import InspectionRequest, NetworkOptions, needed_dataset

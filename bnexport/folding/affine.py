@@ -100,9 +100,18 @@ class Affine:
         """Return the map without its scale."""
         return Affine.of(torch.ones_like(self.scale), self.shift)
 
+    def equals(self, other: Affine) -> bool:
+        """Return True if another map has the same tensors."""
+        return torch.equal(self.scale, other.scale) and torch.equal(self.shift, other.shift)
+
     def varies_along(self, axis: int) -> bool:
         """Return True if the map differs between positions of an axis."""
         return self.scale.shape[axis] > 1
+
+    @property
+    def varying(self) -> list[int]:
+        """The axes along which the map varies."""
+        return [axis for axis in range(self.rank) if self.varies_along(axis)]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Affine:
         """Return the map after a change of layout, applied to scale and shift alike."""
@@ -114,9 +123,7 @@ class Affine:
 
     def channels(self, axis: int, size: int) -> ChannelAffine | None:
         """Return the map as one scale and shift per position of ``axis``; None if it varies along another axis."""
-        if any(self.varies_along(other) for other in range(self.rank) if other != axis):
-            return None
-        if self.scale.shape[axis] not in (1, size):
+        if any(other != axis for other in self.varying) or self.scale.shape[axis] not in (1, size):
             return None
         return ChannelAffine(self.scale.reshape(-1).expand(size), self.shift.reshape(-1).expand(size))
 
@@ -147,24 +154,19 @@ def is_finite(affine: Affine | ChannelAffine) -> bool:
 
 
 def arithmetic(operator: str, constant: Tensor, *, first: bool, factor: float = 1.0) -> Affine | None:
-    """Return ``x operator constant`` as an affine, or ``constant operator x``; None for ``constant / x``.
+    """Return ``x operator constant`` ("add", "sub", "mul", "div"), or ``constant operator x``; None for ``constant / x``.
 
-    Args:
-        operator: "add", "sub", "mul" or "div".
-        constant: float64, placed on x by ``placed_on``.
-        first: True if the constant is the first operand.
-        factor: Factor of the second operand of a sum or difference (torch's alpha).
+    ``constant`` is placed on x by ``placed_on``, and is the first operand if ``first`` is True. ``factor`` is that of the
+    second operand of a sum or difference (torch's alpha).
     """
     ones, zeros = torch.ones_like(constant), torch.zeros_like(constant)
+    if operator == "sub":
+        operator, factor = "add", -factor
     match operator, first:
         case "add", False:
             return Affine.of(ones, factor * constant)
         case "add", True:
             return Affine.of(factor * ones, constant)
-        case "sub", False:
-            return Affine.of(ones, -factor * constant)
-        case "sub", True:
-            return Affine.of(-factor * ones, constant)
         case "mul", _:
             return Affine.of(constant, zeros)
         case "div", False:

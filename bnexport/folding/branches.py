@@ -6,7 +6,7 @@ the sum if its taps read the same positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,9 @@ _Taps = Callable[[Layer], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class _Branch:
-    """One operand of a sum.
+    """One operand of a sum: the addition that reads it, the input of its branch, and the operations removed with it.
 
-    Attributes:
-        first: The addition that reads the operand.
-        value: The input of the branch; the operand itself if the branch has no operation.
-        members: The operations that are removed with the branch.
+    The input is the operand itself if the branch has no operation.
     """
 
     first: Op
@@ -53,8 +50,8 @@ def merge_convolution(plan: FoldPlan, guest: Op) -> Op:
     return _merge(plan, _branch_of(guest), lambda host: _convolution_taps(layer, host))
 
 
-def merge_skip(plan: FoldPlan, total: Op) -> Op:
-    """Merge a skip connection into a convolution of the same value, and return the convolution: ``W x + x = (W + I) x``.
+def merge_skip(plan: FoldPlan, total: Op) -> None:
+    """Merge a skip connection into a convolution of the same value: ``W x + x = (W + I) x``.
 
     ``total`` is the value of a sum and has a single reader.
     """
@@ -67,9 +64,8 @@ def merge_skip(plan: FoldPlan, total: Op) -> Op:
         def attempt(branch: _Branch = branch, identity: Affine = identity) -> None:
             _merge(plan, branch, lambda host: _affine_taps(identity, host))
 
-        refused = plan.attempt(attempt)
-        if refused is None:
-            return next(iter(plan.into))
+        if (refused := plan.attempt(attempt)) is None:
+            return
         refusals.append(refused)
     raise refusals[-1]
 
@@ -167,13 +163,10 @@ def _passes(op: Op) -> bool:
 
 def _leaves(root: Op) -> list[Op]:
     """Return the operands that only the sum reads, largest weights first."""
-    leaves = [
-        parent
-        for _, parent in _edges(root)
-        if len(parent.users) == 1 and not isinstance(parent.kind, WeightedSum) and not _passes(parent)
-    ]
-    leaves += [op.inputs[0] for _, op in _edges(root) if _passes(op) and len(op.users) == len(op.inputs[0].users) == 1]
-    return sorted(leaves, key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0, reverse=True)
+    operands = [op for _, op in _edges(root) if len(op.users) == 1]
+    leaves = [op for op in operands if not isinstance(op.kind, WeightedSum) and not _passes(op)]
+    leaves += [op.inputs[0] for op in operands if _passes(op) and len(op.inputs[0].users) == 1]
+    return sorted(leaves, key=_elements, reverse=True)
 
 
 def _sum_path(op: Op, root: Op) -> list[Op]:
@@ -200,11 +193,10 @@ def _affine_taps(affine: Affine, host: Layer) -> tuple[Tensor, Tensor | None]:
     vector = affine.channels(1, inputs) if affine.rank == len(geometry.stride) + 2 else None
     if vector is None or inputs != outputs:
         raise Refused("it has other channels than the parallel convolution")
-    weight = torch.zeros(inputs, 1, *[1] * len(geometry.stride), dtype=torch.float64)
-    weight[:, 0] = vector.scale.reshape(-1, *[1] * len(geometry.stride))
-    ones, zeros = tuple(1 for _ in geometry.stride), tuple(0 for _ in geometry.stride)
+    weight = vector.scale.reshape(inputs, 1, *[1] * len(geometry.stride))
+    ones = (1,) * len(geometry.stride)
     bias = vector.shift.clone() if affine.has_shift else None
-    return _placed(weight, inputs, Geometry(ones, ones, zeros), host), bias
+    return _placed(weight, inputs, Geometry(ones, ones, (0,) * len(ones)), host), bias
 
 
 def _convolution_taps(guest: Layer, host: Layer) -> tuple[Tensor, Tensor | None]:
@@ -265,9 +257,9 @@ def _regrouped(weight: Tensor, groups: int, wanted: int) -> Tensor:
     return wide
 
 
-def sum_guests(ops: list[Op], touched: set[Op]) -> list[Op]:
-    """Return the convolutions in a sum among the operations that folds have changed."""
-    return [
+def sum_guests(ops: Sequence[Op], touched: Collection[Op]) -> list[Op]:
+    """Return the convolutions in a sum among the operations that folds have changed, smallest weights first."""
+    found = [
         op
         for op in ops
         if op in touched
@@ -276,3 +268,8 @@ def sum_guests(ops: list[Op], touched: set[Op]) -> list[Op]:
         and len(op.users) == 1
         and not isinstance(op.users[0].kind, ConstantAffine)
     ]
+    return sorted(found, key=_elements)
+
+
+def _elements(op: Op) -> int:
+    return op.kind.weight.elements if isinstance(op.kind, Layer) else 0

@@ -32,13 +32,7 @@ class _Site:
 
 @dataclass
 class EngineResult:
-    """The result of the engine.
-
-    Attributes:
-        rows: One row per call, in the order of the graph.
-        warnings: One sentence per fold that failed its proof.
-        dropped: Operations that have no reader any more.
-    """
+    """One row per call in the graph's order, a sentence per fold that failed its proof, and operations without a reader."""
 
     rows: tuple[FoldRow, ...]
     warnings: tuple[str, ...]
@@ -50,7 +44,7 @@ class Engine:
     """Folds one graph; its operations are changed in place.
 
     Attributes:
-        clamps: Allow a ReLU to become a maximum with a constant per channel.
+        clamps: As in ``FoldPlan``.
         prove: Check each fold separately before it is made.
         in_place: As in ``FoldPlan``; parallel branches are not merged, since that removes operations.
     """
@@ -104,10 +98,8 @@ class Engine:
         return True
 
     def _left(self) -> list[_Site]:
-        left = [
-            site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, ConstantAffine)
-        ]
-        return [site for site in left if site.op not in self.failed]
+        affine = [site for site in self.sites if site.row.outcome == "affine" and site.op not in self.failed]
+        return [site for site in affine if isinstance(site.op.kind, ConstantAffine)]
 
     def _plan(self, *, maps: bool = False) -> FoldPlan:
         return FoldPlan(
@@ -144,13 +136,15 @@ class Engine:
             error = self._proved(site, plan)
             if error is None:
                 return
-            into = tuple(plan.into)
-            row = replace(site.row, rule=rule.name, equation=equation_of(rule, plan), error=error)
-            if not into:
-                row = replace(row, rule="nothing to move", equation="s = 1, t = 0 wherever it is read")
+            name, equation = rule.name, equation_of(rule, plan)
+            if not plan.into:
+                name, equation = "nothing to move", "s = 1, t = 0 wherever it is read"
             reason, hint = _why(refusals, rule)
-            site.row = replace(row, outcome=outcome_of(rule, plan, site.op), reason=reason, hint=hint)
-            site.into = (*site.into, *into)  # the scale may have been folded before, and the shift is folded now
+            outcome = outcome_of(rule, plan, site.op)
+            site.row = replace(
+                site.row, outcome=outcome, rule=name, equation=equation, error=error, reason=reason, hint=hint
+            )
+            site.into = (*site.into, *plan.into)  # the scale may have been folded before, and the shift is folded now
             self._carry_out(plan)
             return
         reason, hint = _why(refusals, None)
@@ -170,15 +164,14 @@ class Engine:
         return None
 
     def _error(self, site: _Site, plan: FoldPlan) -> float:
-        """Return a plan's error, infinite if it is not a number, and record a warning if it is too large."""
+        """Return a plan's error, and record a warning if it is too large."""
         error = plan_error(self.graph, plan) if self.prove else 0.0
-        if error <= MAX_SITE_ERROR:
-            return error
-        self.warnings.append(
-            f"{site.call.module or site.op.name}: a fold failed its proof ({error:.1e} of scale in float64) and was rolled"
-            " back; please report it with the model"
-        )
-        return error if error > MAX_SITE_ERROR else math.inf
+        if not error <= MAX_SITE_ERROR:
+            self.warnings.append(
+                f"{site.call.module or site.op.name}: a fold failed its proof ({error:.1e} of scale in float64) and was rolled"
+                " back; please report it with the model"
+            )
+        return error
 
     def _take_in_arithmetic(self, site: _Site) -> None:
         """Merge plain scales and shifts next to a BatchNorm into it, before the rules are tried."""
@@ -221,18 +214,18 @@ class Engine:
             return False
         if (error := self._proved(site, plan)) is None:
             return False
-        row = replace(site.row, outcome="merged", rule=_BRANCHES, equation=EQUATION, error=error)
-        site.row, site.into = replace(row, reason="", hint=""), (*site.into, host)
+        site.row = replace(
+            site.row, outcome="merged", rule=_BRANCHES, equation=EQUATION, error=error, reason="", hint=""
+        )
+        site.into = (*site.into, host)
         self._carry_out(plan)
         return True
 
     def _merge_convolutions(self) -> bool:
         """Merge sums of convolutions that absorbed a BatchNorm into one convolution, the smaller kernels into the larger."""
         touched = {op for site in self.sites for op in site.into}
-        guests = sum_guests(list(self.graph.ops), touched)
-        guests.sort(key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0)
         merged = False
-        for guest in guests:
+        for guest in sum_guests(self.graph.ops, touched):
             plan = self._plan()
             try:
                 host = merge_convolution(plan, guest)
@@ -240,7 +233,7 @@ class Engine:
                 continue
             sites = [site for site in self.sites if guest in site.into]
             try:
-                if not sites or guest in self.dropped or self._error(sites[0], plan) > MAX_SITE_ERROR:
+                if not sites or guest in self.dropped or not self._error(sites[0], plan) <= MAX_SITE_ERROR:
                     continue  # the fold that was made before stays valid
             except NotComparedError:
                 continue

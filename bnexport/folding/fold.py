@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,18 +16,18 @@ from bnexport.errors import ProofError, UsageError
 from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.plan import ATTEMPTS, GrowthBudget
 from bnexport.folding.report import FoldReport, FoldRow, Reported
-from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, region_of, shape_of
+from bnexport.folding.torch_backend.nodes import batch_norm_nodes, channels_of, module_class, module_path, region_of
 from bnexport.folding.torch_backend.torch_constants import functionalise, is_pure
 from bnexport.folding.torch_backend.torch_graph import TorchGraph
-from bnexport.folding.torch_backend.torch_proof import ROUGH_ERROR, rough_error, torch_fold_error
+from bnexport.folding.torch_backend.torch_proof import MAX_ROUNDING, ROUGH_ERROR, rough_error, torch_fold_error
 from bnexport.folding.torch_backend.torch_writer import TorchWriter, follow_input
 from bnexport.folding.torch_backend.trace import trace, two_samples
 
 DEFAULT_MAX_GROWTH = 1.1
 #: Warning of a network whose rounding hides the error of a fold.
 AMPLIFIES = (
-    "a change in the last digit of the input or of the weights changes much of the output, so the network as a whole can't be"
-    " compared in float64: each fold was proved separately"
+    "a change in the last digit of the input or of the weights changes much of the output, so the network as a whole is"
+    " compared in float64 only up to that change: each fold was proved separately"
 )
 
 
@@ -93,20 +92,24 @@ def fold(
     """
     if not max_growth >= 1.0:
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
-    inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
-    if odd := [item for item in inputs if type(item).__module__ == "numpy"]:
-        raise UsageError(
-            f"fold takes example inputs as tensors, not as a numpy.{type(odd[0]).__name__}",
-            remedy="Give a tensor with the batch first, torch.from_numpy(array), or a tuple of tensors",
-        )
-    if dynamic_shapes is None:
-        inputs = two_samples(inputs)
+    inputs = forward_arguments(example_inputs, dynamic_shapes)
     started = time.perf_counter()
     original = trace(model, inputs, dynamic_shapes=dynamic_shapes)
     traced = time.perf_counter() - started
     name = type(model).__name__
     result = fold_traced(original, inputs, name=name, max_growth=max_growth, clamps=clamps, prove=prove)
     return replace(result, seconds={"trace": traced, **result.seconds})
+
+
+def forward_arguments(example_inputs: Tensor | Sequence[Any], dynamic_shapes: Any) -> tuple[Any, ...]:
+    """Return the arguments of one call of forward, with a batch of two samples if the batch may vary."""
+    inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
+    if odd := [item for item in inputs if type(item).__module__ == "numpy"]:
+        raise UsageError(
+            f"fold takes example inputs as tensors, not as a numpy.{type(odd[0]).__name__}",
+            remedy="Give a tensor with the batch first, torch.from_numpy(array), or a tuple of tensors",
+        )
+    return two_samples(inputs) if dynamic_shapes is None else inputs
 
 
 def fold_traced(
@@ -123,21 +126,21 @@ def fold_traced(
     ``name`` is the network's name in messages.
     """
     clock = Clock()
+    error: float | None = None
+    warnings: tuple[str, ...] = ()
     with torch.no_grad():
         folded, outcome, exact, growth = _fold_copy(original, max_growth, clamps, prove)
-        inner = [node for node in batch_norm_nodes(folded) if node.graph is not folded.graph]
-        rows = (*outcome.rows, *(inner_row(node, folded) for node in inner))
+        rows = (*outcome.rows, *inner_rows(folded))
         clock.note("fold")
-        proof = torch_fold_error(original, folded, exact, inputs) if prove else None
+        if prove:
+            proof = torch_fold_error(original, folded, exact, inputs)
+            gone = any(row.gone for row in rows)
+            error, warnings = judged(name, proof, gone, lambda: rough_error(original, folded, inputs))
         clock.note("proof")
-    error, warnings = None, outcome.warnings
-    if prove:
-        gone = any(row.gone for row in rows)
-        error, more = judged(name, proof, gone, lambda: rough_error(original, folded, inputs))
-        warnings += more
     remaining = sum(1 for _ in batch_norm_nodes(folded))
     follow_input(folded)
-    return FoldResult(folded, FoldReport(rows, remaining, error, growth, warnings), clock.seconds)
+    report = FoldReport(rows, remaining, error, growth, (*outcome.warnings, *warnings))
+    return FoldResult(folded, report, clock.seconds)
 
 
 def judged(
@@ -145,27 +148,23 @@ def judged(
 ) -> tuple[float | None, tuple[str, ...]]:
     """Return the error of the whole network in float64, and a warning if it can't be compared.
 
-    ``proof`` is the error and its bound, or None if the network can't run in float64; ``rough`` returns the error in the
-    network's own element types. ``folded`` is True if any BatchNorm is gone.
-
-    Raises:
-        ProofError: The error is above its bound.
+    ``proof`` is the result of ``torch_fold_error``; ``rough`` returns the error in the network's own element types. ``folded``
+    is True if any BatchNorm is gone. An error above its bound raises ProofError.
     """
     if proof is None:
         if not folded:
             return None, ()
-        _refuse_wrong(name, rough(), ROUGH_ERROR, "its own element types")
+        refuse_wrong(name, rough(), ROUGH_ERROR, "its own element types")
         return None, (
             "the network as a whole can't be compared in float64 (an operator needs another type, or no output is finite): each"
             " fold was proved separately",
         )
-    _refuse_wrong(name, *proof, "float64")
-    if proof[1] < math.inf:
-        return proof[0], ()
-    return proof[0], (AMPLIFIES,)
+    refuse_wrong(name, *proof, "float64")
+    return proof[0], (AMPLIFIES,) if proof[1] > MAX_ROUNDING else ()
 
 
-def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> None:
+def refuse_wrong(name: str, error: float | None, bound: float, types: str) -> None:
+    """Raise ProofError if the error of a whole network is above its bound."""
     if error is not None and not error <= bound:
         raise ProofError(
             f"the folded {name} differs from the original by {error:.1e} of scale in {types}",
@@ -196,17 +195,14 @@ def _fold_copy(
     return folded, outcome, writer.exact, growth
 
 
-def inner_row(node: Node, root: GraphModule) -> FoldRow:
-    """Return the row of a BatchNorm in a region that torch.export keeps as a separate graph, where no rule applies."""
-    shape = shape_of(node.all_input_nodes[0])
-    return FoldRow(
-        module_path(node),
-        module_class(node),
-        "kept",
-        reason=f"it is inside {region_of(node, root)}, which torch.export keeps as a separate graph",
-        hint="the same code outside of that region",
-        channels=(shape[1] or 0) if shape is not None and len(shape) > 1 else 0,
-    )
+def inner_rows(root: GraphModule) -> Iterator[FoldRow]:
+    """Yield the rows of BatchNorms in regions that torch.export keeps as separate graphs, where no rule applies."""
+    for node in batch_norm_nodes(root):
+        if node.graph is not root.graph:
+            reason = f"it is inside {region_of(node, root)}, which torch.export keeps as a separate graph"
+            channels = channels_of(node.all_input_nodes[0], 1, None)
+            hint = "the same code outside of that region"
+            yield FoldRow(module_path(node), module_class(node), "kept", reason=reason, hint=hint, channels=channels)
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:
@@ -216,9 +212,7 @@ def _copy(graph_module: GraphModule) -> GraphModule:
         copied = tensor.detach().clone()
         return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
-    memo: dict[int, Any] = {
-        id(tensor): clone(tensor) for tensor in (*graph_module.parameters(), *graph_module.buffers())
-    }
+    memo: dict[int, Any] = {id(item): clone(item) for item in (*graph_module.parameters(), *graph_module.buffers())}
     copied = copy.deepcopy(graph_module, memo)
     # torch.export's guards on input shapes stop other tracers; sizes that do not fit fail in the operators anyway.
     copied._forward_pre_hooks.clear()
@@ -235,8 +229,7 @@ def drop_unused(graph_module: GraphModule) -> None:
         mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
         parents = node.all_input_nodes
         alone = all(item in constants for item in parents) if parents else is_pure(node)
-        computed = node.op == "call_function" and not mutable and alone
-        if node.op == "get_attr" or computed:
+        if node.op == "get_attr" or (node.op == "call_function" and not mutable and alone):
             constants[node] = None
     for node in reversed(constants):
         if not node.users:

@@ -40,11 +40,6 @@ class Weight:
         """Number of elements."""
         return torch.Size(self.shape).numel()
 
-    @classmethod
-    def folded(cls, value: Tensor, dtype: torch.dtype) -> Weight:
-        """Return a tensor made by folding, float64, to be stored in ``dtype``."""
-        return cls("", tuple(value.shape), dtype, lambda: value)
-
 
 class Kind:
     """The function of an operation. ``propagation`` defines for each subclass how an affine crosses it."""
@@ -286,12 +281,9 @@ class Op:
 
 @dataclass(frozen=True)
 class NormCall:
-    """A BatchNorm call, as the fold report names it.
+    """A BatchNorm call; the first three fields are those of ``FoldRow``.
 
     Attributes:
-        module: Module path.
-        kind: Class of the module.
-        channels: Number of channels; 0 when unknown.
         affine: The affine before folding; None if it can't be read.
         why_not: The reason why the affine can't be read.
         hint: A change that would make the affine readable.

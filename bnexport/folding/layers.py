@@ -22,12 +22,12 @@ class Absorber:
         scale_outputs: ``(weight, (out,) scale, groups) -> weight``, each output channel scaled.
         scale_inputs: ``(weight, (in,) scale, groups) -> weight``, the contribution of each input channel scaled.
         push_shift: ``(weight, (in,) shift, groups) -> (out,)``, the result of a constant input; (..., out) for a matrix with
-            leading axes.
+            leading axes. None if the result differs between positions.
     """
 
     scale_outputs: Callable[[Tensor, Tensor, int], Tensor]
     scale_inputs: Callable[[Tensor, Tensor, int], Tensor]
-    push_shift: Callable[[Tensor, Tensor, int], Tensor]
+    push_shift: Callable[[Tensor, Tensor, int], Tensor] | None
 
 
 def _first_axis(vector: Tensor, weight: Tensor) -> Tensor:
@@ -53,18 +53,12 @@ def _rows_summed(weight: Tensor, shift: Tensor, groups: int) -> Tensor:
     return (weight * _by_group(shift, weight, groups)).reshape(weight.shape[0], -1).sum(1)
 
 
-def _transposed_summed(weight: Tensor, shift: Tensor, groups: int) -> Tensor:
-    """Return the sum over all kernel taps of a constant input: exact only away from the borders, so no rule uses it."""
-    taps = (weight * _first_axis(shift, weight)).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return taps.sum((1, 3)).reshape(-1)
-
-
 #: Layout of a weight -> absorber. A new kind of linear layer is a new row.
 ABSORBERS: dict[str, Absorber] = {
     # (out, in / groups, *kernel): convolution; without a kernel a linear layer's (out, in)
     "rows": Absorber(_rows_scaled, _columns_scaled, _rows_summed),
-    # (in, out / groups, *kernel): transposed convolution, whose channel multiplier is out / groups
-    "transposed": Absorber(_columns_scaled, _rows_scaled, _transposed_summed),
+    # (in, out / groups, *kernel): transposed convolution; output positions use different taps
+    "transposed": Absorber(_columns_scaled, _rows_scaled, None),
     # (..., in, out): x @ W
     "right": Absorber(
         lambda weight, scale, _groups: weight * scale,

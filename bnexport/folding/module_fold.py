@@ -17,13 +17,12 @@ from torch.utils import _pytree as pytree
 
 from bnexport.errors import ModelError, ProofError, UntracedError
 from bnexport.folding.engine import Engine, EngineResult
-from bnexport.folding.fold import Clock, drop_unused, inner_row, judged
+from bnexport.folding.fold import Clock, drop_unused, forward_arguments, inner_rows, judged
 from bnexport.folding.plan import GrowthBudget
 from bnexport.folding.proof import scale_error
 from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.folding.torch_backend import modules, torch_proof
-from bnexport.folding.torch_backend.nodes import batch_norm_nodes
-from bnexport.folding.torch_backend.trace import trace, two_samples
+from bnexport.folding.torch_backend.trace import trace
 from bnexport.nn.batch_norm import BATCH_NORMS
 from bnexport.nn.calling import place_of
 from bnexport.nn.folded import MARKER
@@ -37,6 +36,8 @@ _OTHER_WAY = 1e-5
 _LARGEST = 64
 #: Largest error of the same computation with a module exchanged; a forward that takes another branch is far above.
 _SAME = 1e-3
+#: Reason of a norm with a call in a separate graph, where no rule applies.
+_INNER = "it is called inside a branch (torch.cond) or a region with its own autocast or gradient mode"
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,16 @@ def fold_modules(
         The folded copy, its fold report, and the duration of each step.
 
     Raises:
+        UsageError: An input is a numpy array.
         UntracedError: torch.export can't trace the model.
         ModelError: The model can't be copied, or has parameters without a value (lazy layers).
         ProofError: The folded module does not compute what the original does.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    if dynamic_shapes is None:
-        inputs = two_samples(inputs)
+    inputs = forward_arguments(example_inputs, dynamic_shapes)
     original = _copied(model)
     with torch.no_grad():
-        kept: dict[str, str] = {}
         try:
-            return _attempt(original, inputs, dynamic_shapes, kept, prove)
+            return _attempt(original, inputs, dynamic_shapes, {}, prove)
         except (UntracedError, ProofError):
             kept = _needed_as_they_are(original, inputs)
             if not kept:
@@ -200,20 +199,19 @@ def _attempt(
     clock.note("trace")
     overwritten = modules.overwritten_by(traced)
     drop_unused(traced)
-    graph, outcome = _folded(traced, folded, overwritten, {**kept, **modules.inner_norms(traced)}, prove)
+    inner = tuple(inner_rows(traced))
+    kept = {**kept, **dict.fromkeys((row.module for row in inner), _INNER)}
+    graph, outcome = _folded(traced, folded, overwritten, kept, prove)
     changes = graph.changes(added)
-    inner = [node for node in batch_norm_nodes(traced) if node.graph is not traced.graph]
-    rows = (*outcome.rows, *(inner_row(node, traced) for node in inner))
+    rows = (*outcome.rows, *inner)
     rows = (*rows, *_uncalled(original, rows))
     clock.note("fold")
-    error, warnings = None, outcome.warnings
-    if prove:
-        error, more = _proved(original, folded, changes, added, traced, inputs)
-        warnings += more
+    error, warnings = _proved(original, folded, changes, added, traced, inputs) if prove else (None, ())
     modules.write(folded, changes, added)
     clock.note("proof")
     growth = _elements(folded) / max(_elements(original), 1)
-    report = FoldReport(rows, sum(not row.gone for row in rows), error, growth, warnings)
+    remaining = sum(not row.gone for row in rows)
+    report = FoldReport(rows, remaining, error, growth, (*outcome.warnings, *warnings))
     return ModuleFoldResult(folded, report, clock.seconds)
 
 
@@ -280,11 +278,7 @@ def _proved(
 
 
 def _prove_other_sizes(name: str, wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Compare on one sample and on images of other sizes, if forward accepts them: it may take a branch that was not traced.
-
-    Raises:
-        ProofError: The fold is wrong on that branch.
-    """
+    """Compare on one sample and on images of other sizes, if forward accepts them: it may take a branch that was not traced."""
 
     def other(item: Tensor, factor: float | None) -> Tensor:
         if not item.ndim:
@@ -307,10 +301,10 @@ def _prove_other_sizes(name: str, wide: nn.Module, narrow: nn.Module, inputs: tu
         error = torch_proof.output_error(narrow, probes, reference)
         # An output that is only rounding (the mean of normalised numbers) differs by more than any bound.
         if not error <= _OTHER_WAY and not error <= torch_proof.last_digit_response(wide, probes, reference):
+            size = "one sample" if factor is None else f"{factor:g} times height and width"
             raise ProofError(
                 f"the folded {name} differs from the original by {error:.1e} of scale on inputs of another size than the"
-                f" example ({'one sample' if factor is None else f'{factor:g} times height and width'}): forward takes"
-                " another branch there",
+                f" example ({size}): forward takes another branch there",
                 remedy="Write forward without a branch on the size, or use bnexport.fold, whose result has a single branch",
             )
 
@@ -351,19 +345,16 @@ def _exchange_problem(model: nn.Module, norm: nn.Module, inputs: tuple[Any, ...]
         handle.remove()
     if problem:
         return f"forward uses it for more than calling it{problem}"
-    return (
-        "forward calls it through a list or another attribute instead of as a submodule"
-        if calls.count(norm) > calls.count(other)
-        else ""
-    )
+    if calls.count(norm) > calls.count(other):
+        return "forward calls it through a list or another attribute instead of as a submodule"
+    return ""
 
 
 def _difference(model: nn.Module, inputs: tuple[Any, ...], reference: Sequence[Tensor]) -> str:
     """Return "" if a network still gives the reference, else the place or the error, as the end of a sentence."""
     try:
-        worst = max(
-            (scale_error(a, b) for a, b in zip(torch_proof.run(model, inputs), reference, strict=True)), default=0.0
-        )
+        pairs = zip(torch_proof.run(model, inputs), reference, strict=True)
+        worst = max((scale_error(a, b) for a, b in pairs), default=0.0)
     except Exception as error:  # the user's code
         return f"{place_of(error, model)}: {one_line(error, 120)}"
     return "" if worst <= _SAME else place_of(None, model)

@@ -60,8 +60,7 @@ def pixel_model(folded: ModelProto, image: Preprocessing, sizes: dict[str, tuple
 
     ``sizes`` has numbers for sizes that the file leaves open, as for ``fold_onnx``.
     """
-    model = ModelProto()
-    model.CopyFrom(folded)
+    model = copy.deepcopy(folded)
     initial = {tensor.name for tensor in model.graph.initializer}
     (given,) = (value for value in model.graph.input if value.name not in initial)
     mean, factor = _constants(image)

@@ -57,35 +57,24 @@ class GrowthBudget:
     added: int = 0
     _together: dict[tuple[Weight, bytes], Weight] = field(default_factory=dict)
 
-    def allows(self, more: int) -> bool:
-        """Return True if ``more`` elements still fit."""
-        return self.added + more <= (self.max_growth - 1.0) * self.elements
-
     def folded(self, old: Weight | None, value: Tensor, dtype: torch.dtype, *, together: bool) -> Weight:
         """Return a folded weight, the same object for all calls that shared ``old`` and fold it into the same numbers.
 
         ``together`` is True if other calls are expected to fold alike. ``dtype`` is the element type of the stored weight.
         """
+        new = Weight("", tuple(value.shape), dtype, lambda: value)
         if old is None or not (together or any(known is old for known, _ in self._together)):
-            return Weight.folded(value, dtype)
-        key = old, hashlib.sha256(value.contiguous().numpy().tobytes()).digest()
-        if key not in self._together:
-            self._together[key] = Weight.folded(value, dtype)
-            self._together[key].readers = old.readers
-        return self._together[key]
+            return new
+        new.readers = old.readers
+        return self._together.setdefault((old, hashlib.sha256(value.contiguous().numpy().tobytes()).digest()), new)
 
 
-@dataclass(frozen=True)
-class PropagationRules:
-    """The functions that move an affine across each kind of operation; the tables are in ``folding.propagation``.
-
-    Attributes:
-        pull: Kind -> ``(plan, op, kind, affine)``: move the affine from the output to the inputs.
-        push: Kind -> ``(plan, op, kind, index of the input, affine)``: move the affine from that input to the output.
-    """
-
-    pull: Mapping[type[Kind], Callable[[FoldPlan, Op, Any, Affine], None]]
-    push: Mapping[type[Kind], Callable[[FoldPlan, Op, Any, int, Affine], None]]
+#: Kind -> two functions that move an affine across it; the table is in ``folding.propagation``. The first moves it from the
+#: output to the inputs: ``(plan, op, kind, affine)``. The second moves it from one input to the output: ``(plan, op, kind,
+#: index of the input, affine)``.
+PropagationRules = Mapping[
+    type[Kind], tuple[Callable[["FoldPlan", Op, Any, Affine], None], Callable[["FoldPlan", Op, Any, int, Affine], None]]
+]
 
 
 @dataclass(eq=False)
@@ -93,9 +82,6 @@ class FoldPlan:
     """The changes that remove one affine.
 
     Attributes:
-        graph: The graph, which the plan does not change.
-        rules: The propagation rules.
-        budget: Limits copies of shared weights.
         maps: Allow a shift to become a constant map over the positions that follow a zero-padded layer.
         clamps: Allow an activation to get a separate bound in each channel.
         fixed: Operations that must stay as they are.
@@ -131,7 +117,7 @@ class FoldPlan:
             reader, op = op, op.inputs[op.kind.index]
             self._reach(op, reader)
         self._depth += 1  # not restored after a refusal: attempt does that
-        self.rules.pull[type(op.kind)](self, op, op.kind, affine)
+        self.rules[type(op.kind)][0](self, op, op.kind, affine)
         self._depth -= 1
 
     def _reach(self, op: Op, reader: Op) -> None:
@@ -151,7 +137,7 @@ class FoldPlan:
                 raise Refused(f"{user.name} reads it {len(places)} times")
             self.visit(user)
             self._depth += 1
-            self.rules.push[type(user.kind)](self, user, user.kind, places[0], affine)
+            self.rules[type(user.kind)][1](self, user, user.kind, places[0], affine)
             self._depth -= 1
 
     def visit(self, op: Op) -> None:
@@ -271,11 +257,12 @@ class FoldPlan:
 
         ``what`` is the start of a sentence. ``in_all`` counts the elements of all plans with the same need, for the hint.
         """
-        if not self.budget.allows(self.grown + more):
-            spent = self.budget.added + self.grown + (more if in_all is None else in_all)
+        budget, spent = self.budget, self.budget.added + self.grown
+        if spent + more > (budget.max_growth - 1.0) * budget.elements:
+            needed = 1 + (spent + (more if in_all is None else in_all)) / max(budget.elements, 1)
             raise Refused(
-                f"{what} would exceed the size budget of {self.budget.max_growth:g}",
-                f"--max-growth {math.ceil((1 + spent / max(self.budget.elements, 1)) * 100) / 100:.2f}",
+                f"{what} would exceed the size budget of {budget.max_growth:g}",
+                f"--max-growth {math.ceil(needed * 100) / 100:.2f}",
             )
         self.grown += more
 
@@ -290,7 +277,7 @@ class FoldPlan:
             if user is None or not isinstance(user.kind, ConstantAffine):
                 return False
             first = first or user.kind.affine
-            if not _equal(first, user.kind.affine):
+            if not first.equals(user.kind.affine):
                 return False
         return op in readers
 
@@ -314,10 +301,6 @@ def _next_norm(op: Op) -> Op | None:
         if not isinstance(op.kind, Identity):
             return None
     return None
-
-
-def _equal(first: Affine, second: Affine) -> bool:
-    return torch.equal(first.scale, second.scale) and torch.equal(first.shift, second.shift)
 
 
 def _apart(slice_op: Op, other: Op) -> bool:

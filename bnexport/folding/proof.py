@@ -28,14 +28,11 @@ class NotComparedError(Exception):
 
 
 def plan_error(graph: Graph, plan: FoldPlan) -> float:
-    """Return the largest difference that a plan makes anywhere outside its own operations, in float64.
+    """Return max |planned - unchanged| / max |unchanged| of the worst value outside a plan's own operations, in float64.
 
     Every value that leaves the plan's part of the graph is compared, also a value that the plan assumes to be unread, so that
     an overlooked reader shows. The backend's operators run on seeded noise that differs between channels. Images are cut to a
-    few pixels if no operation depends on their size.
-
-    Returns:
-        max |planned - unchanged| / max |unchanged| of the worst value; infinity if only the planned part can't be run.
+    few pixels if no operation depends on their size. The error is infinite if only the planned part can't be run.
 
     Raises:
         NotComparedError: The part can't be run at any size, or has no number to compare.

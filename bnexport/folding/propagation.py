@@ -43,14 +43,6 @@ def refuse_negative(op: Op, affine: Affine, why: str = "keeps the order of value
 # --- one input, and an affine in another layout on its other side: the table ONE_INPUT ---------------------------------
 
 
-def _before_reshape(op: Op, _kind: kinds.Reshape, affine: Affine) -> Affine:
-    return _reshaped(op, affine, op.shape, op.inputs[0].shape)
-
-
-def _after_reshape(op: Op, _kind: kinds.Reshape, affine: Affine) -> Affine:
-    return _reshaped(op, affine, op.inputs[0].shape, op.shape)
-
-
 def _reshaped(op: Op, affine: Affine, start: tuple[Dim, ...], end: tuple[Dim, ...]) -> Affine:
     if (found := affine.reshaped(start, end)) is not None:
         return found
@@ -78,18 +70,9 @@ def _before_reorder(op: Op, kind: kinds.Reorder, affine: Affine) -> Affine:
 
 
 def _after_reorder(_op: Op, kind: kinds.Reorder, affine: Affine) -> Affine:
-    order = torch.tensor(kind.index)
     if not affine.varies_along(kind.axis):
         return affine
-    return affine.mapped(lambda tensor: tensor.index_select(kind.axis, order))
-
-
-def _before_pixels(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
-    return _gathered(op, kind, affine) if kind.inverse else _spread(op, kind, affine)
-
-
-def _after_pixels(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
-    return _spread(op, kind, affine) if kind.inverse else _gathered(op, kind, affine)
+    return affine.mapped(lambda tensor: tensor.index_select(kind.axis, torch.tensor(kind.index)))
 
 
 def _spread(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
@@ -106,9 +89,8 @@ def _gathered(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
         return affine
     few = affine.mapped(lambda tensor: tensor[..., :: kind.factor**2, :, :])
     again = _spread(op, kind, few)
-    for one, other in ((again.scale, affine.scale), (again.shift, affine.shift)):
-        if not torch.equal(one.expand_as(other), other):
-            raise Refused(f"{op.name} turns channels with different scales or shifts into positions of one channel")
+    if not Affine(again.scale.expand_as(affine.scale), again.shift.expand_as(affine.shift)).equals(affine):
+        raise Refused(f"{op.name} turns channels with different scales or shifts into positions of one channel")
     return few
 
 
@@ -139,22 +121,16 @@ def _across_average(op: Op, kind: kinds.Average, affine: Affine) -> Affine:
     """A mean with weights that add up to one commutes with an affine per channel."""
     refuse_varying(op, affine, kind.axes)
     if not kind.exact and affine.has_shift:
-        raise Refused(
-            f"its shift can't cross {op.name}, which averages or pads with zeros",
-            "count_include_pad=False, no divisor_override, or another padding than zeros",
-        )
+        hint = "count_include_pad=False, no divisor_override, or another padding than zeros"
+        raise Refused(f"its shift can't cross {op.name}, which averages or pads with zeros", hint)
     return affine
 
 
 def _before_mean(op: Op, kind: kinds.Mean, affine: Affine) -> Affine:
     """The mean over whole axes commutes with an affine that is the same along them."""
-
-    def with_axes(tensor: Tensor) -> Tensor:
+    if not kind.keepdim:
         for axis in sorted(kind.axes):
-            tensor = tensor.unsqueeze(axis)
-        return tensor
-
-    affine = affine if kind.keepdim else affine.mapped(with_axes)
+            affine = affine.mapped(lambda tensor, at=axis: tensor.unsqueeze(at))  # type: ignore[misc]
     refuse_varying(op, affine, kind.axes)
     return affine
 
@@ -185,10 +161,16 @@ def _across_homogeneous(op: Op, _kind: kinds.Homogeneous, affine: Affine) -> Aff
 #: Kind with one input -> two functions ``(op, kind, affine) -> affine``: the affine on the input that equals the given affine
 #: on the output, and the affine on the output that equals the given affine on the input. Each may raise Refused.
 ONE_INPUT: dict[type[Kind], tuple[Callable[[Op, Any, Affine], Affine], Callable[[Op, Any, Affine], Affine]]] = {
-    kinds.Reshape: (_before_reshape, _after_reshape),
+    kinds.Reshape: (
+        lambda op, _kind, affine: _reshaped(op, affine, op.shape, op.inputs[0].shape),
+        lambda op, _kind, affine: _reshaped(op, affine, op.inputs[0].shape, op.shape),
+    ),
     kinds.Permute: (_before_permute, _after_permute),
     kinds.Reorder: (_before_reorder, _after_reorder),
-    kinds.PixelShuffle: (_before_pixels, _after_pixels),
+    kinds.PixelShuffle: (
+        lambda op, kind, affine: (_gathered if kind.inverse else _spread)(op, kind, affine),
+        lambda op, kind, affine: (_spread if kind.inverse else _gathered)(op, kind, affine),
+    ),
     kinds.Slice: (_before_slice, _after_slice),
     kinds.Average: (_across_average, _across_average),
     kinds.Mean: (_before_mean, _after_mean),
@@ -197,32 +179,27 @@ ONE_INPUT: dict[type[Kind], tuple[Callable[[Op, Any, Affine], Affine], Callable[
 }
 
 
-def pull_across(plan: FoldPlan, op: Op, kind: Kind, affine: Affine) -> None:
-    """Pull an affine across an operation of ONE_INPUT."""
+def _pull_across(plan: FoldPlan, op: Op, kind: Kind, affine: Affine) -> None:
     plan.pull(op.inputs[0], ONE_INPUT[type(kind)][0](op, kind, affine), op)
 
 
-def push_across(plan: FoldPlan, op: Op, kind: Kind, _index: int, affine: Affine) -> None:
-    """Push an affine across an operation of ONE_INPUT."""
+def _push_across(plan: FoldPlan, op: Op, kind: Kind, _index: int, affine: Affine) -> None:
     plan.push(op, ONE_INPUT[type(kind)][1](op, kind, affine))
 
 
 # --- several inputs ----------------------------------------------------------------------------------------------------
 
 
-def pull_identity(plan: FoldPlan, op: Op, kind: Identity, affine: Affine) -> None:
-    """Pull the affine into the input that is returned."""
+def _pull_identity(plan: FoldPlan, op: Op, kind: Identity, affine: Affine) -> None:
     plan.pull(op.inputs[kind.index], affine, op)
 
 
-def push_identity(plan: FoldPlan, op: Op, kind: Identity, index: int, affine: Affine) -> None:
-    """Push the affine to the readers; the other inputs do not matter."""
+def _push_identity(plan: FoldPlan, op: Op, kind: Identity, index: int, affine: Affine) -> None:
     if index == kind.index:
         plan.push(op, affine)
 
 
-def pull_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, affine: Affine) -> None:
-    """Pull each run of the affine into its part."""
+def _pull_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, affine: Affine) -> None:
     start, varies = 0, affine.varies_along(kind.axis)
     for parent in op.inputs:
         size = size_along(parent, kind.axis) if varies else 0
@@ -231,15 +208,17 @@ def pull_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, affine: Affine) -> N
         start += size
 
 
-def push_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, index: int, affine: Affine) -> None:
+def _push_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, index: int, affine: Affine) -> None:
     """Push the affine on its own run of the result, and the identity on the others."""
     sizes = [size_along(parent, kind.axis) for parent in op.inputs]
     before, after = sum(sizes[:index]), sum(sizes[index + 1 :])
     plan.push(op, _padded(affine, kind.axis, before, sizes[index], after))
 
 
-def pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) -> None:
+def _pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) -> None:
     """``s (a + b) + t = (s a + t) + s b``: the scale into both operands, the shift into the first that takes it."""
+    if op.inputs[0] is op.inputs[1]:
+        raise Refused(f"{op.name} adds a value to itself")
     refusals = []
     for taker in (0, 1):
 
@@ -248,25 +227,21 @@ def pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) ->
                 shift = affine.shift / kind.factors[index] if index == taker else torch.zeros_like(affine.shift)
                 plan.pull(parent, _restricted(op, parent, Affine.of(affine.scale, shift)), op)
 
-        if op.inputs[0] is op.inputs[1]:
-            raise Refused(f"{op.name} adds a value to itself")
         if (refused := plan.attempt(both)) is None:
             return
         refusals.append(refused)
     raise refusals[0]
 
 
-def push_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, index: int, affine: Affine) -> None:
+def _push_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, index: int, affine: Affine) -> None:
     """A shift passes through a sum; a scale would have to be on the other operand too."""
     if affine.has_scale:
-        raise Refused(
-            f"its scale can't go into {op.name}, whose other operand is not scaled with it",
-            "a batch norm after the sum",
-        )
+        why = f"its scale can't go into {op.name}, whose other operand is not scaled with it"
+        raise Refused(why, "a batch norm after the sum")
     plan.push(op, _widened(op, Affine.of(affine.scale, affine.shift * kind.factors[index])))
 
 
-def pull_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, affine: Affine) -> None:
+def _pull_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, affine: Affine) -> None:
     """``s (a b) = (s a) b``: the scale into the first factor that takes it."""
     if affine.has_shift:
         raise Refused(f"its shift can't cross {op.name}, a {'quotient' if kind.inverse else 'product'} of two values")
@@ -278,7 +253,7 @@ def pull_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, affine: Affine) 
     raise refusals[0]
 
 
-def push_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, index: int, affine: Affine) -> None:
+def _push_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, index: int, affine: Affine) -> None:
     """``(s a) b = s (a b)``: a scale passes through a product."""
     if affine.has_shift:
         raise Refused(f"its shift can't cross {op.name}, a {'quotient' if kind.inverse else 'product'} of two values")
@@ -302,13 +277,13 @@ def _widened(op: Op, affine: Affine) -> Affine:
     return affine.mapped(lambda tensor: tensor.reshape([*[1] * missing, *tensor.shape]))
 
 
-def pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
+def _pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
     """``s clamp(x, a, b) + t = clamp(s x + t, s a + t, s b + t)``, the bounds exchanged where s < 0."""
     scale, shift = affine.scale, affine.shift
     ends = [torch.where(scale == 0, shift, scale * bound + shift) for bound in (kind.low, kind.high)]
     swap = scale < 0
     bounds = _bounds(plan, op, torch.where(swap, ends[1], ends[0]), torch.where(swap, ends[0], ends[1]))
-    if passes(bounds) > passes(kind):
+    if _passes(bounds) > _passes(kind):
         signs = "some of its scales are negative" if bool(swap.any()) else "some of its scales are 0"
         raise Refused(
             f"{signs}, so {op.name} would become two clamps, which cost more than the batch norm itself",
@@ -318,7 +293,7 @@ def pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
     plan.pull(op.inputs[0], affine, op)
 
 
-def push_clamp(plan: FoldPlan, op: Op, kind: Clamp, _index: int, affine: Affine) -> None:
+def _push_clamp(plan: FoldPlan, op: Op, kind: Clamp, _index: int, affine: Affine) -> None:
     """``clamp(s x + t, a, b) = s clamp(x, (a - t) / s, (b - t) / s) + t``, the bounds exchanged where s < 0.
 
     So a ReLU that follows a BatchNorm becomes one maximum with a constant per channel. Where s = 0 the value is a constant.
@@ -341,28 +316,23 @@ def _bounds(plan: FoldPlan, op: Op, low: Tensor, high: Tensor) -> Clamp:
             plan.storable(torch.where(torch.isinf(bound), 0.0, bound), op.dtype, "bound of the activation")
     found = Affine.of(low, high)
     clamp = Clamp(found.scale, found.shift)
-    if not is_plain(clamp) and plan.in_place:
-        raise Refused(f"across {op.name} it would become a bound per channel, which the module does not have")
-    if not is_plain(clamp) and not plan.clamps:
-        raise Refused(
-            f"across {op.name} it would become a bound per channel, which ONNX Runtime computes no faster on a CPU than the"
-            " batch norm (docs/results/affine_form.md)",
-            "--clamps",
-        )
+    if clamp.low.numel() == 1:  # the same bounds everywhere: a ReLU or a Clip
+        return clamp
+    why = f"across {op.name} it would become a bound per channel, which"
+    if plan.in_place:
+        raise Refused(f"{why} the module does not have")
+    if not plan.clamps:
+        slow = "ONNX Runtime computes no faster on a CPU than the batch norm (docs/results/affine_form.md)"
+        raise Refused(f"{why} {slow}", "--clamps")
     return clamp
 
 
-def is_plain(clamp: Clamp) -> bool:
-    """Return True if a clamp has the same bounds everywhere, so that it is a ReLU or a Clip."""
-    return clamp.low.numel() == 1
-
-
-def passes(clamp: Clamp) -> int:
+def _passes(clamp: Clamp) -> int:
     """Return the number of elementwise operations of a clamp: a maximum, a minimum, or both."""
     return int(bool((clamp.low > -torch.inf).any())) + int(bool((clamp.high < torch.inf).any()))
 
 
-def pull_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, affine: Affine) -> None:
+def _pull_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, affine: Affine) -> None:
     """Two affines in a row are one affine. Pull it further if possible, else merge it into another BatchNorm's affine.
 
     Nothing is merged into plain arithmetic: a BatchNorm that ended there would be gone from the report but not from the graph.
@@ -376,7 +346,7 @@ def pull_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, affine: Affine
     _onwards_or_here(plan, op, onwards, both, affine)
 
 
-def push_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, _index: int, affine: Affine) -> None:
+def _push_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, _index: int, affine: Affine) -> None:
     """Merge the earlier of two affines into the later, which is folded in its turn; plain arithmetic is crossed."""
     both = kind.affine.after(affine)
 
@@ -392,8 +362,7 @@ def push_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, _index: int, a
 
 
 def _onwards_or_here(plan: FoldPlan, op: Op, onwards: Callable[[], None], both: Affine, moved: Affine) -> None:
-    refused = plan.attempt(onwards)
-    if refused is None:
+    if (refused := plan.attempt(onwards)) is None:
         return
     if op.norm is None:
         raise refused
@@ -404,19 +373,17 @@ def _onwards_or_here(plan: FoldPlan, op: Op, onwards: Callable[[], None], both: 
 _NO_RULE = ", which no rule moves a scale and shift across"
 
 
-def pull_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _affine: Affine) -> None:
-    """Refuse: no rule moves an affine across the operation."""
+def _pull_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _affine: Affine) -> None:
     raise Refused(f"it follows {op.name}" + (f": {kind.reason}" if kind.reason else _NO_RULE))
 
 
-def push_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _index: int, _affine: Affine) -> None:
-    """Refuse as ``pull_opaque``, with another reason for an output of the model."""
+def _push_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _index: int, _affine: Affine) -> None:
     if kind.is_output:
         raise Refused("it is an output of the model")
     raise Refused(f"it feeds {op.name}" + (f": {kind.reason}" if kind.reason else _NO_RULE))
 
 
-def pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
+def _pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
     """``s (W x + b) + t = (s W) x + (s b + t)``: exact for every stride, dilation, padding and group count."""
     vector = _channels(op, layer, affine, output=True)
     absorber = ABSORBERS[layer.layout]
@@ -432,24 +399,14 @@ def pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
     plan.layer(op, layer, weight=weight, bias=bias, after=after)
 
 
-def push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine) -> None:
+def _push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine) -> None:
     """``W (s x + t) + b = (W s) x + (W t + b)``: exact for every scale, and for a shift without zero padding."""
     vector = _channels(op, layer, affine, output=False)
     absorber, stored = ABSORBERS[layer.layout], layer.weight.load()
     weight = absorber.scale_inputs(stored, vector.scale, layer.groups) if affine.has_scale else None
     bias, after = None, None
     if affine.has_shift:
-        edge = layer.zero_padded or layer.layout == "transposed"
-        if edge and not plan.maps:
-            if layer.layout == "transposed":
-                raise Refused(
-                    f"its shift can't be folded into {op.name}, whose output positions use different kernel taps"
-                )
-            raise Refused(
-                f"its shift can't be folded into {op.name}, which pads its input with zeros",
-                "padding 0 or padding_mode 'reflect', 'replicate' or 'circular' there",
-            )
-        if edge:
+        if layer.zero_padded or absorber.push_shift is None:
             after = _bias_map(plan, op, layer, affine)
         else:
             gained = absorber.push_shift(stored, vector.shift, layer.groups)
@@ -469,7 +426,7 @@ def _channels(op: Op, layer: Layer, affine: Affine, *, output: bool) -> ChannelA
     size = channels_of(layer.layout, layer.weight.shape, layer.groups)[1 if output else 0]
     found = affine.channels(axis, size)
     if found is None:
-        varying = [other for other in range(affine.rank) if affine.varies_along(other) and other != axis]
+        varying = [other for other in affine.varying if other != axis]
         side = "output" if output else "input"
         raise Refused(
             f"it normalises axis {', '.join(map(str, varying))}, the {side} channels of {op.name} are on axis {axis}"
@@ -491,45 +448,34 @@ def _on_output(op: Op, layer: Layer, gained: Tensor) -> Tensor:
 
 
 def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
-    """Return the result of a constant input after zero padding, one value per position: it differs near each border."""
+    """Return the result of a constant input, one value per position: near a border, fewer kernel taps read it."""
+    refused = f"its shift can't be folded into {op.name}"
+    if not plan.maps and layer.layout == "transposed":
+        raise Refused(f"{refused}, whose output positions use different kernel taps")
+    if not plan.maps:
+        hint = "padding 0 or padding_mode 'reflect', 'replicate' or 'circular' there"
+        raise Refused(f"{refused}, which pads its input with zeros", hint)
     parent = op.inputs[0]
-    sizes = [*parent.shape[1:], *op.shape[1:]]
-    if not all(isinstance(size, int) for size in sizes):
-        raise Refused(
-            f"its shift can't be folded into {op.name} as a map of constants: height or width varies", "fixed sizes"
-        )
+    if not all(isinstance(size, int) for size in (*parent.shape[1:], *op.shape[1:])):
+        raise Refused(f"{refused} as a map of constants: height or width varies", "fixed sizes")
     constant = affine.shift.expand(1, *(int(size) for size in parent.shape[1:]))
     found = plan.graph.evaluate(op, replace(layer, bias=None, after=None), [constant.contiguous()])
-    if found.numel() >= torch.Size(constant.shape).numel():
-        raise Refused(
-            f"its shift as a map of constants after {op.name} would cost as much as the one addition that it saves"
-        )
-    plan.spend(found.numel(), f"its shift as a map of constants after {op.name}")
+    moved = f"its shift as a map of constants after {op.name}"
+    if found.numel() >= constant.numel():
+        raise Refused(f"{moved} would cost as much as the one addition that it saves")
+    plan.spend(found.numel(), moved)
     return found
 
 
-#: Every kind has a row on both sides.
-PROPAGATION_RULES = PropagationRules(
-    pull={
-        **dict.fromkeys(ONE_INPUT, pull_across),
-        Layer: pull_layer,
-        kinds.ConstantAffine: pull_norm,
-        Identity: pull_identity,
-        Clamp: pull_clamp,
-        kinds.Concat: pull_concat,
-        kinds.WeightedSum: pull_add,
-        kinds.Multiply: pull_multiply,
-        kinds.Opaque: pull_opaque,
-    },
-    push={
-        **dict.fromkeys(ONE_INPUT, push_across),
-        Layer: push_layer,
-        kinds.ConstantAffine: push_norm,
-        Identity: push_identity,
-        Clamp: push_clamp,
-        kinds.Concat: push_concat,
-        kinds.WeightedSum: push_add,
-        kinds.Multiply: push_multiply,
-        kinds.Opaque: push_opaque,
-    },
-)
+#: One row per kind.
+PROPAGATION_RULES: PropagationRules = {
+    **dict.fromkeys(ONE_INPUT, (_pull_across, _push_across)),
+    Layer: (_pull_layer, _push_layer),
+    kinds.ConstantAffine: (_pull_norm, _push_norm),
+    Identity: (_pull_identity, _push_identity),
+    Clamp: (_pull_clamp, _push_clamp),
+    kinds.Concat: (_pull_concat, _push_concat),
+    kinds.WeightedSum: (_pull_add, _push_add),
+    kinds.Multiply: (_pull_multiply, _push_multiply),
+    kinds.Opaque: (_pull_opaque, _push_opaque),
+}

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any, Literal
 
-from bnexport.plain_table import html_table, text_table
+from bnexport.plain_table import html_table, printable, text_table
 
 FoldOutcome = Literal["backward", "forward", "through", "merged", "affine", "kept"]
 
@@ -35,8 +35,8 @@ class FoldRow:
     """One BatchNorm call.
 
     Attributes:
-        module: Module path of the BatchNorm as in ``named_modules``; "" if it is called in the root's forward. In an
-            ONNX file: the node's name, or the name of its output.
+        module: Module path of the BatchNorm as in ``named_modules``; "" if it is called in the root's forward. In an ONNX
+            file: the node's name, or the name of its output.
         kind: Class of that module: "BatchNorm2d"; in an ONNX file the operator.
         outcome: A key of OUTCOMES.
         rule: The rule that was applied; "" for none.
@@ -69,6 +69,11 @@ class FoldRow:
     def gone(self) -> bool:
         """True if nothing of the BatchNorm remains to be computed."""
         return self.outcome in GONE
+
+    @property
+    def place(self) -> str:
+        """The module path in texts."""
+        return self.module or "(root)"
 
     @property
     def unlock(self) -> str:
@@ -129,23 +134,15 @@ class FoldReport:
         """
         if not self.rows:
             return "no BatchNorm call found, nothing to fold"
-        left = [row for row in self.rows if not row.gone]
-        parts = (
-            ([row for row in left if row.outcome == "affine" and row.rule], "became an addition", "became additions"),
-            (
-                [row for row in left if row.outcome == "affine" and not row.rule],
-                "became an affine layer",
-                "became affine layers",
-            ),
-            ([row for row in left if row.outcome == "kept"], "was kept unchanged", "were kept unchanged"),
-        )
-        calls = f"{self.folded} of {len(self.rows)} BatchNorm call{'s' * (len(self.rows) != 1)} folded"
-        outcomes = [
-            f"{len(rows)} {one if len(rows) == 1 else many}{_why(rows) if why else ''}"
-            for rows, one, many in parts
-            if rows
-        ]
-        return _printable(", ".join([calls, *outcomes]))
+        parts = [f"{self.folded} of {len(self.rows)} BatchNorm call{'s' * (len(self.rows) != 1)} folded"]
+        for outcome, ruled, one, many in (
+            ("affine", True, "became an addition", "became additions"),
+            ("affine", False, "became an affine layer", "became affine layers"),
+            ("kept", None, "was kept unchanged", "were kept unchanged"),
+        ):
+            if rows := [row for row in self.rows if row.outcome == outcome and ruled in (None, bool(row.rule))]:
+                parts.append(f"{len(rows)} {one if len(rows) == 1 else many}{_why(rows) if why else ''}")
+        return printable(", ".join(parts))
 
     def __str__(self) -> str:
         """Return the summary, a table of the calls, their reasons in full, and the proof as text of 80 columns."""
@@ -155,22 +152,16 @@ class FoldReport:
             cells = [(str(count), outcome, rule) for (outcome, rule), count in counts]
             counted = f"{text_table(('calls', 'outcome', 'rule'), cells, numbers=('calls',))}\n\n" if cells else ""
             rows = [row for row in rows if not row.gone]
-        shown = [
-            (row.outcome, _end(row.module or "(root)", _PATH), _start(row.into or row.short_reason, _CELL))
-            for row in rows
-        ]
+        shown = [(row.outcome, _end(row.place, _PATH), _start(row.into or row.short_reason, _CELL)) for row in rows]
         table = text_table(("outcome", "BatchNorm", "folded into, or why not"), shown) if shown else ""
-        notes = [
-            line for note in self._notes() for line in textwrap.wrap(_printable(note), _WIDTH, subsequent_indent="  ")
-        ]
-        return "\n\n".join(part for part in (self.summary(), counted + table, "\n".join(notes)) if part.strip())
+        notes = "\n".join(textwrap.fill(printable(note), _WIDTH, subsequent_indent="  ") for note in self._notes())
+        return "\n\n".join(part for part in (self.summary(), counted + table, notes) if part.strip())
 
     def _repr_html_(self) -> str:
         """Return the same content as HTML, which notebooks show, with every reason in full."""
         heads = ("outcome", "BatchNorm", "channels", "folded into, or why not", "hint")
         rows = [
-            (row.outcome, row.module or "(root)", str(row.channels or "-"), row.into or row.reason, row.hint)
-            for row in self.rows
+            (row.outcome, row.place, str(row.channels or "-"), row.into or row.reason, row.hint) for row in self.rows
         ]
         notes = "".join(f"<p>{escape(note)}</p>" for note in self._facts())
         return f"<p><b>{escape(self.summary())}</b></p>{html_table(heads, rows, numbers=('channels',))}{notes}"
@@ -180,7 +171,7 @@ class FoldReport:
         names: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
             if row.reason:
-                names.setdefault((row.reason, row.hint), []).append(row.module or "(root)")
+                names.setdefault((row.reason, row.hint), []).append(row.place)
         for (reason, hint), modules in names.items():
             yield f"{', '.join(modules)}: {reason}" + (f". To fold it: {hint}" if hint else "")
         yield from self._facts()
@@ -241,8 +232,3 @@ def _start(text: str, size: int) -> str:
 
 def _end(text: str, size: int) -> str:
     return text if len(text) <= size else f"...{text[3 - size :]}"
-
-
-def _printable(text: str) -> str:
-    """Replace characters that would steer a terminal: names of modules and nodes come from the user's network."""
-    return "".join(char if char.isprintable() else "?" for char in text)

@@ -9,6 +9,7 @@ Safetensors holds no code, so opening an unknown file runs nothing. The metadata
     labels         class names in the order of the logits
     preprocessing  conversion of an image to an input
     training       {"epoch": 3, "epochs": 10, "config": {...}, "history": [{...}, ...]}
+    eps            {"bn1": 1e-05, ...}: eps of each BatchNorm, in the network's order; older files have none
     recalibrated   true if the moving statistics were re-estimated over the training set
     recalibration  settings, if ``bnexport recalibrate`` re-estimated them:
                    {"definition": "batch", "dataset": ..., "images": 60000, "batch_size": 256, "seed": 0}

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
 from bnexport.errors import MissingDependency, ModelError
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_arrays
-from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, layer_statistics
+from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, eps_of, layer_statistics
 from bnexport.optional import installed
 from bnexport.validation.file_kinds import kind_of
-
-if TYPE_CHECKING:
-    from torch import nn
-
+from bnexport.validation.json_text import parse_json
+from bnexport.validation.limits import limit, refusing
 
 _BY_NAME = "the layers are sorted by name, because this file does not state their order"
 _ASSUMED = f"eps is not in this file: {DEFAULT_EPS:g} is assumed"
@@ -56,28 +53,36 @@ def inspect_path(path: Path) -> Inspection:
             remedy="Inspect the bundle that fold-and-export made of it, or save the weights with safetensors.torch.save_file",
         )
     state, metadata = read_arrays(file)
-    module = _network(file) if METADATA_KEY in metadata else None
-    if module is not None:
-        order = [name for name, _ in module.named_modules()]
-    layers = _in_order(layer_statistics(state, module=module), order)
+    eps = _stated_eps(file, metadata)
+    layers = _in_order(layer_statistics(state, eps=eps), [*eps] or order)
     if not layers:
         raise ModelError(
             f"{file} holds no BatchNorm", remedy="Inspect a network that was trained with batch normalization"
         )
-    notes += ([] if module is not None else [_ASSUMED]) + ([] if order else [_BY_NAME])
+    notes += ([] if eps else [_ASSUMED]) + ([] if eps or order else [_BY_NAME])
     return Inspection(file, layers, "; ".join(notes))
 
 
-def _network(file: Path) -> nn.Module | None:
-    """Return the network of a checkpoint, for the order of its layers and their eps; None if it can't be built."""
+def _stated_eps(file: Path, metadata: Mapping[str, str]) -> dict[str, float]:
+    """Return path -> eps of a checkpoint's layers in the network's order: as stated, else of the network built again.
+
+    Files of earlier versions do not state eps. Without torch, and for a user's network, the result is empty then.
+    """
+    if METADATA_KEY not in metadata:
+        return {}
+    with refusing(f"the metadata of {file} can't be read: it", ModelError, remedy="Write the file again"):
+        stated = parse_json(metadata[METADATA_KEY].encode(), max_bytes=limit("safetensors-header"))
+    eps = stated.get("eps") if isinstance(stated, dict) else None
+    if isinstance(eps, dict) and all(type(value) in (int, float) for value in eps.values()):
+        return {name: float(value) for name, value in eps.items()}
     if not installed("torch"):
-        return None
+        return {}
     from bnexport.loading.sources import build_known
 
     try:
-        return build_known(load_checkpoint(file).metadata["network"])
-    except (ModelError, MissingDependency):  # a user's or timm's network: its statistics can still be read
-        return None
+        return eps_of(build_known(load_checkpoint(file).metadata["network"]))
+    except (ModelError, MissingDependency):
+        return {}
 
 
 def _in_order(layers: list[LayerStatistics], order: Sequence[str]) -> tuple[LayerStatistics, ...]:

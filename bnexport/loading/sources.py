@@ -18,6 +18,7 @@ from bnexport.loading.weights import WeightsFile, is_safetensors, load_weights
 from bnexport.loading.zoo import build_from_zoo, zoo_facts, zoo_of, zoo_problem
 from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.lenet import bn_lenet
+from bnexport.nn.statistics import eps_of
 from bnexport.optional import one_line
 from bnexport.validation.file_kinds import refuse_other_kinds
 
@@ -244,6 +245,7 @@ def checkpoint_of(loaded: LoadedModel) -> Checkpoint:
         "labels": None if loaded.labels is None else list(loaded.labels),
         "preprocessing": None if loaded.preprocessing is None else dict(loaded.preprocessing),
         "training": training,
+        "eps": eps_of(loaded.module),
         "recalibrated": bool(loaded.training.get("recalibrated")),
     }
     if (how := loaded.training.get("recalibration")) is not None:

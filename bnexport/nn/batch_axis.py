@@ -51,8 +51,8 @@ class _Step:
 class _Record(TorchFunctionMode):
     """Records every call of torch that returns tensors.
 
-    Args:
-        hold: Keep all tensors, so that ``made`` and the steps' parents are known: Python reuses the id of a freed tensor.
+    With ``hold`` all tensors are kept, so that ``made`` and the steps' parents are known: Python reuses the id of a freed
+    tensor.
     """
 
     def __init__(self, *, hold: bool) -> None:
@@ -114,9 +114,7 @@ class _BatchRun:
 def check_batch(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Refuse a network whose output for one sample is not the output for a batch of 2 with one row less.
 
-    Args:
-        model: Not changed; a copy is run.
-        inputs: An example with a batch of 2. A network that fails on it is left to ``trace``.
+    A copy is run on ``inputs``, an example with a batch of 2. A network that fails on it is left to ``trace``.
 
     Raises:
         UntracedError: Naming the line that drops the batch, writes its size, or reads it.
@@ -149,9 +147,7 @@ def check_batch(model: nn.Module, inputs: tuple[Any, ...]) -> None:
 def batch_problem(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | None:
     """Return the reason, with its line, why a forward does not accept every batch size; None if no tried size shows one.
 
-    Args:
-        model: Not changed; a copy is run.
-        inputs: An example with a batch of 2.
+    A copy is run on ``inputs``, an example with a batch of 2.
     """
     run = _runner(model, inputs)
     if run is None:

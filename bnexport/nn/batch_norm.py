@@ -96,9 +96,7 @@ def _batch_statistics(X: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class BatchNorm(nn.Module):
-    """The layer around ``batch_norm``.
-
-    In eval mode it is plain arithmetic, which ``torch.export`` traces with any batch size.
+    """The layer around ``batch_norm``; in eval mode it is plain arithmetic, which ``torch.export`` traces with any batch size.
 
     Attributes:
         gamma: Parameter (num_features,), initially ones.
@@ -115,17 +113,9 @@ class BatchNorm(nn.Module):
     def __init__(
         self, num_features: int, num_dims: int, *, eps: float = 1e-5, momentum: float = 0.9, unbiased: bool = False
     ) -> None:
-        """Create the layer.
+        """Create the layer; ``num_dims`` is 2 after a fully connected layer and 4 after a convolution.
 
-        Args:
-            num_features: Channels, the size of axis 1.
-            num_dims: 2 after a fully connected layer, 4 after a convolution.
-            eps: Added to the variance.
-            momentum: Weight of the old moving statistics, 0 to 1.
-            unbiased: Keep the unbiased variance in ``moving_var``, as ``torch.nn.BatchNorm2d`` does.
-
-        Raises:
-            UsageError: A value is out of range.
+        The other arguments are those of ``batch_norm``; UsageError for a value that is out of range.
         """
         super().__init__()
         _check_options(num_features, num_dims, eps, momentum)

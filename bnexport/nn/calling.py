@@ -68,12 +68,10 @@ class Outcome:
 
 
 def call_once(model: nn.Module, inputs: tuple[Any, ...], *, on_itself: bool = False) -> Outcome:
-    """Run a copy of a module in eval mode; the module itself is never changed.
+    """Run a copy of a module in eval mode; the module itself is never changed, and ``inputs`` are copied.
 
-    Args:
-        model: Any module. A root in eval mode keeps layers that are in training mode on purpose.
-        inputs: Positional arguments of forward, which are copied.
-        on_itself: Run the given module itself, because the caller has made a copy.
+    A root in eval mode keeps layers that are in training mode on purpose. ``on_itself`` runs the given module, because the
+    caller has made a copy.
     """
     feeds = pytree.tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs)
     with quiet(), torch.no_grad():
@@ -99,10 +97,7 @@ def unchanged(model: nn.Module) -> Iterator[TracedChanges]:
     """Restore every module's attributes after the block: plain ones, layers, parameters, buffers, contents of containers.
 
     A forward that stores something (``self.last = y``, ``self.seen.append(y)``, a layer made in the first call) would keep the
-    tracer's tensors, which hold no numbers and can't be copied.
-
-    Yields:
-        The changes, which are complete after the block.
+    tracer's tensors, which hold no numbers and can't be copied. The yielded changes are complete after the block.
     """
     known = set(model.modules())
     kept = [

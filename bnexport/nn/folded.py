@@ -13,11 +13,9 @@ MARKER = "bnexport_folded"
 
 
 class ScaleShift(nn.Module):
-    """``weight * x + bias``: the remaining part of a norm, the same in training and in eval mode.
+    """``weight * x + bias``, broadcast over x: the remaining part of a norm, the same in training and in eval mode.
 
-    Args:
-        weight: Scale, broadcast over the input; None for a scale of one.
-        bias: Shift, broadcast over the input; None for a shift of zero.
+    None is a scale of one, or a shift of zero.
     """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:

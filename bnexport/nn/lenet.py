@@ -86,22 +86,12 @@ def _norm(norm: str, num_features: int, num_dims: int) -> nn.Module | None:
 
 
 def convert_weights(state_dict: Mapping[str, Tensor], *, to: str) -> dict[str, Tensor]:
-    """Move weights between the torch and the scratch variant of a network.
+    """Return a state dict for the same network with the other kind of BatchNorm: ``to`` "torch" or "scratch".
 
     Every group of entries with moving statistics is renamed; all others are passed on. Values are shared, not copied,
     and entries with the target's names stay. torch's count of batches has no counterpart in the scratch layer. It is
     dropped in the conversion to "scratch". In the conversion to "torch" it is 0 if the statistics are the initial ones,
     else 1.
-
-    Args:
-        state_dict: State dict of a network with either kind of BatchNorm; not changed.
-        to: "torch" or "scratch".
-
-    Returns:
-        A state dict for the same network with the other kind of BatchNorm.
-
-    Raises:
-        UsageError: ``to`` has another value.
     """
     if to not in ("torch", "scratch"):
         raise UsageError(f"weights can't be converted to {to!r}", remedy='Use to="torch" or to="scratch"')

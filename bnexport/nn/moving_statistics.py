@@ -30,8 +30,10 @@ The forward passes run in strict float32, also on a GPU whose training steps rou
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -48,20 +50,13 @@ Batch = Tensor | Sequence[Any]
 
 
 class RunningMoments:
-    """Count, mean and sum of squared deviations per channel of all values added so far, in float64.
-
-    Attributes:
-        count: Values per channel.
-        mean: (channels,).
-        squares: (channels,), the sum of ``(value - mean) ** 2``.
-        calls: Number of calls of ``add``.
-    """
+    """Count, mean and sum of squared deviations per channel of all values added so far, in float64."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.calls = 0
-        self.mean = torch.zeros(1, dtype=torch.float64)
-        self.squares = torch.zeros(1, dtype=torch.float64)
+        self.count = 0  # Values per channel
+        self.calls = 0  # Number of calls of ``add``
+        self.mean = torch.zeros(1, dtype=torch.float64)  # (channels,)
+        self.squares = torch.zeros(1, dtype=torch.float64)  # (channels,), the sum of ``(value - mean) ** 2``
 
     @property
     def var(self) -> Tensor:
@@ -117,21 +112,9 @@ def recalibrate_by_layer(
 ) -> int:
     """Replace the moving statistics of every BatchNorm by the exact ones, by the definition "population".
 
-    Everything else is as in ``recalibrate``; a batch may leave one value per channel to a layer that is called once.
-    The first batch shows which layers are called, and in which order.
-
-    Args:
-        model: Changed in place, its moving statistics only.
-        batches: Called once per layer and once before; returns the same batches each time.
-        device: Device of each batch; None means that of the model's first parameter.
-
-    Returns:
-        The number of layers whose statistics were replaced.
-
-    Raises:
-        DataError: There are no batches.
-        FeedError: A batch leaves one value per channel to a BatchNorm that is called several times.
-        ModelError: Values that are not finite reach a BatchNorm.
+    ``batches`` is called once per layer and once before, and returns the same batches each time. Everything else is as in
+    ``recalibrate``; a batch may leave one value per channel to a layer that is called once. The first batch shows which
+    layers are called, and in which order.
     """
     layers = norm_layers(model)
     results: dict[str, RunningMoments] = {}
@@ -188,18 +171,11 @@ def _calls(
     """Return the calls per forward pass of each called layer, in the order of first calls, from the first batch."""
     calls: dict[str, int] = {}
 
-    def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
+    def count(name: str, *_: Any) -> None:
+        calls[name] = calls.get(name, 0) + 1
 
-        return hook
-
-    handles = [layer.layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
-    try:
+    with _before_calls(layers, count):
         _pass({}, model, itertools.islice(batches, 1), device, training=[])
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
@@ -238,24 +214,29 @@ def _estimation_mode(model: nn.Module, training: Sequence[nn.Module]) -> Iterato
             module.training = mode
 
 
+def _watching(layers: dict[str, NormView], moments: dict[str, RunningMoments]) -> AbstractContextManager[None]:
+    """Add every input of every layer to its moments, inside the block."""
+
+    def add(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        X = args[0] if args else next(iter(kwargs.values()))
+        count = X.numel() // max(X.shape[1], 1)
+        if count < 2 and layer.training:
+            raise FeedError(
+                f"a batch leaves {count} value(s) per channel to {name}, but it needs at least 2",
+                remedy="Use larger batches, or drop the last partial one",
+            )
+        moments[name].add(X)
+
+    return _before_calls(layers, add)
+
+
 @contextlib.contextmanager
-def _watching(layers: dict[str, NormView], moments: dict[str, RunningMoments]) -> Iterator[None]:
-    """Add every input of every layer to its moments."""
-
-    def watch(name: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            X = args[0] if args else next(iter(kwargs.values()))
-            count = X.numel() // max(X.shape[1], 1)
-            if count < 2 and layer.training:
-                raise FeedError(
-                    f"a batch leaves {count} value(s) per channel to {name}, but it needs at least 2",
-                    remedy="Use larger batches, or drop the last partial one",
-                )
-            moments[name].add(X)
-
-        return hook
-
-    handles = [layer.layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+def _before_calls(layers: dict[str, NormView], hook: Callable[..., None]) -> Iterator[None]:
+    """Call a function with a layer's name, the layer and its arguments before each call of the layer, inside the block."""
+    handles = [
+        layer.layer.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield
     finally:

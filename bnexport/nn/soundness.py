@@ -23,13 +23,9 @@ _VARIANCES = tuple(names[3] for names in VOCABULARIES)
 def check_sound(model: nn.Module, *, allow_untrained: bool = False, allow_nonfinite: Collection[str] = ()) -> None:
     """Refuse a model whose outputs would be meaningless.
 
-    Parameters and moving statistics must be finite. Another buffer may hold infinities, as the mask of an attention does;
-    ``check_finite_output`` shows whether they reach an output. NaN is refused everywhere.
-
-    Args:
-        model: Any module; read only.
-        allow_untrained: Accept BatchNorm layers that still have the statistics they were created with.
-        allow_nonfinite: Names of parameters that may hold infinities, and of buffers that may hold NaN as well.
+    Parameters and moving statistics must be finite, unless ``allow_nonfinite`` names a parameter with infinities. Another
+    buffer may hold infinities, as the mask of an attention does; ``check_finite_output`` shows whether they reach an
+    output. NaN is refused everywhere, except in buffers that ``allow_nonfinite`` names.
 
     Raises:
         RefusedModel: A tensor has no value (a lazy layer), is not finite or is a negative variance; or a BatchNorm was never
@@ -77,7 +73,7 @@ def _check_names(model: nn.Module, names: Collection[str]) -> None:
 
 
 def _refuse_nonfinite(name: str, tensor: Tensor, *, allowed: bool) -> None:
-    if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+    if not _holds_nonfinite(tensor):
         return
     statistic, parameter = _is_statistic(name), isinstance(tensor, nn.Parameter)
     remedy = "The training diverged or the file is damaged: train again, if necessary with a lower learning rate"
@@ -93,14 +89,12 @@ def _refuse_nonfinite(name: str, tensor: Tensor, *, allowed: bool) -> None:
         raise RefusedModel(f"{name} holds {'NaN' if nan else 'infinity'} ({where})", remedy=remedy + hint)
 
 
+def _holds_nonfinite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+
+
 def _is_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in _STATISTICS
-
-
-def nonfinite_names(model: nn.Module) -> list[str]:
-    """Return the names of all parameters and buffers that hold an infinity or NaN."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return [name for name, item in tensors if item.is_floating_point() and not bool(torch.isfinite(item).all())]
 
 
 def has_diverged(model: nn.Module) -> bool:
@@ -114,19 +108,15 @@ def has_diverged(model: nn.Module) -> bool:
 
 
 def check_finite_output(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Refuse a model whose infinities reach an output; a model of finite tensors is not run.
+    """Refuse (RefusedModel) a model whose infinities reach an output on an example; a model of finite tensors is not run.
 
-    Args:
-        model: Not changed; a copy is run. A model that fails on the example passes, since the caller's next step reports it.
-        inputs: An example.
-
-    Raises:
-        RefusedModel: The error names the first tensor that holds infinities.
+    A copy is run. A model that fails on the example passes, since the caller's next step reports it.
     """
-    if not (names := nonfinite_names(model)):
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if not (names := [name for name, item in tensors if _holds_nonfinite(item)]):
         return
     for output in pytree.tree_leaves(call_once(model, inputs).result):
-        if isinstance(output, Tensor) and output.is_floating_point() and not bool(torch.isfinite(output).all()):
+        if isinstance(output, Tensor) and _holds_nonfinite(output):
             raise RefusedModel(
                 f"{names[0]} holds infinity or NaN, and the network's output on an example is not finite",
                 remedy="Repair that tensor; a mask must leave each row of the softmax a finite number",
@@ -134,7 +124,7 @@ def check_finite_output(model: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def is_untrained(module: nn.Module) -> bool:
-    """Return whether a BatchNorm still has its initial statistics and has counted no batch."""
+    """Return True if a BatchNorm still has its initial statistics and has counted no batch."""
     view = NormView.of(module) if isinstance(module, BATCH_NORMS) else None
     if view is None or (view.batches is not None and int(view.batches) > 0):
         return False

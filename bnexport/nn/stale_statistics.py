@@ -70,7 +70,7 @@ class StalenessReport:
         return max(STALE_ABOVE, _SAMPLING / math.sqrt(max(self.images, 1)))
 
     def is_stale(self, layer: LayerStaleness) -> bool:
-        """Return whether a layer's error is above the threshold, or NaN."""
+        """Return True if a layer's error is above the threshold, or NaN."""
         return not layer.error <= self.threshold
 
     @property
@@ -112,17 +112,8 @@ def staleness(
 
     This takes one forward pass. The exact statistics are by the definition "batch" of ``nn.moving_statistics``, because
     moving statistics are an average of these. From n inputs the mean is known to about 1 / sqrt(n) standard deviations, so
-    1000 images are enough to distinguish an error of 0.15 from chance.
-
-    Args:
-        model: A network in any mode.
-        batches: Mixed inputs of the training set as for ``nn.moving_statistics.recalibrate``, of the size used in training.
-        device: Device of each batch; None means that of the model's first parameter.
-
-    Raises:
-        DataError: There are no batches.
-        FeedError: A batch leaves one value per channel to a BatchNorm.
-        ModelError: Values that are not finite reach a BatchNorm.
+    1000 images are enough to distinguish an error of 0.15 from chance. ``batches`` are mixed inputs of the training set, of the
+    size used in training. Errors are those of ``nn.moving_statistics.recalibrate``.
     """
     counted = _Counted(batches)
     layers = norm_layers(model)

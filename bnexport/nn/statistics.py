@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from bnexport.tensors import Array
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    Values = Tensor | Array
 
 #: Names of gamma, beta, the moving mean and the moving variance.
 TORCH = ("weight", "bias", "running_mean", "running_var")
@@ -43,53 +44,47 @@ class NormView:
     @property
     def gamma(self) -> Tensor | None:
         """The learned scale; None without one."""
-        return _read(self.layer, self.names[0])
+        return cast("Tensor | None", self._read(self.names[0]))
 
     @property
     def beta(self) -> Tensor | None:
         """The learned shift; None without one."""
-        return _read(self.layer, self.names[1])
+        return cast("Tensor | None", self._read(self.names[1]))
 
     @property
     def mean(self) -> Tensor:
         """The moving mean."""
-        mean = _read(self.layer, self.names[2])
-        assert mean is not None
-        return mean
+        return cast("Tensor", self._read(self.names[2]))
 
     @property
     def var(self) -> Tensor:
         """The moving variance."""
-        var = _read(self.layer, self.names[3])
-        assert var is not None
-        return var
+        return cast("Tensor", self._read(self.names[3]))
 
     @property
     def eps(self) -> float:
         """The number added to the variance."""
-        eps: Any = self.layer.eps
-        return float(eps)
+        return float(self._read("eps"))
 
     @property
     def batches(self) -> Tensor | None:
         """The counter of training batches; None for layers from scratch."""
-        return _read(self.layer, "num_batches_tracked")
+        return cast("Tensor | None", self._read("num_batches_tracked"))
 
     @property
     def statistics(self) -> list[Tensor]:
         """The buffers that training changes: mean, variance and, if present, the counter."""
         return [self.mean, self.var, *([] if self.batches is None else [self.batches])]
 
-
-def _read(layer: nn.Module, name: str) -> Tensor | None:
-    tensor: Tensor | None = getattr(layer, name, None)
-    return tensor
+    def _read(self, name: str) -> Any:
+        return getattr(self.layer, name, None)
 
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+def eps_of(model: nn.Module) -> dict[str, float]:
+    """Return path -> eps of each layer with moving statistics, in the network's order; a state dict does not contain eps."""
+    named = model.named_modules(remove_duplicate=False)  # a state dict has a shared layer under each of its names
+    return {name: view.eps for name, layer in named if (view := NormView.of(layer)) is not None}
 
-    Values = Tensor | Array
 
 _COLUMNS = (*SCRATCH, "scale")
 #: eps for a state dict without its network, since a state dict does not contain it: the default of torch and of the chapter.
@@ -131,28 +126,20 @@ class LayerStatistics:
         return {"name": self.name, "eps": self.eps, "channels": rows}
 
 
-def layer_statistics(state: Mapping[str, Values], *, module: nn.Module | None = None) -> list[LayerStatistics]:
-    """Read every BatchNorm of a state dict.
+def layer_statistics(state: Mapping[str, Values], *, eps: Mapping[str, float] | None = None) -> list[LayerStatistics]:
+    """Read every BatchNorm of a state dict; ``eps`` is the result of ``eps_of``, if known, else DEFAULT_EPS is assumed.
 
     A channel is marked *dead* when its output hardly varies (|gamma| * sqrt(var / (var + eps)) below 1/1000 of the
     layer's largest), *exploding* when its scale is over 30 times the median of the layer's channels that are not dead,
     and *not finite* when a number is NaN or infinite or the variance negative.
 
-    Args:
-        state: Entries of torch's or the scratch BatchNorm.
-        module: The network, if known: it has each layer's eps, which a state dict lacks.
-
     Raises:
         ModelError: The tensors of one layer differ in size.
     """
-    layers = {name: float(eps) for name, child in _modules(module) if (eps := getattr(child, "eps", None)) is not None}
+    known = eps or {}
     return [
-        _layer(prefix, names, state, layers.get(prefix.rstrip("."), DEFAULT_EPS)) for prefix, names in _groups(state)
+        _layer(prefix, names, state, known.get(prefix.rstrip("."), DEFAULT_EPS)) for prefix, names in _groups(state)
     ]
-
-
-def _modules(module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
-    return iter(()) if module is None else module.named_modules()
 
 
 def _groups(state: Mapping[str, Values]) -> Iterator[tuple[str, tuple[str, ...]]]:

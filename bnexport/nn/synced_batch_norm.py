@@ -18,16 +18,10 @@ from bnexport.nn.batch_norm import BatchNorm
 
 
 def synchronised(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm that has moving statistics by one over all processes.
+    """Replace every BatchNorm of a model that has moving statistics by one over all processes, in place.
 
     Parameters and buffers are shared with the old layers and keep their names, so a state dict fits both. On CUDA torch's own
-    layers become ``nn.SyncBatchNorm``.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        The model, or the new layer where the model is itself a BatchNorm.
+    layers become ``nn.SyncBatchNorm``. Return the model, or the new layer where the model is itself a BatchNorm.
 
     Raises:
         ModelError: The forward of a user's class does more than BatchNorm.

@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto
 from bnexport.bundle import INT8_TARGETS
 from bnexport.data.dataset_table import is_dataset
 from bnexport.data.datasets import load_train_images
-from bnexport.data.prepare import prepared
+from bnexport.data.images import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.data.samples import load_samples
 from bnexport.errors import DataError, ModelError, UsageError

@@ -6,11 +6,20 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Column
 
 from bnexport.benchmarking.report import UNKNOWN, BenchmarkReport, Result
 from bnexport.benchmarking.request import Subject
 from bnexport.environment import describe
-from bnexport.reporting.tables import STYLES, literal, make_table, print_environment
+from bnexport.reporting.tables import (
+    STYLES,
+    ReportTable,
+    number_column,
+    print_environment,
+    print_lines,
+    text_column,
+    word_column,
+)
 from bnexport.verification.verdict import NOTHING
 
 if TYPE_CHECKING:
@@ -128,31 +137,25 @@ def machine_sentence(report: BenchmarkReport) -> str:
 def print_benchmark(report: BenchmarkReport, console: Console) -> None:
     """Print the recommendations, the table of speeds, the table of processes, and the conditions."""
     for sentence in conclusions(report):
-        style = STYLES["FAIL"] if report.no_winner else STYLES["PASS"]
-        console.print(literal(sentence, console, style=style))
+        print_lines(console, sentence, style=STYLES["FAIL" if report.no_winner else "PASS"])
     _print_table(console, HEADS, [speed_cells(result) for result in report.results])
     _print_table(console, PROCESS_HEADS, list(process_cells(report)))
-    for line in (*LEGEND, *PROCESS_LEGEND):
-        console.print(literal(line, console, style="dim"))
-    for line in remarks(report):
-        console.print(literal(line, console), soft_wrap=True)
-    console.print(literal(machine_sentence(report), console, style="dim"))
+    print_lines(console, *LEGEND, *PROCESS_LEGEND, style="dim")
+    print_lines(console, *remarks(report), soft_wrap=True)
+    print_lines(console, machine_sentence(report), style="dim")
     print_environment(report.environment, console)
 
 
+def _column(head: str) -> Column:
+    if head == "runtime":
+        return text_column(head, min_width=12)
+    return number_column(head) if head in NUMBERS else word_column("" if head == "verdict" else head)
+
+
 def _print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = make_table(console)
-    for head in heads:
-        folds = head == "runtime"
-        table.add_column(
-            "" if head == "verdict" else head,
-            justify="right" if head in NUMBERS else "left",
-            no_wrap=not folds,
-            overflow="fold" if folds else "ellipsis",
-            min_width=12 if folds else None,
-        )
+    table = ReportTable(console, *map(_column, heads))
     for row in rows:
-        table.add_row(*(literal(cell, console) for cell in row))
+        table.add(*row)
     console.print(table)
 
 

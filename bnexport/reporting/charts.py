@@ -7,7 +7,7 @@ of speeds is also a file without a page: it holds its names, escaped, and its st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,16 +57,10 @@ def axis_of(parts: Iterable[Array | float | None]) -> ChartAxis:
 
 
 def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: ChartAxis) -> Markup:
-    """Draw one run's errors as a strip: an area for the samples, a dot for each batch's largest error, and the bound.
+    """Draw one run's errors as a strip: an area for the samples, a dot for each batch's largest error (``worst``), the bound.
 
-    The strip stretches with the page; every run of a page shares the axis. The height grows with the logarithm of the
-    count, so that one bad sample of thousands can be seen.
-
-    Args:
-        errors: Error of each sample (n,), as a share of the scale; may be empty.
-        worst: The largest error of each batch.
-        bound: The largest error that passes.
-        axis: From ``axis_of``.
+    ``errors`` (n,) are shares of the scale and may be empty. Every run of a page shares the axis. The height grows with the
+    logarithm of the count, so that one bad sample of thousands can be seen.
     """
     finite = np.asarray(errors, dtype=np.float64)
     finite = finite[np.isfinite(finite)]
@@ -86,17 +80,10 @@ def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: 
 
 
 def margins(errors: Array, margin: Array, bound: float | None, across: ChartAxis, up: ChartAxis) -> Markup:
-    """Draw error against margin of one run's samples as a map of counts; labels can change in the shaded corner only.
+    """Draw error against margin of one run's samples (n,) as a map of counts; labels can change in the shaded corner only.
 
-    The margin is the reference's best score less its second best. While it exceeds twice the error, no error of that
-    size can change the label.
-
-    Args:
-        errors: Error of each sample (n,), as a share of the scale.
-        margin: Margin of each sample (n,), as a share of the scale.
-        bound: The largest error that passes.
-        across: Axis of the margins.
-        up: Axis of the errors.
+    Both are shares of the scale. The margin is the reference's best score less its second best. While it exceeds twice the
+    error, no error of that size can change the label.
     """
     left, width, height = 46, 256, 150
     known = np.isfinite(errors) & np.isfinite(margin)
@@ -106,12 +93,7 @@ def margins(errors: Array, margin: Array, bound: float | None, across: ChartAxis
         bins=(_COLUMNS, _ROWS),
         range=((0.0, 1.0), (0.0, 1.0)),
     )
-    parts = [_corner(across, up, left, width, height)]
-    for share, label in up.ticks(4):
-        y = _n(height * (1 - share))
-        parts.append(
-            f'<path class="grid" d="M{left} {y}h{width}"/><text x="{left - 4}" y="{y}" dy="3.5">{label}</text>'
-        )
+    parts = [_corner(across, up, left, width, height), *_lines_across(up, left, width, height)]
     for share, label in across.ticks(4):
         x = _n(left + width * share)
         anchor = "start" if share < 0.03 else "end" if share > 0.97 else "middle"
@@ -139,12 +121,7 @@ def drift(layers: Sequence[LayerDrift]) -> Markup:
     up = axis_of([measured, predicted])
     xs = left + width * (np.arange(len(layers)) + 0.5) / max(1, len(layers))
     ys, expected = height * (1 - up.at(measured)), height * (1 - up.at(predicted))
-    parts = []
-    for share, label in up.ticks(4):
-        y = _n(height * (1 - share))
-        parts.append(
-            f'<path class="grid" d="M{left} {y}h{width}"/><text x="{left - 4}" y="{y}" dy="3.5">{label}</text>'
-        )
+    parts = list(_lines_across(up, left, width, height))
     parts.append(f'<path class="expected" d="{_line(xs, expected)}"/><path class="line" d="{_line(xs, ys)}"/>')
     for x, y, layer in zip(xs, ys, layers, strict=True):
         if layer.left:
@@ -279,6 +256,13 @@ def _corner(across: ChartAxis, up: ChartAxis, left: int, width: int, height: int
 
 def _grid(axis: ChartAxis, height: int) -> str:
     return "".join(f'<path class="grid" d="M{_n(1000 * share)} 0V{height}"/>' for share, _ in axis.ticks())
+
+
+def _lines_across(up: ChartAxis, left: int, width: int, height: int) -> Iterator[str]:
+    """Yield the labelled lines of an axis that goes upwards."""
+    for share, label in up.ticks(4):
+        y = _n(height * (1 - share))
+        yield f'<path class="grid" d="M{left} {y}h{width}"/><text x="{left - 4}" y="{y}" dy="3.5">{label}</text>'
 
 
 def _line(xs: Array, ys: Array) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from bnexport.errors import OutputError
 from bnexport.files import write_atomically
+from bnexport.plain_table import printable
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
@@ -41,11 +42,9 @@ INK = "#222222"
 def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Draw train loss, train accuracy and test accuracy over the epochs, as the chapter does (d2l.ai, section 8.5).
 
-    Args:
-        history: One row per epoch with ``epoch``, ``train_loss`` (nats), ``train_accuracy`` and ``test_accuracy``
-            (fractions). A missing, None or non-finite value leaves a gap.
-        path: The picture, .png or .svg; written atomically.
-        title: Text above the picture; taken literally.
+    A row of ``history`` has ``epoch``, ``train_loss`` (nats), ``train_accuracy`` and ``test_accuracy`` (fractions); a value
+    that is missing, None or not finite leaves a gap. The picture, .png or .svg, is written atomically. The title is taken
+    literally.
 
     Raises:
         OutputError: ``path`` has another suffix or can't be written.
@@ -121,15 +120,10 @@ _LONGEST = 18  # letters of a class name
 
 
 def confusion_picture(counts: Array, labels: Sequence[str], path: Path, *, title: str) -> None:
-    """Draw each row as shares of its true class: the diagonal is recall, everything else a confusion.
+    """Draw each row of ``counts`` (true class, given class) as shares: the diagonal is recall, everything else a confusion.
 
-    The colour follows the square root of the share, so that a confusion of 1 % is visible next to a diagonal of 90 %.
-
-    Args:
-        counts: Integers (classes, classes): row the true class, column the given one.
-        labels: Class names; taken literally.
-        path: The picture, .png or .svg; written atomically.
-        title: Text above the picture; taken literally.
+    The colour follows the square root of the share, so that a confusion of 1 % is visible next to a diagonal of 90 %. The
+    picture, .png or .svg, is written atomically. Labels and title are taken literally.
 
     Raises:
         OutputError: ``path`` has another suffix or can't be written.
@@ -175,5 +169,5 @@ def _write_counts(axes: Axes, counts: Array, shares: Array) -> None:
 
 
 def _short(label: str) -> str:
-    plain = "".join(char if char.isprintable() else "?" for char in label)
+    plain = printable(label)
     return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 3].rstrip() + "..."

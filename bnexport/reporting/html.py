@@ -11,37 +11,7 @@ import jinja2
 
 from bnexport.bundle import Bundle, Manifest
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport
-from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_INT8, SHOWN_MAPS, Samples, drifts, int8_charts, maps, strips
-from bnexport.reporting.summary import (
-    KERNEL_STAGES,
-    SHOWN_CONFUSIONS,
-    SHOWN_FLIPS,
-    cell,
-    certified,
-    class_name,
-    columns,
-    command_of,
-    confusions,
-    file_groups,
-    flipped,
-    flips,
-    flips_on_real_inputs,
-    module_name,
-    pictures,
-    predicted_sentence,
-    rate_bound,
-    runs,
-)
-from bnexport.reporting.tables import (
-    FILE_CHECKS,
-    LEGEND,
-    gain_of,
-    growth_of,
-    not_run,
-    ordered_faults,
-    self_test_sentence,
-    tallies,
-)
+from bnexport.reporting import charts, summary, tables
 from bnexport.tensors import TensorSpec
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import Group, VerificationReport, groups, number, total_flips, word
@@ -87,53 +57,49 @@ def render_report(
     environment: Mapping[str, Any],
     commands: Sequence[str],
     run_command: str = "",
-    samples: Samples | None = None,
+    samples: charts.Samples | None = None,
 ) -> str:
     """Return the page as text; the same arguments give the same bytes.
 
-    Args:
-        manifest: Name, signature, labels; its ``fold``, ``verification`` and ``environment`` are not read.
-        fold: The fold report; None if the bundle has none.
-        verification: The verdict.
-        environment: Hardware and versions.
-        commands: Shell commands that repeat the verification.
-        run_command: The base of each run's command; "" is the first of ``commands``.
-        samples: Error and margin per sample by run, whose distribution the page shows.
+    The manifest's ``fold``, ``verification`` and ``environment`` are not read. ``commands`` repeat the verification;
+    ``run_command`` is the base of each run's command ("" is the first of ``commands``). ``samples`` has error and margin per
+    sample by run, whose distribution the page shows.
     """
-    lines, account = runs(verification), fold or FoldReport((), 0)
+    lines, account = summary.runs(verification), fold or FoldReport((), 0)
     counted = total_flips(group.flips for group in groups(verification) if group.flips is not None)
     base = run_command or next(iter(commands), "")
-    commanded = [(run.name, command_of(run, base, seed=verification.seed)) for run in lines]
-    faults, files, changed = ordered_faults(verification), file_groups(verification), flips(verification)
+    commanded = [(run.name, summary.command_of(run, base, seed=verification.seed)) for run in lines]
+    faults, files = tables.ordered_faults(verification), summary.file_groups(verification)
+    changed = summary.flips(verification)
     page = page_environment().get_template(TEMPLATE)
     return page.render(
         manifest=manifest,
         **dict(zip(("inputs", "outputs"), _specs(manifest), strict=True)),
         fold=account,
         no_fold="The bundle contains no fold report." if fold is None else "The network has no BatchNorm.",
-        tallies=tallies(account),
+        tallies=tables.tallies(account),
         many=len(account.rows) > OPEN_CALLS,
         verification=verification,
         runs=lines,
-        columns=columns(lines),
+        columns=summary.columns(lines),
         files=files,
-        not_run=[line.removeprefix("not run: ") for line in not_run(verification.skipped, 200)],
+        not_run=[line.removeprefix("not run: ") for line in tables.not_run(verification.skipped, 200)],
         file_rows=[row for group in files for row in group.rows],
         stages=_stages(verification),
         headline=_headline(verification),
         flips=counted,
         labelled=counted.certified + counted.uncertain + counted.explained + counted.unexplained,
-        rate_bound=rate_bound(verification),
-        self_test=self_test_sentence(verification),
+        rate_bound=summary.rate_bound(verification),
+        self_test=tables.self_test_sentence(verification),
         faults=faults,
         folded_faults=len(faults) > OPEN_FAULTS,
-        strips=strips(lines, samples or {}),
-        maps=maps(lines, samples or {}),
-        drifts=drifts(verification),
-        int8=int8_charts(verification.findings.int8),
+        strips=charts.strips(lines, samples or {}),
+        maps=charts.maps(lines, samples or {}),
+        drifts=charts.drifts(verification),
+        int8=charts.int8_charts(verification.findings.int8),
         changed=changed,
-        pictures=pictures(verification, changed[:SHOWN_FLIPS]),
-        confused=confusions(verification),
+        pictures=summary.pictures(verification, changed[: summary.SHOWN_FLIPS]),
+        confused=summary.confusions(verification),
         environment=environment,
         commands=commands,
         run_commands=[(name, command) for name, command in commanded if command],
@@ -141,13 +107,9 @@ def render_report(
 
 
 def verification_page(bundle: Bundle, report: VerificationReport, *, command: str, run_command: str = "") -> str:
-    """Return the page of a later verification, which may have run on another machine.
+    """Return the page of a later verification, which may have run on another machine; ``command`` repeats it.
 
-    Args:
-        bundle: The verified bundle; its manifest has the model's facts and the fold report.
-        report: The verdict.
-        command: Command that repeats the verification.
-        run_command: The command without the options of a run; "" is ``command``.
+    ``run_command`` is the command without the options of a run; "" is ``command``.
     """
     fold = bundle.manifest.fold
     return render_report(
@@ -176,30 +138,30 @@ def page_environment() -> jinja2.Environment:
     environment.globals.update(
         outcomes=OUTCOMES,
         gone=GONE,
-        legend=LEGEND,
-        meaning={**FILE_CHECKS, **KERNEL_STAGES},
+        legend=tables.LEGEND,
+        meaning={**tables.FILE_CHECKS, **summary.KERNEL_STAGES},
         shown_failures=SHOWN_FAILURES,
-        shown_flips=SHOWN_FLIPS,
-        shown_confusions=SHOWN_CONFUSIONS,
+        shown_flips=summary.SHOWN_FLIPS,
+        shown_confusions=summary.SHOWN_CONFUSIONS,
         shown_labels=SHOWN_LABELS,
-        shown_maps=SHOWN_MAPS,
-        shown_drifts=SHOWN_DRIFTS,
-        shown_int8=SHOWN_INT8,
+        shown_maps=charts.SHOWN_MAPS,
+        shown_drifts=charts.SHOWN_DRIFTS,
+        shown_int8=charts.SHOWN_INT8,
     )
     environment.filters.update(
         number=number,
         word=word,
-        flipped=flipped,
-        certified=certified,
-        module_name=module_name,
-        gain=gain_of,
-        growth=growth_of,
+        flipped=summary.flipped,
+        certified=summary.certified,
+        module_name=summary.module_name,
+        gain=tables.gain_of,
+        growth=tables.growth_of,
         compact=_compact,
         short="{:.3g}".format,
-        class_name=class_name,
-        cell_of=cell,
-        real_flips=flips_on_real_inputs,
-        predicted=predicted_sentence,
+        class_name=summary.class_name,
+        cell_of=summary.cell,
+        real_flips=summary.flips_on_real_inputs,
+        predicted=summary.predicted_sentence,
     )
     return environment
 

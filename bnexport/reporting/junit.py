@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
@@ -11,17 +12,15 @@ from bnexport.verification.verdict import FaultResult, Row, VerificationReport, 
 
 #: A verdict has no times; some readers require the attribute.
 _TIME = "0"
+#: Characters that XML 1.0 forbids: control characters, surrogates and two non-characters (section 2.2).
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit(report: VerificationReport, *, name: str) -> bytes:
-    """Return one test suite: a test case per comparison and per fault of the self-test; failures have their reason.
+    """Return one test suite ``name``: a test case per comparison and per fault of the self-test; failures have their reason.
 
     A part that did not run is a skipped case. If a report fails without a failed case (a stage is missing), a failed case
     is added, so that CI systems do not count the report as passed.
-
-    Args:
-        report: The verdict.
-        name: Name of the suite: the bundle's path as the user gave it.
     """
     cases = [*(_case(row) for row in report.rows), *map(_fault, report.findings.self_test or ()), *_skipped(report)]
     if not report.passed and all(case.find("failure") is None for case in cases):
@@ -113,11 +112,4 @@ def _with_output(case: ElementTree.Element, text: str) -> ElementTree.Element:
 
 
 def _clean(text: str) -> str:
-    """Return text without the characters that XML 1.0 forbids: control, surrogates, two non-characters (section 2.2)."""
-    return "".join(char if _allowed(ord(char)) else "?" for char in text)
-
-
-def _allowed(code: int) -> bool:
-    if code < 0x20:
-        return code in (0x9, 0xA, 0xD)
-    return not 0xD800 <= code <= 0xDFFF and code not in (0xFFFE, 0xFFFF)
+    return _FORBIDDEN.sub("?", text)

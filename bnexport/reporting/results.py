@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,13 +19,17 @@ from bnexport.evaluating.confusion import TOP_K, ClassScores, wilson_interval
 from bnexport.folding.report import FoldReport
 from bnexport.reporting.tables import (
     STYLES,
+    ReportTable,
     literal,
     make_console,
-    make_table,
+    number_column,
     print_checks,
     print_environment,
     print_fold_report,
+    print_lines,
     print_verdict,
+    text_column,
+    word_column,
 )
 from bnexport.verification.verdict import NOTHING, VerificationReport, number
 
@@ -72,14 +77,22 @@ def print_export(
     labels = None if bundle is None else bundle.manifest.labels
     print_checks(verification, console, labels=labels, verbose=verbose)
     if bundle is None:
-        console.print(literal("Nothing was written: a bundle appears only with the verdict PASS.", console))
+        print_lines(console, "Nothing was written: a bundle appears only with the verdict PASS.")
         return
     size = sum(entry["size"] for entry in bundle.manifest.files.values())
-    console.print(literal(f"Bundle: {bundle.path} ({size / 1000:.0f} kB)", console), soft_wrap=True)
-    console.print(literal(f"Report: {bundle.path / REPORT}", console), soft_wrap=True)
+    lines = [f"Bundle: {bundle.path} ({size / 1000:.0f} kB)", f"Report: {bundle.path / REPORT}"]
     if bundle.manifest.takes_pixels:
-        text = "Input: pixels as uint8, channels first. Every model file scales them and subtracts the mean itself."
-        console.print(literal(text, console), soft_wrap=True)
+        lines.append(
+            "Input: pixels as uint8, channels first. Every model file scales them and subtracts the mean itself."
+        )
+    print_lines(console, *lines, soft_wrap=True)
+
+
+def print_fold(report: FoldReport, file: Path, *notes: str) -> None:
+    """Print the fold report of a single file, notes, and the file with its size."""
+    console = make_console()
+    print_fold_report(report, console)
+    print_lines(console, *notes, f"File: {file} ({file.stat().st_size / 1000:.0f} kB)", soft_wrap=True)
 
 
 def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = False) -> None:
@@ -89,55 +102,38 @@ def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = Fals
             click.echo(json.dumps(prediction.to_json(), allow_nan=False))
         return
     console = make_console()
-    table = make_table(console)
-    table.add_column("label", overflow="fold")
-    table.add_column("probability", justify="right", no_wrap=True)
-    table.add_column("image", overflow="fold")
+    table = ReportTable(console, text_column("label"), number_column("probability"), text_column("image"))
     for prediction in predictions:
-        table.add_row(
-            literal(prediction.label, console), f"{prediction.probability:.4f}", literal(prediction.image, console)
-        )
+        table.add(prediction.label, f"{prediction.probability:.4f}", prediction.image)
     console.print(table)
 
 
 def print_statistics(
     inspection: Inspection, *, stale: StalenessReport | None = None, as_json: bool = False, every: bool = False
 ) -> None:
-    """Print a summary, one row per BatchNorm, and the marked channels.
-
-    Args:
-        inspection: The content of the file.
-        stale: The distance of its moving statistics from exact ones, if they were compared; printed after the table.
-        as_json: Print JSON instead.
-        every: Also print one row per channel.
-    """
+    """Print a summary, one row per BatchNorm and with ``every`` one per channel, marked channels, and stale statistics."""
     if as_json:
         layers = [layer.to_json() for layer in inspection.layers]
         value: dict[str, Any] = {"file": str(inspection.file), "note": inspection.note, "layers": layers}
         print_json(value if stale is None else {**value, "staleness": stale.to_json()})
         return
     console = make_console()
-    for line in _summary(inspection):
-        console.print(literal(line, console))
-    table = make_table(console)
-    table.add_column("BatchNorm", overflow="fold")
-    for heading in ("channels", "eps", "|gamma|", "moving var", "|scale|"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    print_lines(console, *_summary(inspection))
+    heads = ("channels", "eps", "|gamma|", "moving var", "|scale|")
+    table = ReportTable(console, text_column("BatchNorm"), *map(number_column, heads))
     for layer in inspection.layers:
         spans = (_span(abs(getattr(channel, name)) for channel in layer.channels) for name in _SPANS)
-        table.add_row(literal(layer.name, console), str(len(layer.channels)), f"{layer.eps:g}", *spans)
+        table.add(layer.name, str(len(layer.channels)), f"{layer.eps:g}", *spans)
     console.print(table)
-    notes = ("ranges: smallest..largest over channels; scale = gamma / sqrt(moving var + eps)", inspection.note)
-    for line in (*filter(None, map(_marks, inspection.layers)), *filter(None, notes)):
-        console.print(literal(line, console))
+    ranges = "ranges: smallest..largest over channels; scale = gamma / sqrt(moving var + eps)"
+    print_lines(console, *map(_marks, inspection.layers), ranges, inspection.note)
     if stale is not None:
         print_staleness(stale, console)
-        style = STYLES["FAIL"] if stale.stale else None
-        console.print(literal(stale.sentence(), console, style=style), soft_wrap=True)
+        print_lines(console, stale.sentence(), style=STYLES["FAIL"] if stale.stale else None, soft_wrap=True)
     for layer in inspection.layers if every else ():
         _print_channels(layer, console)
     if not every:
-        console.print(literal("--all prints every channel.", console, style="dim"))
+        print_lines(console, "--all prints every channel.", style="dim")
 
 
 #: Columns of a layer that are shown as ranges.
@@ -150,29 +146,23 @@ def _span(values: Iterable[float]) -> str:
 
 
 def _print_channels(layer: LayerStatistics, console: Console) -> None:
-    table = make_table(console)
+    heads = ("channel", "gamma", "beta", "moving mean", "moving var", "scale")
+    table = ReportTable(console, *map(number_column, heads), text_column(""))
     title = f"{layer.name} ({len(layer.channels)} channels, eps {layer.eps:g})"
     table.title, table.title_justify = literal(title, console), "left"
-    table.add_column("channel", justify="right")
-    for heading in ("gamma", "beta", "moving mean", "moving var", "scale"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
     for index, channel in enumerate(layer.channels):
         numbers = (channel.gamma, channel.beta, channel.moving_mean, channel.moving_var, channel.scale)
-        table.add_row(str(index), *(f"{value:.4g}" for value in numbers), channel.mark)
+        table.add(str(index), *(f"{value:.4g}" for value in numbers), channel.mark)
     console.print(table)
 
 
 def print_staleness(report: StalenessReport, console: Console) -> None:
     """Print the distance of each BatchNorm's moving statistics from the exact ones; the caller prints the sentence."""
-    table = make_table(console)
-    table.add_column("BatchNorm", overflow="fold")
-    for heading in ("mean off", "at most", "scale off", "at most", "error"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    heads = ("mean off", "at most", "scale off", "at most", "error")
+    table = ReportTable(console, text_column("BatchNorm"), *map(number_column, heads), text_column(""))
     for layer in report.layers:
-        table.add_row(
-            literal(layer.name, console),
+        table.add(
+            layer.name,
             f"{layer.shift:.3f}",
             f"{layer.worst_shift:.3f}",
             f"x {layer.scale:.3f}",
@@ -181,12 +171,12 @@ def print_staleness(report: StalenessReport, console: Console) -> None:
             "stale" if report.is_stale(layer) else "",
         )
     console.print(table)
-    notes = (
+    print_lines(
+        console,
         "mean off: in standard deviations, root mean square over channels; scale off: a factor, either way",
         f"error: change of the layer's output, as a share of its variation; stale above {report.threshold:.2g}",
+        style="dim",
     )
-    for note in notes:
-        console.print(literal(note, console, style="dim"))
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -228,10 +218,9 @@ def print_evaluation(evaluation: Evaluation, *, written: Sequence[str] = ()) -> 
     """Print the table of classes, then accuracy with its interval, loss, top-k, and the ``written`` files."""
     console = make_console()
     _print_classes(evaluation.classes, console)
-    what = f"{evaluation.n} test images of {evaluation.dataset}, {evaluation.runtime}"
-    console.print(literal(f"{evaluation.subject}: {what}", console), soft_wrap=True)
     low, high = evaluation.interval
     lines = [
+        f"{evaluation.subject}: {evaluation.n} test images of {evaluation.dataset}, {evaluation.runtime}",
         f"accuracy {evaluation.accuracy:.4f} (95 % Wilson interval {low:.4f} to {high:.4f};"
         f" {evaluation.correct} of {evaluation.n})",
         f"loss {evaluation.loss:.4f} nats",
@@ -240,8 +229,7 @@ def print_evaluation(evaluation: Evaluation, *, written: Sequence[str] = ()) -> 
         lines.append(f"top-{TOP_K} accuracy {evaluation.top:.4f}")
     if evaluation.note:
         lines.append(f"WARNING: {evaluation.note}")
-    for line in (*lines, *(f"written: {path}" for path in written)):
-        console.print(literal(line, console), soft_wrap=True)
+    print_lines(console, *lines, *(f"written: {path}" for path in written), soft_wrap=True)
     print_environment(evaluation.environment, console)
 
 
@@ -249,17 +237,15 @@ def _print_classes(classes: Sequence[ClassScores], console: Console) -> None:
     shown = list(classes)
     if len(shown) > LISTED_CLASSES:
         shown = sorted(shown, key=lambda row: (row.f1 is None, row.f1 or 0.0))[:LISTED_CLASSES]
-    table = make_table(console)
-    table.add_column("class", overflow="fold")
-    for heading in ("precision", "recall", "F1", "support"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    heads = ("precision", "recall", "F1", "support")
+    table = ReportTable(console, text_column("class"), *map(number_column, heads))
     for row in shown:
-        numbers = (_share(value) for value in (row.precision, row.recall, row.f1))
-        table.add_row(literal(row.label, console), *numbers, str(row.support))
+        shares = (NOTHING if value is None else f"{value:.4f}" for value in (row.precision, row.recall, row.f1))
+        table.add(row.label, *shares, str(row.support))
     console.print(table)
     if len(shown) < len(classes):
         note = f"the {len(shown)} of {len(classes)} classes with the lowest F1; --json FILE has all of them"
-        console.print(literal(note, console, style="dim"))
+        print_lines(console, note, style="dim")
 
 
 def print_recalibration(done: Recalibration, *, as_json: bool = False) -> None:
@@ -271,24 +257,21 @@ def print_recalibration(done: Recalibration, *, as_json: bool = False) -> None:
     print_staleness(done.distance, console)
     facts = done.facts
     how = f"{facts['images']} training images of {facts['dataset']}, batches of {facts['batch_size']}"
-    for line in (
+    print_lines(
+        console,
         *done.notes,
         f"re-estimated over {how}; definition: {facts['definition']}",
         f"test accuracy before: {_accuracy(done.before)}",
         f"test accuracy after:  {_accuracy(done.after)}",
         f"written: {done.out}",
-    ):
-        console.print(literal(line, console), soft_wrap=True)
+        soft_wrap=True,
+    )
     print_environment(done.environment, console)
 
 
 def _accuracy(found: Accuracy) -> str:
     low, high = wilson_interval(found.correct, found.n)
     return f"{found.correct / found.n:.4f} (95 % {low:.4f} to {high:.4f}, n = {found.n})"
-
-
-def _share(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.4f}"
 
 
 _STYLES = {"right": "green", "wrong": "bold red", "failed": "yellow", "not run": "dim"}
@@ -300,31 +283,30 @@ def print_audit(report: AuditReport, *, as_json: bool = False, console: Console 
         print_json(report.to_json())
         return
     console = console or make_console()
-    table = make_table(console)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("tool", overflow="fold")
-    for heading in ("BatchNorms left", "error", "bound"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    heads = ("BatchNorms left", "error", "bound")
+    table = ReportTable(console, word_column("verdict"), text_column("tool"), *map(number_column, heads))
     for row in report.rows:
-        table.add_row(
+        table.add(
             literal("control" if row.control else row.verdict, console, style=_STYLES[row.verdict]),
-            literal(row.tool, console),
+            row.tool,
             NOTHING if row.batch_norms is None else str(row.batch_norms),
-            error_of(row),
+            "inf" if row.error == math.inf else number(row.error),  # inf: answers that can't be compared
             number(report.bound) if row.verdict in ("right", "wrong") and not row.control else NOTHING,
         )
     console.print(table)
-    console.print("error: largest |difference| to the network in float64 / largest |output|", style="dim")
     batches = ", ".join(map(str, report.batches))
-    console.print(literal(f"bound: {report.rule}; batches of {batches}, seed {report.seed}", console, style="dim"))
+    print_lines(
+        console,
+        "error: largest |difference| to the network in float64 / largest |output|",
+        f"bound: {report.rule}; batches of {batches}, seed {report.seed}",
+        style="dim",
+    )
     for row in report.rows:
         if text := explanation(row):
-            console.print(literal(f"{row.verdict}: {row.tool}: {text}", console, style=_STYLES[row.verdict]))
-    for note in report.notes:
-        console.print(literal(f"note: {note}", console))
+            print_lines(console, f"{row.verdict}: {row.tool}: {text}", style=_STYLES[row.verdict])
+    print_lines(console, *(f"note: {note}" for note in report.notes))
     print_environment(report.environment, console)
-    style = _STYLES["wrong" if report.wrong else "right"]
-    console.print(literal(report.summary(), console, style=style), soft_wrap=True)
+    print_lines(console, report.summary(), style=_STYLES["wrong" if report.wrong else "right"], soft_wrap=True)
 
 
 def print_int8_audit(report: Int8Audit, *, as_json: bool = False, console: Console | None = None) -> None:
@@ -334,30 +316,19 @@ def print_int8_audit(report: Int8Audit, *, as_json: bool = False, console: Conso
         return
     console = console or make_console()
     console.width = min(console.width, _AUDIT_WIDTH)
-    table = make_table(console)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("check", overflow="fold", max_width=22)
-    table.add_column("result", overflow="fold")
+    columns = word_column("verdict"), text_column("check", max_width=22), text_column("result")
+    table = ReportTable(console, *columns)
     for check in report.checks:
         style = _STYLES.get(check.verdict, "")
-        table.add_row(
-            *(literal(text, console, style=style) for text in (check.verdict, check.name)), literal(check.text, console)
-        )
+        table.add(*(literal(text, console, style=style) for text in (check.verdict, check.name)), check.text)
     console.print(table)
     notes = [f"compared on {report.samples}"]
     if report.bound is not None:
         most = "" if report.largest is None else f", max {report.largest:.2g}"
         notes.append(f"bounds of the kernels: rms {report.bound:.2g}{most} of scale")
-    for note in notes:
-        console.print(literal(note, console, style="dim"))
+    print_lines(console, *notes, style="dim")
     print_environment(environment(), console)
-    style = _STYLES["wrong" if report.wrong else "right"]
-    console.print(literal(report.summary(), console, style=style), soft_wrap=True)
-
-
-def error_of(row: AuditRow) -> str:
-    """Return the error as a cell: "inf" for answers that can't be compared."""
-    return "inf" if row.error == math.inf else number(row.error)
+    print_lines(console, report.summary(), style=_STYLES["wrong" if report.wrong else "right"], soft_wrap=True)
 
 
 def explanation(row: AuditRow) -> str:

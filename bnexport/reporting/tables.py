@@ -6,16 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from bnexport.environment import describe
 from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldOutcome, FoldReport, FoldRow
+from bnexport.plain_table import printable
 from bnexport.reporting.summary import (
     KERNEL_STAGES,
     ReportedRun,
@@ -29,10 +30,6 @@ from bnexport.reporting.summary import (
     runs,
 )
 from bnexport.verification.verdict import NOTHING, FaultResult, VerificationReport, number, word
-
-if TYPE_CHECKING:
-    from bnexport.verification.verdict import Flips, VerificationReport
-
 
 #: Outcome of a fault -> its words in a sentence, in the order of the tables: missed faults first.
 FAULT_OUTCOMES: dict[str, str] = {
@@ -158,11 +155,9 @@ def make_console(stderr: bool = False) -> Console:
 
 def print_fold_report(report: FoldReport, console: Console) -> None:
     """Print the outcome of each BatchNorm call, after a summary and the warnings; of many calls, count removed ones."""
-    console.print(literal(report.summary(why=False), console), soft_wrap=True)
-    for warning in report.warnings:
-        console.print(literal(f"WARNING: {warning}", console, style=STYLES["FAIL"]))
-    if growth := growth_of(report):
-        console.print(literal(growth, console), soft_wrap=True)
+    print_lines(console, report.summary(why=False), soft_wrap=True)
+    print_lines(console, *(f"WARNING: {warning}" for warning in report.warnings), style=STYLES["FAIL"])
+    print_lines(console, growth_of(report), soft_wrap=True)
     rows = list(report.rows)
     if len(rows) > _LISTED_CALLS:
         _print_tallies(report, console)
@@ -172,37 +167,27 @@ def print_fold_report(report: FoldReport, console: Console) -> None:
 
 
 def _print_tallies(report: FoldReport, console: Console) -> None:
-    table = make_table(console)
-    table.add_column("calls", justify="right", no_wrap=True)
-    table.add_column("outcome", no_wrap=True)
-    table.add_column("rule", overflow="fold")
-    table.add_column("what it means", overflow="fold")
+    texts = map(text_column, ("rule", "what it means"))
+    table = ReportTable(console, number_column("calls"), word_column("outcome"), *texts)
     meanings = dict(OUTCOMES)
     for tally in tallies(report):
         meaning = meanings.pop(tally.outcome, "")  # once each
-        table.add_row(
-            str(tally.count),
-            literal(tally.outcome, console),
-            literal(tally.rule or NOTHING, console),
-            literal(meaning, console, style="dim"),
-        )
+        table.add(str(tally.count), tally.outcome, tally.rule or NOTHING, literal(meaning, console, style="dim"))
     console.print(table)
 
 
 def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
-    table = make_table(console)
-    table.add_column("outcome", no_wrap=True)
-    table.add_column("BatchNorm", overflow="fold", max_width=28)
-    table.add_column("folded into, or why not", overflow="fold")
-    table.add_column("|scale|", justify="right", no_wrap=True)
+    table = ReportTable(
+        console,
+        word_column("outcome"),
+        text_column("BatchNorm", max_width=28),
+        text_column("folded into, or why not"),
+        number_column("|scale|"),
+    )
     kinds = {row.kind for row in rows}
     for row in rows:
-        table.add_row(
-            literal(row.outcome, console),
-            literal(module_name(row.module) + (f" ({row.kind})" if len(kinds) > 1 else ""), console),
-            literal(outcome_cell(row)[0], console),
-            gain_of(row) if row.channels else NOTHING,
-        )
+        name = module_name(row.module) + (f" ({row.kind})" if len(kinds) > 1 else "")
+        table.add(row.outcome, name, outcome_cell(row)[0], gain_of(row) if row.channels else NOTHING)
     console.print(table)
     shown = [outcome for outcome in OUTCOMES if any(row.outcome == outcome for row in rows)]
     gone = ", ".join(outcome for outcome in shown if outcome in GONE)
@@ -211,8 +196,7 @@ def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
     notes.append("|scale|: smallest..largest |gamma / sqrt(var + eps)|")
     if any(outcome_cell(row)[1] for row in rows):
         notes.append("Reasons are shortened: --json prints them whole, with what would help.")
-    for note in notes:
-        console.print(literal(note, console, style="dim"))
+    print_lines(console, *notes, style="dim")
 
 
 def print_verification(
@@ -233,13 +217,12 @@ def print_verdict(report: VerificationReport, console: Console, *, advice: str =
 
     ``advice`` follows the coverage of a verdict that covers a part of the proof.
     """
-    console.print(literal(report.summary(advice=advice), console, style=STYLES[word(report.passed)]), soft_wrap=True)
+    print_lines(console, report.summary(advice=advice), style=STYLES[word(report.passed)], soft_wrap=True)
     for row in report.failures[:_LISTED_FAILURES]:
-        console.print(literal(f"FAIL {row.stage}, {row.run}, {row.case}: {row.reason}", console, style=STYLES["FAIL"]))
+        print_lines(console, f"FAIL {row.stage}, {row.run}, {row.case}: {row.reason}", style=STYLES["FAIL"])
     if (more := len(report.failures) - _LISTED_FAILURES) > 0:
-        console.print(literal(f"and {more} more failed comparisons: --json lists them", console))
-    for warning in report.findings.warnings:
-        console.print(literal(f"WARNING: {warning}", console))
+        print_lines(console, f"and {more} more failed comparisons: --json lists them")
+    print_lines(console, *(f"WARNING: {warning}" for warning in report.findings.warnings))
 
 
 def print_checks(
@@ -252,23 +235,15 @@ def print_checks(
     lines = runs(report)
     _print_files(report, console)
     _print_runs(lines, console)
-    for note in (
-        f"inputs: {report.inputs}" if report.inputs else "",
-        f"compared: {report.coverage}" if report.coverage else "",
-        f"reference: {report.reference}" if report.reference else "",
-        *_found(report, lines),
-    ):
-        if note:
-            console.print(literal(note, console, style="dim"))
-    for note in _int8_lines(report) if verbose else ():
-        console.print(literal(note, console))
+    facts = (("inputs", report.inputs), ("compared", report.coverage), ("reference", report.reference))
+    notes = [f"{name}: {text}" for name, text in facts if text]
+    print_lines(console, *notes, *_found(report, lines), style="dim")
+    print_lines(console, *(_int8_lines(report) if verbose else ()))
     _print_flips(report, console, labels)
     _print_self_test(report, console)
-    for line in not_run(report.skipped, console.width, verbose=verbose):
-        console.print(literal(line, console))
+    print_lines(console, *not_run(report.skipped, console.width, verbose=verbose))
     if not report.passed:  # a verdict PASS contains these sentences
-        for sentence in report.findings.waived.values():
-            console.print(literal(f"not run: {sentence}", console))
+        print_lines(console, *(f"not run: {sentence}" for sentence in report.findings.waived.values()))
 
 
 def not_run(skipped: Mapping[str, str], width: int = 80, *, verbose: bool = False) -> list[str]:
@@ -303,20 +278,20 @@ def _print_files(report: VerificationReport, console: Console) -> None:
     gathered = file_groups(report)
     if not gathered:
         return
-    table = make_table(console)
-    table.add_column("", no_wrap=True)
-    table.add_column("check of files", no_wrap=True)
-    table.add_column("file", overflow="fold", min_width=10)
-    for heading in ("compared", "max error", "bound"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("passes if", overflow="fold", min_width=20)
+    table = ReportTable(
+        console,
+        *map(word_column, ("", "check of files")),
+        text_column("file", min_width=10),
+        *map(number_column, ("compared", "max error", "bound")),
+        text_column("passes if", min_width=20),
+    )
     meanings = dict(FILE_CHECKS)
     for group in gathered:
         worst = group.worst
-        table.add_row(
-            literal(word(group.passed), console),
-            literal(group.stage, console),
-            literal(group.subject, console),
+        table.add(
+            word(group.passed),
+            group.stage,
+            group.subject,
             str(group.n),
             number(worst.error if worst else None),
             number(worst.bound if worst else None),
@@ -329,32 +304,25 @@ def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
     """Print one line per runtime and settings. A stage that failed has FAIL in place of its number."""
     if not lines:
         return
-    table = make_table(console)
-    table.add_column("", no_wrap=True)
-    table.add_column("\n\nruntime", overflow="fold", min_width=17)
-    for heading in (
-        "\ngolden\nvectors",
-        "\nmax\nerror",
-        "x\npredicted\nnoise",
-        "across\nbatch\nsizes",
-        "\nlabels\nchanged",
-        "labels\nproven\nstable",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
+    heads = ["\ngolden\nvectors", "\nmax\nerror", "x\npredicted\nnoise", "across\nbatch\nsizes"]
+    heads += ("\nlabels\nchanged", "labels\nproven\nstable")
+    runtime = text_column("\n\nruntime", min_width=17)
+    table = ReportTable(console, word_column(""), runtime, *map(number_column, heads))
     for run in lines:
         kernels = run.kernels
-        table.add_row(
-            literal(word(run.passed), console),
-            literal(run.name, console),
-            *(literal(_stage_cell(run, stages), console) for stages in (("golden",), tuple(KERNEL_STAGES))),
+        flipped = kernels.flips if kernels else None
+        table.add(
+            word(run.passed),
+            run.name,
+            _stage_cell(run, ("golden",)),
+            _stage_cell(run, tuple(KERNEL_STAGES)),
             number(kernels.ratio if kernels else None),
-            literal(_stage_cell(run, ("batch-size", "repeat")), console),
-            _changed(kernels.flips if kernels else None),
-            certified(kernels.flips if kernels else None),
+            _stage_cell(run, ("batch-size", "repeat")),
+            NOTHING if flipped is None else str(flipped.explained + flipped.unexplained),
+            certified(flipped),
         )
     console.print(table)
-    for note in (*LEGEND, *_bounds(lines)):
-        console.print(literal(note, console, style="dim"))
+    print_lines(console, *LEGEND, *_bounds(lines), style="dim")
 
 
 def _stage_cell(run: ReportedRun, stages: Sequence[str]) -> str:
@@ -378,10 +346,6 @@ def _bounds(lines: Sequence[ReportedRun]) -> list[str]:
             low, high = number(bounds[0]), number(bounds[-1])
             found.append(f"{stage}: {meaning}; max error at most {low if low == high else f'{low} to {high}'}")
     return found
-
-
-def _changed(flips: Flips | None) -> str:
-    return NOTHING if flips is None else str(flips.explained + flips.unexplained)
 
 
 def _found(report: VerificationReport, lines: Sequence[ReportedRun]) -> list[str]:
@@ -432,52 +396,72 @@ def _print_flips(report: VerificationReport, console: Console, labels: Sequence[
         true = "" if item.label is None else f" (true {class_name(item.label, labels)})"
         before, after = class_name(item.reference, labels), class_name(item.candidate, labels)
         why = "explained" if item.explained else "NOT explained"
-        console.print(
-            literal(
-                f"label changed, sample {item.index}: {before} -> {after}{true}, margin"
-                f" {number(item.margin)}, {why}; {'; '.join(flip.runs)}",
-                console,
-                style="dim" if item.explained else STYLES["FAIL"],
-            )
+        print_lines(
+            console,
+            f"label changed, sample {item.index}: {before} -> {after}{true}, margin {number(item.margin)}, {why};"
+            f" {'; '.join(flip.runs)}",
+            style="dim" if item.explained else STYLES["FAIL"],
         )
     if (more := len(changed) - _LISTED_FLIPS) > 0:
-        console.print(literal(f"and {more} more changed labels: --json lists them", console, style="dim"))
+        print_lines(console, f"and {more} more changed labels: --json lists them", style="dim")
 
 
 def _print_self_test(report: VerificationReport, console: Console) -> None:
     faults = ordered_faults(report)
     if faults:
-        table = make_table(console)
-        table.add_column("self-test", no_wrap=True)
-        table.add_column("fault", overflow="fold")
-        table.add_column("where", overflow="fold")
-        table.add_column("made for it", overflow="fold")
-        table.add_column("caught by", overflow="fold")
+        heads = ("fault", "where", "made for it", "caught by")
+        table = ReportTable(console, word_column("self-test"), *map(text_column, heads))
         for fault in faults:
-            shown = literal("MISSED" if fault.outcome == "missed" else fault.outcome, console)
-            shown.stylize(STYLES["FAIL"] if fault.outcome == "missed" else "")
-            cells = (fault.fault, fault.where, fault.expected, ", ".join(fault.caught) or "nothing")
-            table.add_row(shown, *(literal(cell, console) for cell in cells))
+            missed = fault.outcome == "missed"
+            shown = literal("MISSED", console, style=STYLES["FAIL"]) if missed else fault.outcome
+            table.add(shown, fault.fault, fault.where, fault.expected, ", ".join(fault.caught) or "nothing")
         console.print(table)
     if sentence := self_test_sentence(report):
-        console.print(literal(f"self-test: {sentence}", console, style=STYLES["FAIL"] if report.missed else ""))
+        print_lines(console, f"self-test: {sentence}", style=STYLES["FAIL"] if report.missed else "")
 
 
 def print_environment(record: Mapping[str, Any], console: Console) -> None:
     """Print hardware and versions in one paragraph, as the conditions of the numbers above it."""
-    console.print(literal(describe(dict(record)), console, style="dim"))
+    print_lines(console, describe(dict(record)), style="dim")
 
 
-def make_table(console: Console) -> Table:
-    """Return an empty table with lines that the console's encoding can show."""
-    plain = not console.encoding.lower().startswith("utf")
-    # ASCII lines touch adjacent words; the other lines are spaces, and a second space would widen each column.
-    style, padding = (box.ASCII, (0, 1, 0, 0)) if plain else (box.SIMPLE_HEAD, (0, 0, 0, 0))
-    return Table(box=style, header_style="bold", padding=padding, pad_edge=False)
+def word_column(head: str) -> Column:
+    """Return a column of words that are never wrapped."""
+    return Column(head, no_wrap=True)
+
+
+def text_column(head: str, *, min_width: int | None = None, max_width: int | None = None) -> Column:
+    """Return a column of texts that are wrapped where space is scarce."""
+    return Column(head, overflow="fold", min_width=min_width, max_width=max_width)
+
+
+def number_column(head: str) -> Column:
+    """Return a column of numbers, aligned to the right."""
+    return Column(head, justify="right", no_wrap=True)
+
+
+class ReportTable(Table):
+    """A table of literal texts with lines that the console's encoding can show."""
+
+    def __init__(self, console: Console, *columns: Column) -> None:
+        plain = not console.encoding.lower().startswith("utf")
+        # ASCII lines touch adjacent words; the other lines are spaces, and a second space would widen each column.
+        style, padding = (box.ASCII, (0, 1, 0, 0)) if plain else (box.SIMPLE_HEAD, (0, 0, 0, 0))
+        super().__init__(*columns, box=style, header_style="bold", padding=padding, pad_edge=False)
+        self._console = console
+
+    def add(self, *cells: str | Text) -> None:
+        """Add a row; a text without a style is literal."""
+        self.add_row(*(literal(cell, self._console) if isinstance(cell, str) else cell for cell in cells))
+
+
+def print_lines(console: Console, *texts: str, style: str | None = None, soft_wrap: bool = False) -> None:
+    """Print literal lines; an empty text is left out. ``soft_wrap`` leaves the wrapping of long lines to the terminal."""
+    for text in filter(None, texts):
+        console.print(literal(text, console, style=style), soft_wrap=soft_wrap)
 
 
 def literal(value: str, console: Console, *, style: str | None = None) -> Text:
     """Return literal text in the console's encoding, without characters that control the terminal."""
-    printable = "".join(char if char.isprintable() else "?" for char in value)
-    safe = printable.encode(console.encoding, "replace").decode(console.encoding)
+    safe = printable(value).encode(console.encoding, "replace").decode(console.encoding)
     return Text(safe, style=STYLES.get(safe, "") if style is None else style)

@@ -91,14 +91,7 @@ class _Waiting:
 
 
 class Batcher:
-    """The queue in front of the sessions of one model.
-
-    Args:
-        runners: Open runners; each runs one batch at a time.
-        cost: Cost of a batch on one runner.
-        limits: Limits of the queue and the batches.
-        batches: Run samples of several requests together (``Signature.batched``).
-    """
+    """The queue in front of the sessions of one model; ``batches`` runs samples of several requests together."""
 
     def __init__(self, runners: Sequence[Runner], cost: Cost, limits: BatchLimits, *, batches: bool = True) -> None:
         self.statistics = ModelStatistics()
@@ -241,16 +234,11 @@ class Batcher:
             start += item.rows
 
 
-def _together(batch: list[_Waiting]) -> dict[str, Array]:
-    feeds = batch[0].inputs
-    if len(batch) == 1:
-        return feeds
-    return {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
-
-
 def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[BatchOutcome, int]:
+    feeds = batch[0].inputs
     try:
-        feeds = _together(batch)
+        if len(batch) > 1:
+            feeds = {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
     except Exception as error:  # otherwise the session would never be idle again
         return _fault(error), 0
     return _run(runner, feeds)

@@ -140,10 +140,8 @@ class Records:
     """A record of counters and a heartbeat per slot; each slot has one writer at a time, and any number of readers.
 
     A record is written to the older of two places, so a reader always finds a complete one, even if the writer was killed
-    during a write. The memory has no name, and disappears with the last process.
-
-    Args:
-        descriptor: Descriptor of the memory, made by ``new_memory`` in the process that starts the others.
+    during a write. The memory has no name, and disappears with the last process. ``new_memory`` makes it in the process that
+    starts the others.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -255,12 +253,7 @@ class Share:
 
     Counters never fall. A restarted process continues from its predecessor's counters. A process writes its counters before it
     reports them, so every other process reports at least as much afterwards. Counts of the other processes in the last tenth of
-    a second may be missing.
-
-    Args:
-        records: Records of all processes.
-        slot: This process's number.
-        slots: Number of processes.
+    a second may be missing. ``slot`` is this process's number, ``slots`` the number of processes.
     """
 
     def __init__(self, records: Records, slot: int, slots: int) -> None:

@@ -58,10 +58,8 @@ def deafen(listener: socket.socket) -> bool:
     """Make the system drop new clients' packets to a listening socket, so that its backlog stays empty after it was emptied.
 
     The clients try again after a second, and are refused then or reach another server. (Linux, socket(7): SO_ATTACH_FILTER with
-    a program of one instruction, which keeps no byte of any packet. Existing connections are not affected.)
-
-    Returns:
-        True if the system can do this. Otherwise, a client may be reset in the microseconds before the socket closes.
+    a program of one instruction, which keeps no byte of any packet. Existing connections are not affected.) Return False if the
+    system can't do this: a client may then be reset in the microseconds before the socket closes.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -129,13 +129,18 @@ def run_images(runner: Runner, inputs: Array) -> Array:
     return np.concatenate([runner.run({spec.name: batch})[output][:rows] for batch, rows in batches(inputs, spec)])
 
 
+def softmax(logits: Array) -> Array:
+    """Return probabilities in float64 of logits (..., classes)."""
+    exact = logits.astype(np.float64)
+    weights = np.exp(exact - exact.max(-1, keepdims=True))
+    return np.asarray(weights / weights.sum(-1, keepdims=True))
+
+
 def labelled(image: str, logits: Array, labels: Sequence[str] | None) -> Prediction:
     """Return the prediction of one row of logits."""
     index = int(logits.argmax())
-    exact = logits.astype(np.float64)
-    weights = np.exp(exact - exact.max())
     label = labels[index] if labels is not None and index < len(labels) else str(index)
-    return Prediction(image, index, label, float(weights[index] / weights.sum()), tuple(map(float, logits)))
+    return Prediction(image, index, label, float(softmax(logits)[index]), tuple(map(float, logits)))
 
 
 def predict_images(

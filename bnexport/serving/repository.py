@@ -89,11 +89,7 @@ class Repository:
             return found
         versions = self.models.get(name)
         if versions is None:
-            raise RequestError(
-                f"the server has no model {shown(name)}",
-                remedy="The index (POST v2/repository/index) lists them",
-                status=404,
-            )
+            raise _unknown(name)
         entry = versions[max(versions, key=int)] if version is None else versions.get(version)
         if entry is None:
             raise RequestError(
@@ -122,11 +118,12 @@ class Repository:
             for version, entry in versions.items():
                 yield name, version, entry
 
-    def index(self) -> list[dict[str, Any]]:
+    def index(self, *, only_ready: bool = False) -> list[dict[str, Any]]:
         """Return the answer to v2/repository/index (Triton, "Model Repository Extension")."""
         return [
             {"name": name, "version": version, "state": entry.state, "reason": entry.reason}
             for name, version, entry in self.each()
+            if entry.served is not None or not only_ready
         ]
 
     async def poll(self) -> None:
@@ -151,11 +148,7 @@ class Repository:
             key: folder for key, folder in (await asyncio.to_thread(find_bundles, self.path)).items() if key[0] == name
         }
         if not places:
-            raise RequestError(
-                f"the server has no model {shown(name)}",
-                remedy="Copy its folder into the folder of models first",
-                status=404,
-            )
+            raise _unknown(name, remedy="Copy its folder into the folder of models first")
         for (_, version), folder in places.items():
             entry = self.models.setdefault(name, {}).setdefault(version, Version(folder))
             entry.seen = await asyncio.to_thread(_looks, folder)
@@ -166,11 +159,7 @@ class Repository:
     def unload(self, name: str) -> None:
         """Close every version of a model; the index lists it as unavailable."""
         if name not in self.models:
-            raise RequestError(
-                f"the server has no model {shown(name)}",
-                remedy="The index (POST v2/repository/index) lists them",
-                status=404,
-            )
+            raise _unknown(name)
         for version, entry in self.models[name].items():
             self._replace(name, version, entry, None)
             entry.reason = _UNLOADED
@@ -276,6 +265,10 @@ def _left_out(path: Path, found: Collection[Path]) -> list[Path]:
     models = {folder.parent for folder in (*found, *odd)}
     empty = [folder for folder in sorted(path.glob("[!.]*")) if folder.is_dir() and folder not in models]
     return [*empty, *odd]
+
+
+def _unknown(name: str, remedy: str = "The index (POST v2/repository/index) lists them") -> RequestError:
+    return RequestError(f"the server has no model {shown(name)}", remedy=remedy, status=404)
 
 
 def _unloaded(versions: Mapping[str, Version]) -> bool:

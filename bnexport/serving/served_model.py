@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +23,7 @@ from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.counters import ModelStatistics
 from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, check_labels, image_preprocessing
 from bnexport.serving.protocol.decoding import Decoder
-from bnexport.serving.protocol.encoding import answer
-from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
+from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse, answer
 from bnexport.serving.serving_limits import ServingLimits
 from bnexport.tensors import Array, TensorSpec
 from bnexport.tuned import Choice, tuned_choice, tuning_line
@@ -154,9 +153,10 @@ def open_served(name: str, version: str, path: Path, settings: ServingSettings) 
         another()
         feeds = _sample(bundle)
         cost = measured_cost(runners[0], feeds)
-        inline = runs_inline(runners[0], feeds, cost)
-        if settings.workers is None and tuned is None:
-            add_workers(runners, another, feeds, cost, max(1, available_cores() // settings.processes))
+        # One session is enough for a model that runs on the event loop: the loop is the limit.
+        inline = cost.seconds(_bytes(_one(runners[0], feeds))) < INLINE_SECONDS
+        if settings.workers is None and tuned is None and not inline:
+            add_workers(runners, another, feeds, most=max(1, available_cores() // settings.processes))
         wanted = tuned.sessions if tuned and not inline else settings.workers or 1
         while len(runners) < wanted:
             another()
@@ -195,26 +195,17 @@ def _preprocessing(bundle: Bundle) -> Preprocessing | None:
 def measured_cost(runner: Runner, feeds: dict[str, Array]) -> Cost:
     """Measure the cost of one sample and of all ``feeds``, each as the best of several runs."""
     one = _one(runner, feeds)
-    size_one, size_all = (sum(array.nbytes for array in side.values()) for side in (one, feeds))
+    size_one, size_all = _bytes(one), _bytes(feeds)
     first, rest = _best(lambda: runner.run(one)), _best(lambda: runner.run(feeds))
     per_byte = max(rest - first, 0.0) / (size_all - size_one) if size_all > size_one else first / max(size_one, 1)
     return Cost(max(first - per_byte * size_one, 0.0), per_byte)
 
 
-def runs_inline(runner: Runner, feeds: dict[str, Array], cost: Cost) -> bool:
-    """Return True for a model that runs on the event loop. It needs one session: the loop is the limit."""
-    return cost.seconds(sum(array.nbytes for array in _one(runner, feeds).values())) < INLINE_SECONDS
-
-
-def add_workers(
-    runners: list[Runner], another: Callable[[], Runner], feeds: dict[str, Array], cost: Cost, most: int | None = None
-) -> None:
+def add_workers(runners: list[Runner], another: Callable[[], Runner], feeds: dict[str, Array], *, most: int) -> None:
     """Open more sessions while each adds enough throughput for its memory."""
-    if runs_inline(runners[0], feeds, cost):
-        return
     one = _one(runners[0], feeds)
     rate = throughput(runners, one)
-    while len(runners) < (available_cores() if most is None else most):
+    while len(runners) < most:
         another()
         more = throughput(runners, one)
         if more < rate * _WORTH:
@@ -225,21 +216,17 @@ def add_workers(
 
 def throughput(runners: Sequence[Runner], feeds: dict[str, Array], seconds: float = _MEASURED_SECONDS) -> float:
     """Return the batches per second of concurrent sessions, each in a separate thread."""
-    counts = [0] * len(runners)
-    end = time.perf_counter() + seconds
-
-    def work(index: int) -> None:
-        while time.perf_counter() < end:
-            runners[index].run(feeds)
-            counts[index] += 1
-
     start = time.perf_counter()
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(runners))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / (time.perf_counter() - start)
+
+    def batches_of(runner: Runner) -> int:
+        count = 0
+        while time.perf_counter() < start + seconds:
+            runner.run(feeds)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(len(runners)) as pool:
+        return sum(pool.map(batches_of, runners)) / (time.perf_counter() - start)
 
 
 def _sample(bundle: Bundle) -> dict[str, Array]:
@@ -253,6 +240,10 @@ def _sample(bundle: Bundle) -> dict[str, Array]:
 def _one(runner: Runner, feeds: dict[str, Array]) -> dict[str, Array]:
     """Return one sample, or all samples of a fixed batch."""
     return {name: array[:1] for name, array in feeds.items()} if runner.signature.batched else feeds
+
+
+def _bytes(feeds: dict[str, Array]) -> int:
+    return sum(array.nbytes for array in feeds.values())
 
 
 def _best(call: Callable[[], object], runs: int = 5) -> float:

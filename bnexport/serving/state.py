@@ -10,7 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from bnexport import __version__
 from bnexport.errors import NotServing, RequestError
+from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.counters import Key, ModelTotals, Share, Totals
 from bnexport.serving.repository import Repository
@@ -18,6 +20,12 @@ from bnexport.serving.served_model import ServedModel
 from bnexport.serving.serving_limits import ServingLimits
 
 _LONGEST_ID = 128
+_STOPPING = "the server is stopping"
+_EXTENSIONS = (
+    "binary_tensor_data", "classification", "model_configuration", "model_repository", "schedule_policy", "statistics",
+)  # fmt: skip
+#: The protocol's "Server Metadata".
+SERVER_METADATA = {"name": "bnexport", "version": __version__, "extensions": _EXTENSIONS}
 
 
 @dataclass(frozen=True)
@@ -47,22 +55,15 @@ class Memory:
 
 
 class RequestContext(ABC):
-    """One request over HTTP or gRPC, with the data of its log line.
-
-    Attributes:
-        path: Path in the URL, unquoted; of gRPC "/package.Service/Method".
-        id: The client's request id, or a new one.
-        model: The answering model, once it is known.
-        rows: Samples, once they are known.
-        bytes_in: Bytes of the body.
-    """
+    """One request over HTTP or gRPC, with the data of its log line."""
 
     __slots__ = ("bytes_in", "id", "model", "path", "rows")
 
     def __init__(self, path: str, request_id: str) -> None:
-        self.path, self.id = path, request_id
-        self.model: ServedModel | None = None
-        self.rows = self.bytes_in = 0
+        self.path = path  # Path in the URL, unquoted; of gRPC "/package.Service/Method"
+        self.id = request_id  # The client's request id, or a new one
+        self.model: ServedModel | None = None  # The answering model, once it is known
+        self.rows = self.bytes_in = 0  # Samples, once they are known, and bytes of the body
 
     @abstractmethod
     def origin(self) -> tuple[str, str, str]:
@@ -70,14 +71,7 @@ class RequestContext(ABC):
 
 
 class ServerState:
-    """State that all requests share: models, settings, log and counters.
-
-    Args:
-        repository: Loaded.
-        settings: Permissions and limits of clients.
-        log: Log of requests and events.
-        share: Publishes this process's counters to the others; None if it serves alone.
-    """
+    """State that all requests share. ``share`` publishes this process's counters; None if it serves alone."""
 
     def __init__(
         self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
@@ -127,6 +121,46 @@ class ServerState:
             fields["trace"] = trace[:64]
         self.log.request(fields)
 
+    def fault(self, request: RequestContext, error: Exception) -> NotServing:
+        """Log an unexpected error, and return the error that the client gets."""
+        text = f"{type(error).__name__}: {one_line(error)}"
+        self.log.event("fault", id=request.id, path=request.path[:200], error=text)
+        return NotServing("the server failed", remedy="The server's log contains the error", status=500)
+
+    def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """Return the protocol's "Model Metadata"."""
+        model = self.repository.resolve(name, version)
+        versions = [number for number, entry in self.repository.models[name].items() if entry.served is not None]
+        return model.metadata(sorted(versions, key=int) if version is None else [version])
+
+    def statistics(self, name: str | None = None, version: str | None = None) -> dict[str, Any]:
+        """Return the counters of one model, or of all (Triton, "Statistics Extension")."""
+        if name is not None:
+            self.repository.resolve(name, version)
+        entries = [
+            found.statistics.to_json(model, number)
+            for (model, number), found in self.totals().models.items()
+            if found.statistics is not None and name in (None, model) and version in (None, number)
+        ]
+        return {"model_stats": entries}
+
+    def why_not_ready(self) -> str:
+        """Return the reason for sending no requests to this server; "" if it is ready."""
+        if self.draining:
+            return _STOPPING
+        if self.repository.ready():
+            return ""
+        problems = self.repository.problems()
+        return "; ".join(f"{name}: {text}" for name, text in problems.items()) or "the server has no model"
+
+    def why_model_not_ready(self, name: str, version: str | None = None) -> str:
+        """Return the reason why a model does not answer; "" if it answers."""
+        try:
+            self.repository.resolve(name, version)
+        except NotServing as error:
+            return error.sentence
+        return _STOPPING if self.draining else ""
+
     def totals(self) -> Totals:
         """Return the counters of all processes."""
         own = self._own_totals()
@@ -147,7 +181,16 @@ class ServerState:
             self.share.beat()
 
     def _own_totals(self) -> Totals:
-        return Totals(self.requests, self.calls, self.active, self.calls_active, _models_of(self.repository))
+        """Return the totals of this process. They share the counters."""
+        models: dict[Key, ModelTotals] = {}
+        for name, version, entry in self.repository.each():
+            served = entry.served
+            models[name, version] = (
+                ModelTotals(ready=False)
+                if served is None
+                else ModelTotals(True, served.batcher.waiting, served.batcher.workers, served.statistics)
+            )
+        return Totals(self.requests, self.calls, self.active, self.calls_active, models)
 
     def let_in(self, authorization: bytes) -> None:
         """Refuse a request without the required token."""
@@ -170,16 +213,3 @@ class ServerState:
                 remedy="Start the server with --allow-load, or with --poll to load changes from disk",
                 status=403,
             )
-
-
-def _models_of(repository: Repository) -> dict[Key, ModelTotals]:
-    """Return the totals of this process's models. They share the counters."""
-    models: dict[Key, ModelTotals] = {}
-    for name, version, entry in repository.each():
-        served = entry.served
-        models[name, version] = (
-            ModelTotals(ready=False)
-            if served is None
-            else ModelTotals(True, served.batcher.waiting, served.batcher.workers, served.statistics)
-        )
-    return models

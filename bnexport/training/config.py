@@ -22,7 +22,7 @@ AMP = ("off", "bfloat16", "float16")
 LENET = "bn_lenet"
 #: Channels, height and width of the images of DATASETS, the default of ``input``.
 _SHAPE = (1, 28, 28)
-_START_ANEW = "Start the training anew with --force"
+START_ANEW = "Start the training anew with --force"
 #: Options that a resumed run may change, because they change the weights by rounding only.
 _FREE = ("device", "cuda_graph")
 
@@ -165,8 +165,8 @@ class TrainingConfig:
         """Read the result of ``to_json``; a missing option gets its default. UsageError for bad values."""
         known = {item.name: item.default for item in fields(cls)}
         if not isinstance(value, Mapping) or "dataset" not in value or not set(value) <= set(known):
-            raise UsageError("the saved configuration has missing or unknown options", remedy=_START_ANEW)
-        wrong = UsageError("the saved configuration has values of the wrong type", remedy=_START_ANEW)
+            raise UsageError("the saved configuration has missing or unknown options", remedy=START_ANEW)
+        wrong = UsageError("the saved configuration has values of the wrong type", remedy=START_ANEW)
         if not all(_same_kind(given, known[name]) for name, given in value.items() if name != "model_options"):
             raise wrong
         try:

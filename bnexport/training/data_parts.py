@@ -77,7 +77,7 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
 
 
 def make_part(images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> DataPart:
-    """Return one part of a data set for a device; ``images`` are the result of ``data.prepare.prepared``."""
+    """Return one part of a data set for a device; ``images`` are the result of ``data.images.prepared``."""
     if images.size * 4 > RESIDENT_BYTES:
         return Streamed(images, labels, preprocessing, device)
     inputs = torch.from_numpy(preprocessing.apply(images))

@@ -26,7 +26,7 @@ from bnexport.errors import ModelError, OutputError
 from bnexport.files import output_errors, refuse_existing, write_atomically
 from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.optional import one_line
-from bnexport.training.config import TrainingConfig
+from bnexport.training.config import START_ANEW, TrainingConfig
 
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
@@ -59,13 +59,7 @@ class RunDirectory:
         self.model_path = self.path / MODEL
 
     def examine(self, config: TrainingConfig, *, resume: bool, force: bool) -> SavedEpoch | None:
-        """Return the last whole epoch of the run to resume, or None to start from the beginning; nothing is written.
-
-        Raises:
-            OutputError: The path is taken, is not a run, or can't be read.
-            UsageError: The resumed run was started with other options.
-            ModelError: The checkpoint is damaged.
-        """
+        """Return the last whole epoch of the run to resume, or None to start from the beginning; nothing is written."""
         if not resume:
             # An empty folder may be a mounted volume, which can't be replaced but can be filled.
             if not self.path.is_dir() or self._entries():
@@ -165,8 +159,7 @@ class RunDirectory:
             return TrainingConfig.from_json(training["config"]), saved
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{file} has no readable description of its training: {one_line(error)}",
-                remedy="Start anew with --force",
+                f"{file} has no readable description of its training: {one_line(error)}", remedy=START_ANEW
             ) from error
 
     def _read_config(self) -> TrainingConfig | None:
@@ -184,9 +177,7 @@ class RunDirectory:
                 ) from None
             return None
         except (OSError, ValueError) as error:
-            raise OutputError(
-                f"{self.path / CONFIG} can't be read: {one_line(error)}", remedy="Start anew with --force"
-            ) from error
+            raise OutputError(f"{self.path / CONFIG} can't be read: {one_line(error)}", remedy=START_ANEW) from error
 
     def _write_metrics(self, history: list[dict[str, Any]]) -> None:
         write_atomically(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in history).encode())

@@ -75,12 +75,9 @@ class Epochs:
     def take(
         self, order: Tensor, *, before_step: Callable[[int], None] | None = None, on_batch: OnBatch | None = None
     ) -> MeanMetrics:
-        """Train one epoch and return its means; each image counts with the weights of its step, as in the chapter.
+        """Train one epoch in an order (int64 on the CPU) and return its means; each image counts with the weights of its step.
 
-        Args:
-            order: Permutation of the images, int64 on the CPU.
-            before_step: Called with the number of the step in this epoch, from 0, before the step.
-            on_batch: Called after each step; it must not wait for the device.
+        ``before_step`` receives the number of the step in this epoch, from 0. ``on_batch`` must not wait for the device.
 
         Raises:
             Diverged: The loss or the weights are no longer finite; the message names the batch.

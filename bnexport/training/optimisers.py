@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnexport.errors import ModelError
 from bnexport.optional import one_line
-from bnexport.training.config import TrainingConfig
+from bnexport.training.config import START_ANEW, TrainingConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -107,6 +107,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         _fill_momentum(optimizer)  # for parameters without a gradient in a run of an older version
     except (ValueError, KeyError) as error:
         raise ModelError(
-            f"the optimiser's state in the checkpoint does not fit the network: {one_line(error)}",
-            remedy="Start anew with --force",
+            f"the optimiser's state in the checkpoint does not fit the network: {one_line(error)}", remedy=START_ANEW
         ) from error

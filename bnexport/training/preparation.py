@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.data.datasets import Dataset, load_dataset
-from bnexport.data.prepare import prepared
+from bnexport.data.images import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import cpu_name
 from bnexport.errors import BnexportError, ModelError, RuntimeUnavailable, UsageError
@@ -24,7 +24,7 @@ from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.synced_batch_norm import synchronised
 from bnexport.optional import one_line
 from bnexport.reproducibility import seeded
-from bnexport.training.config import LENET, TrainingConfig
+from bnexport.training.config import LENET, START_ANEW, TrainingConfig
 from bnexport.training.data_parts import DataPart, make_part
 from bnexport.training.directory import CHECKPOINT, SavedEpoch
 from bnexport.training.listeners import TrainingListener
@@ -50,7 +50,6 @@ def build_network(config: TrainingConfig, classes: int, preprocessing: Preproces
 
     Raises:
         ModelError: It can't be built, does not accept such images, or returns another number of scores.
-        MissingDependency: The package that defines it is not installed.
     """
     facts = network_facts(config, classes, preprocessing)
     with seeded(config.seed):
@@ -132,14 +131,7 @@ def prepare(
     data_dir: str | Path | None,
     listener: TrainingListener,
 ) -> Prepared:
-    """Load the data, and build the network and its optimiser.
-
-    Raises:
-        DataError, NetworkError: See ``data.datasets.load_dataset``.
-        ModelError: The network can't be built, the saved weights do not fit it, or its BatchNorm can't be synchronised.
-        UsageError: A batch is too small for a BatchNorm.
-        RuntimeUnavailable: float16 was requested on a CPU.
-    """
+    """Load the data, and build the network and its optimiser; the errors are those of ``training_run.train``."""
     if config.amp == "float16" and world.device.type != "cuda":
         raise RuntimeUnavailable(
             "--amp float16 needs a CUDA device", remedy="Use --amp bfloat16, which works on a CPU too, or leave it out"
@@ -162,7 +154,7 @@ def prepare(
             model.load_state_dict(saved.state)
         except RuntimeError as error:
             message = f"{CHECKPOINT} does not fit the network: {one_line(error)}"
-            raise ModelError(message, remedy="Start anew with --force") from error
+            raise ModelError(message, remedy=START_ANEW) from error
     unused = world.size > 1 and leaves_parameters_unused(model, preprocessing)
     model.to(world.device)
     if config.sync_batch_norm and world.size > 1:
@@ -172,10 +164,7 @@ def prepare(
         restore_optimizer(optimizer, saved.optimizer)
     train, test = (
         make_part(prepared(images, preprocessing), labels, preprocessing, world.device)
-        for images, labels in (
-            (dataset.train_images, dataset.train_labels),
-            (dataset.test_images, dataset.test_labels),
-        )
+        for images, labels in ((dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels))
     )
     scaler = saved.scaler if saved is not None else {}
     return Prepared(config, dataset, preprocessing, model, optimizer, train, test, world, scaler, unused)

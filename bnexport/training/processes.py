@@ -198,10 +198,6 @@ def open_world(device: str) -> Iterator[World]:
 
     A program that trains several times joins them once, by ``torch.distributed.init_process_group``, because the rendezvous
     of a closed group can't be used again. ``device`` is one of ``config.DEVICES``.
-
-    Raises:
-        RuntimeUnavailable: CUDA is not available, there are fewer GPUs than processes, or a process was lost.
-        UsageError: The environment variables contradict each other.
     """
     rank, size, local = asked_rank(), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
     kind = choose_device(device)

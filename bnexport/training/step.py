@@ -63,16 +63,10 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
 
     def __call__(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
-        """Take the step.
+        """Take the step with this process's part of a batch of ``images``: X (n, channels, height, width), labels y int64 (n,).
 
-        Args:
-            X: This process's part of the batch, (n, channels, height, width).
-            y: Labels, int64 (n,).
-            images: Number of images in the whole batch, summed over all processes.
-            sums: The loss and hits are added to these sums; the caller sets ``losses``.
-
-        Returns:
-            The sum of the losses of X, float32 (), on the device.
+        The loss and hits are added to ``sums``; the caller sets ``losses``. Return the sum of the losses of X, float32 (),
+        on the device.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(X.device.type, self.amp) if self.amp is not None else contextlib.nullcontext():

@@ -16,6 +16,7 @@ from bnexport.loading.checkpoint import Checkpoint
 from bnexport.nn.batch_norm import BatchNorm
 from bnexport.nn.moving_statistics import norm_layers, recalibrate
 from bnexport.nn.stale_statistics import staleness
+from bnexport.nn.statistics import eps_of
 from bnexport.reproducibility import seeded
 from bnexport.training.config import TrainingConfig
 from bnexport.training.directory import RunDirectory, SavedEpoch
@@ -242,6 +243,7 @@ class _TrainingRun:
             "labels": list(self.dataset.labels),
             "preprocessing": self.prepared.preprocessing.to_json(),
             "training": training,
+            "eps": eps_of(self.model),
             "recalibrated": recalibrated,
         }
         return Checkpoint(self.model.state_dict(), metadata)

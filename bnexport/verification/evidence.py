@@ -102,7 +102,7 @@ class Evidence:
             return ()
         return (
             "the inputs are synthetic: the number of labels that change on noise is not that of real samples; "
-            "give real ones with --dataset",
+            "give real ones with --dataset (and --source for your own network)",
         )
 
 

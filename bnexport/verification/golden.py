@@ -14,7 +14,7 @@ import numpy as np
 from bnexport.bundle import Manifest, write_golden
 from bnexport.data.dataset_table import is_dataset
 from bnexport.data.datasets import load_test_images
-from bnexport.data.prepare import prepared
+from bnexport.data.images import prepared
 from bnexport.data.preprocessing import preprocessing_of
 from bnexport.errors import BnexportError
 from bnexport.tensors import Array, Signature, TensorSpec

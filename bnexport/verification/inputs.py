@@ -201,7 +201,7 @@ def _found_images(
     from bnexport.data.classes import check_classes
     from bnexport.data.dataset_table import folder_of, is_dataset
     from bnexport.data.datasets import dataset_labels, load_test_images
-    from bnexport.data.prepare import prepared
+    from bnexport.data.images import prepared
     from bnexport.data.preprocessing import preprocessing_of
 
     if not is_dataset(name):

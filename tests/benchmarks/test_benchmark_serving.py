@@ -22,7 +22,7 @@ from benchmarks.serving.speed import Sample, ServerMemory, ServingPlan, ServingS
 from benchmarks.serving.wires import WIRES, read_logits
 from benchmarks.soak.server import running
 from bnexport.errors import BundleError, MissingDependency, ProofError, RuntimeUnavailable
-from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.inference import classes
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "models" / "bn_lenet" / "1"

@@ -176,7 +176,7 @@ class Branches(Base):
 
 @pytest.fixture
 def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs fold-and-export in a folder of its own; gives exit code, standard output and standard error."""
+    """Return a function that runs fold-and-export in a separate folder: exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BNEXPORT_DATA", raising=False)
     Path("nets.py").write_text(MODELS)
@@ -264,7 +264,7 @@ def test_timm(export: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytes
     )
     assert code == 0, out + err
     monkeypatch.setattr("bnexport.loading.zoo.installed", lambda _name: False)
-    assert run(["verify", "m/x/1"]) == 0  # without timm: by the golden vectors, with that said
+    assert run(["verify", "m/x/1"]) == 0  # without timm: by the golden vectors, which the output states
     shown = " ".join(capfd.readouterr().out.split())
     assert "the bundle's golden vectors, not the original network, timm:repvgg_a0" in shown
     assert "pip install 'bnexport[timm]'" in shown
@@ -382,7 +382,7 @@ def test_a_path_that_depends_on_the_size_is_refused(export: Run) -> None:
 
 
 def test_a_path_that_depends_on_the_size_fails_the_verdict(export: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were it not refused: torch.export takes the branch of the example; at an odd height the original takes the other."""
+    """Without the refusal, torch.export takes the branch of the example; at an odd height the original takes the other."""
     monkeypatch.setattr("bnexport.folding.torch_backend.trace.refuse_forks", lambda *_: None)
     code, out, _ = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size", "--format", "onnx")
     assert code == 1

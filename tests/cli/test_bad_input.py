@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import bnexport
 from bnexport.bundle import MODEL_ONNX, seal
-from bnexport.cli.main import COMMANDS, run
+from bnexport.cli.main import run
 from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
 
 Run = Callable[..., tuple[int, str]]
@@ -30,7 +30,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def bad(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command that must fail; gives its exit code and what it said on stderr."""
+    """Return a function that runs a command that must fail: its exit code and standard error."""
 
     def invoke(*arguments: object) -> tuple[int, str]:
         code = run([str(item) for item in arguments])
@@ -181,9 +181,6 @@ def test_data_sets(bad: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_no_gpu_and_unknown_words(bad: Run, bundle: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         assert bad("train", "--dataset", "digits", "--device", "cuda", "--out", tmp_path / "run")[0] == 3
-        code, message = bad("verify", bundle, "--runtime", "onnxruntime-cuda")
-        assert code == 3
-        assert len(message.splitlines()) == 2
     for arguments in (
         ("verify", bundle, "--runtime", "abacus"),
         ("predict", bundle, "picture.png", "--runtime", "abacus"),
@@ -255,16 +252,6 @@ def test_help_and_version_do_not_load_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """80 columns: no list of choices that is wider, and no sentence that is cut off."""
-    names = [[], *([name] for name in COMMANDS), *(["deploy", target] for target in ("triton", "kserve", "docker"))]
-    for words in names:
-        assert run([*words, "--help"]) == 0
-        shown = capsys.readouterr().out
-        assert [line for line in shown.splitlines() if len(line) > 80] == []
-        assert [line for line in shown.partition("Commands:")[2].splitlines() if line.endswith("...")] == []
-
-
 def test_ascii_terminal(good: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "COLUMNS": "80"}
     bundle = good / "models" / "lenet" / "1"
@@ -298,9 +285,9 @@ def test_names_in_files_do_not_steer_the_terminal(bad: Run, tmp_path: Path, capf
 
 def test_unknown_fault_is_one_sentence(bad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_arguments: object, **_options: object) -> None:
-        raise RuntimeError("something\nnobody thought of")
+        raise RuntimeError("something\nunexpected")
 
     monkeypatch.setattr("bnexport.loading.inspection.inspect_path", broken)
     code, message = bad("inspect", "x")
     assert code == 70
-    assert "something nobody thought of" in message
+    assert "something unexpected" in message

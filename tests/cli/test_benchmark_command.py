@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,7 @@ from bnexport.bundle import MODEL_ONNX, TUNED, Bundle
 from bnexport.cli.main import run
 from bnexport.verification import budget as verifying
 
-ONE = [
-    "--runtime",
-    "onnxruntime-cpu",
-    "--batch",
-    "1,2",
-    "--threads",
-    "1",
-    "--sessions",
-    "1",
-    "--seconds",
-    "0.1",
-    "--rounds",
-    "5",
-]
+ONE = shlex.split("--runtime onnxruntime-cpu --batch 1,2 --threads 1 --sessions 1 --seconds 0.1 --rounds 5")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +29,7 @@ def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests of this machine run beside others, so it is busy."""
+    """Report an idle machine: other tests run at the same time, so it is busy."""
     monkeypatch.setattr(BenchmarkReport, "busy", "")
 
 

@@ -97,12 +97,8 @@ def test_the_weights_option_refuses_folded_weights(
             error = capsys.readouterr().err
             assert "holds folded weights" in error
             assert "load_folded" in error
-    assert sorted(item.suffix for item in tmp_path.iterdir() if item.is_file()) == [
-        ".pth",
-        ".pth",
-        ".py",
-        ".safetensors",
-    ]
+    files = sorted(item.suffix for item in tmp_path.iterdir() if item.is_file())
+    assert files == [".pth", ".pth", ".py", ".safetensors"]
 
 
 def test_json_and_options(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,9 @@ def test_help_fits_80_columns(path: tuple[str, ...]) -> None:
     shown = CliRunner().invoke(cli, [*path, "--help"], terminal_width=80)
     assert shown.exit_code == 0
     assert max(map(len, shown.output.splitlines())) <= 80
+    assert not any(line.endswith("...") for line in shown.output.partition("Commands:")[2].splitlines()), (
+        "a cut sentence"
+    )
 
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)

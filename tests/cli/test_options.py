@@ -18,7 +18,7 @@ from bnexport.exporting.request import ExportRequest, OnnxTarget
 
 
 def options(*arguments: str) -> dict[str, Any]:
-    """What click hands to the command."""
+    """Return the values that click passes to the command."""
     with fold_and_export.command.make_context(
         "fold-and-export", ["net.py:make", "--out", "m/1", *arguments]
     ) as context:

@@ -199,14 +199,14 @@ def test_a_verification_at_chance_is_a_fail(home: Home, exported: Bundle, tmp_pa
     assert accepted.accuracy["accepted"] is True
 
 
-# What was asked for is met, or refused
+# A request is met, or refused
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ((*IMAGE, "--dataset", "folder:typo"), "typo does not exist"),
-        (("--input", "3x32x32", "--dataset", "PHOTOS"), "the preprocessing of the network is unknown. Pass"),
+        (("--input", "3x32x32", "--dataset", "PHOTOS"), "the preprocessing of the network is unknown. Pass --mean and --std"),
         ((*IMAGE[:2], *IMAGE[2:4], "--dataset", "PHOTOS"), "--mean is given without --std"),
         ((*IMAGE, "--data-dir", "photos"), "--data-dir is given without a data set"),
         ((*IMAGE, "--dataset", "mnist"), "MNIST is missing"),

@@ -19,7 +19,7 @@ from torch import nn
 
 def build(width=4):
     return nn.Sequential(
-        nn.Conv2d(1, width, 5, stride=3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 10)
+        nn.Conv2d(1, width, 5, stride=3), nn.BatchNorm2d(width, eps=0.002), nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 10)
     )
 """
 #: A value of the right kind for each option, which is not its default.
@@ -173,6 +173,12 @@ def test_a_network_of_ones_own_is_exported_by_its_code_and_its_checkpoint(tmp_pa
     assert code == 0, capsys.readouterr().err
     manifest = json.loads((tmp_path / "m" / "net" / "1" / "manifest.json").read_text())
     assert manifest["labels"] == list("0123456789")
+    for path in ("a", "m/net/1"):
+        capsys.readouterr()
+        assert run(["inspect", path]) == 0
+        shown = capsys.readouterr().out
+        assert "0.002" in shown, "the eps of the network, by which the fold divides"
+        assert "assumed" not in shown
 
 
 def test_the_checkpoint_of_another_network_sets_no_defaults(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -130,19 +131,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_verdict_as_a_page_and_for_ci(bundle: Bundle, tmp_path: Path) -> None:
     page, xml, value = tmp_path / "a.html", tmp_path / "a.xml", tmp_path / "a.json"
-    options = [
-        "--runtime",
-        "onnxruntime-cpu",
-        "--max-samples",
-        "40",
-        "--drift",
-        "--io-binding",
-        "--optimisation",
-        "basic",
-    ]
-    assert (
-        run(["verify", str(bundle.path), *options, "--html", str(page), "--junit", str(xml), "--json", str(value)]) == 0
-    )
+    options = shlex.split("--runtime onnxruntime-cpu --max-samples 40 --drift --io-binding --optimisation basic")
+    files = ["--html", str(page), "--junit", str(xml), "--json", str(value)]
+    assert run(["verify", str(bundle.path), *options, *files]) == 0
     text = page.read_text()
     assert "onnxruntime-cpu, IO binding, optimisation basic" in text
     assert "Predicted effect of each precision on this model" in text
@@ -214,10 +205,7 @@ def test_the_self_test_is_shown_next_to_the_verdict(
 
 
 def test_a_fault_that_is_missed_is_exit_1(
-    bundle: Bundle,
-    few_faults: tuple[Fault, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    bundle: Bundle, few_faults: tuple[Fault, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The bundle is right; a verifier that is blind where it should see proves nothing of it."""
     monkeypatch.setattr(stages, "declaration_problem", lambda *_: None)

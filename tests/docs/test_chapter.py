@@ -1,4 +1,4 @@
-"""docs/results/chapter.md says what its results give, and ``python -m benchmarks.chapter`` makes it."""
+"""docs/results/chapter.md agrees with its results, and ``python -m benchmarks.chapter`` writes it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ ROWS = [
 
 
 def covers(cell: str, word: str) -> bool:
-    """Whether "26.02 to 26.06", "1.21, 1.22" or "1.17" holds a version."""
+    """Return True if "26.02 to 26.06", "1.21, 1.22" or "1.17" contains a version."""
     first, _, last = cell.partition(" to ")
     wanted = tuple(map(int, word.split(".")))
     if last:

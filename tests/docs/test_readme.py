@@ -59,7 +59,7 @@ def problem(words: list[str]) -> str | None:
     while isinstance(command, click.Group):
         context = click.Context(command, info_name=words[1], parent=context)
         if not rest or (command := command.get_command(context, rest.pop(0))) is None:
-            return f"{' '.join(words[:3])} is no command"
+            return f"{' '.join(words[:3])} is not a command"
     try:
         inner = click.Context(command, info_name=words[1], parent=context)
         command.make_parser(inner).parse_args(rest)

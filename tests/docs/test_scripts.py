@@ -43,7 +43,7 @@ def test_shell_scripts_are_sound(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
-    assert lines[1].startswith("# "), "it says what it does"
+    assert lines[1].startswith("# "), "the second line describes the script"
     assert "set -euo pipefail" in lines
     assert 'cd "$(dirname "${BASH_SOURCE[0]}")/.."' in lines, "it works from any folder"
     assert os.access(path, os.X_OK)
@@ -57,10 +57,7 @@ def test_python_scripts_compile(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("body", "sentence"),
-    [
-        ("exit 1", "Python 3.11 or newer is needed"),
-        ('case "$2" in *ensurepip*) exit 1;; esac', "has no venv module"),
-    ],
+    [("exit 1", "Python 3.11 or newer is needed"), ('case "$2" in *ensurepip*) exit 1;; esac', "has no venv module")],
     ids=["old Python", "no venv module"],
 )
 def test_make_venv_names_what_is_missing(tmp_path: Path, body: str, sentence: str) -> None:
@@ -104,12 +101,7 @@ def lanes(folder: Path, script: str, *words: str, fails: str = "nothing", code: 
 
 @pytest.mark.parametrize(
     ("words", "selected"),
-    [
-        ([], "-m not slow"),
-        (["-k", "x y"], "-m not slow -k x y"),
-        (["--all"], "-m"),
-        (["--all", "-k", "x"], "-m  -k x"),
-    ],
+    [([], "-m not slow"), (["-k", "x y"], "-m not slow -k x y"), (["--all"], "-m"), (["--all", "-k", "x"], "-m  -k x")],
 )
 def test_check_leaves_the_slow_tests_out(tmp_path: Path, words: list[str], selected: str) -> None:
     code, printed, calls = lanes(tmp_path, "scripts/check", *words)

@@ -1,4 +1,4 @@
-"""Requests that must be refused, each with the status and a word of the reason. One table."""
+"""The table of requests that must be refused, each with the status and a part of the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OCTETS = {"content-type": "application/octet-stream"}
 
 
 class Case(NamedTuple):
-    """One request: what is wrong with it, the status, a word of the reason, and its bytes."""
+    """One request: its fault, the status, a part of the reason, and its bytes."""
 
     name: str
     status: int
@@ -40,14 +40,14 @@ def good() -> dict[str, Any]:
 
 
 def changed(change: Callable[[dict[str, Any]], object]) -> bytes:
-    """A good request with one thing changed."""
+    """Return a good request with one change."""
     value = copy.deepcopy(good())
     change(value)
     return http("POST", INFER, json.dumps(value).encode(), JSON)
 
 
 def given(**item: Any) -> bytes:
-    """A good request with other values in its input; None takes a key away."""
+    """Return a good request with other values in its input; None removes a key."""
 
     def change(value: dict[str, Any]) -> None:
         value["inputs"][0] |= item
@@ -62,7 +62,7 @@ def text(body: str | bytes) -> bytes:
 
 
 def values(literal: str) -> bytes:
-    """A good request with one number written in another way."""
+    """Return a good request with one number written in another way."""
     body = json.dumps(good()).replace('"data": [0.0', f'"data": [{literal}')
     assert literal in body
     return text(body)
@@ -106,7 +106,7 @@ def png(content: bytes) -> bytes:
 
 
 def plain(*headers: str, body: bytes = b"") -> bytes:
-    """A request to infer with these headers and no others."""
+    """Return a request to infer with only these headers."""
     return "\r\n".join([f"POST {INFER} HTTP/1.1", "host: x", *headers]).encode() + b"\r\n\r\n" + body
 
 

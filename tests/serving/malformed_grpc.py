@@ -1,4 +1,4 @@
-"""Calls that must be refused, each with the code and a word of the reason. One table."""
+"""The table of calls that must be refused, each with the code and a part of the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 from support.grpc_calls import HEALTH, SERVICE, infer_request
 
-from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.inference import classes
 
 INFER = SERVICE + "ModelInfer"
 _ONE = np.linspace(0, 1, 784, dtype=np.float32).reshape(1, 1, 28, 28)
@@ -18,7 +18,7 @@ BAD, GONE, LARGE, NONE = "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", 
 
 
 class Case(NamedTuple):
-    """One call: what is wrong with it, the code, a word of the reason, its messages, and how it is made."""
+    """One call: its fault, the code, a part of the reason, its messages, its path and its options."""
 
     name: str
     code: str
@@ -33,14 +33,14 @@ def good() -> Any:
 
 
 def changed(change: Callable[[Any], object]) -> tuple[bytes]:
-    """A good request with one thing changed."""
+    """Return a good request with one change."""
     request = good()
     change(request)
     return (request.SerializeToString(),)
 
 
 def with_input(**fields: Any) -> tuple[bytes]:
-    """A good request with other values in its input."""
+    """Return a good request with other values in its input."""
 
     def change(request: Any) -> None:
         for name, value in fields.items():
@@ -62,7 +62,7 @@ def raw(*tensors: bytes) -> tuple[bytes]:
 
 
 def typed(**contents: Any) -> tuple[bytes]:
-    """A request whose tensor comes in typed contents."""
+    """Return a request whose tensor is in typed contents."""
     request = good()
     del request.raw_input_contents[:]
     for name, values in contents.items():

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.bundles import copy_bundle, reseal
+from support.pictures import png
 from support.serving import Server, serving
 
 from bnexport.bundle import Bundle
 from bnexport.serving.predictor import predict_images
 
 PATH = "/v2/models/bn_lenet/classify"
-
-
-def picture(pixels: np.ndarray, kind: str = "PNG") -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, kind)
-    return stream.getvalue()
 
 
 def form(pictures: list[bytes], *, names: bool = True) -> tuple[bytes, dict[str, str]]:
@@ -39,7 +33,7 @@ def form(pictures: list[bytes], *, names: bool = True) -> tuple[bytes, dict[str,
 def test_one_picture(
     server: Server, models: Path, pixels: np.ndarray, tmp_path: Path, kind: str, mime: str, path: str
 ) -> None:
-    (tmp_path / "picture").write_bytes(content := picture(pixels[3], kind))
+    (tmp_path / "picture").write_bytes(content := png(pixels[3], kind))
     (want,) = predict_images(models / "bn_lenet" / "1", tmp_path / "picture")
     answer = server.ask("POST", path, content, {"content-type": mime} if mime else {})
     assert answer.status == 200, answer.body
@@ -52,7 +46,7 @@ def test_one_picture(
 
 def test_pictures_of_any_size_are_fitted(server: Server, models: Path, pixels: np.ndarray, tmp_path: Path) -> None:
     wide = np.array(Image.fromarray(pixels[0]).resize((71, 40)).convert("RGBA"))
-    (tmp_path / "wide.png").write_bytes(content := picture(wide))
+    (tmp_path / "wide.png").write_bytes(content := png(wide))
     (want,) = predict_images(models / "bn_lenet" / "1", tmp_path / "wide.png")
     (got,) = server.ask("POST", PATH, content, {"content-type": "image/png"}).json["predictions"]
     assert got["logits"] == pytest.approx(list(want.logits), abs=1e-5)
@@ -60,7 +54,7 @@ def test_pictures_of_any_size_are_fitted(server: Server, models: Path, pixels: n
 
 @pytest.mark.parametrize("names", [True, False])
 def test_several_pictures(server: Server, pixels: np.ndarray, logits: np.ndarray, names: bool) -> None:
-    body, headers = form([picture(image) for image in pixels], names=names)
+    body, headers = form([png(image) for image in pixels], names=names)
     predictions = server.ask("POST", PATH, body, headers).json["predictions"]
     assert [item["image"] for item in predictions] == [f"p{i}.png" if names else f"image {i}" for i in range(12)]
     assert np.allclose([item["logits"] for item in predictions], logits, rtol=0, atol=1e-5 * np.abs(logits).max())
@@ -75,12 +69,12 @@ def test_the_bundle_s_labels_and_preprocessing(models: Path, pixels: np.ndarray,
     labels = tuple(f"class {index}" for index in range(10))
     reseal(copy_bundle(bundle, tmp_path / "b"), preprocessing=changed, labels=labels)
     reseal(copy_bundle(bundle, tmp_path / "m" / "plain" / "1"), name="plain", preprocessing=None)
-    (tmp_path / "p.png").write_bytes(picture(pixels[5]))
+    (tmp_path / "p.png").write_bytes(png(pixels[5]))
     (want,) = predict_images(tmp_path / "b", tmp_path / "p.png")
     with serving(tmp_path / "b", tmp_path / "log") as server:
-        (got,) = server.ask("POST", PATH, picture(pixels[5]), {"content-type": "image/png"}).json["predictions"]
+        (got,) = server.ask("POST", PATH, png(pixels[5]), {"content-type": "image/png"}).json["predictions"]
         assert got["logits"] == pytest.approx(list(want.logits), abs=1e-5)
         assert got["label"] == f"class {want.index}"
     with serving(tmp_path / "m", tmp_path / "log") as server:
-        answer = server.ask("POST", "/v2/models/plain/classify", picture(pixels[5]), {"content-type": "image/png"})
+        answer = server.ask("POST", "/v2/models/plain/classify", png(pixels[5]), {"content-type": "image/png"})
         assert (answer.status, "has no preprocessing for pictures" in answer.error) == (400, True)

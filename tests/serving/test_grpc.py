@@ -6,29 +6,18 @@ import queue
 import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from support.grpc_calls import (
-    HEALTH,
-    SERVICE,
-    ask,
-    call,
-    channel_to,
-    infer,
-    infer_request,
-    logits_of_message,
-)
-from support.serving import PATIENCE, Server, serving, tensor
+from support.grpc_calls import HEALTH, SERVICE, ask, call, channel_to, infer, infer_request, logits_of_message
+from support.serving import PATIENCE, Server, close, serving, tensor
 
 from bnexport import __version__
-from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.inference import classes
 from bnexport.serving.grpc.methods import STATUSES
 
 INFER = SERVICE + "ModelInfer"
@@ -36,16 +25,6 @@ INFER = SERVICE + "ModelInfer"
 
 def message(kind: str, **fields: Any) -> Any:
     return classes()[kind](**fields)
-
-
-@pytest.fixture(scope="module")
-def channel(server: Server) -> Iterator[grpc.Channel]:
-    with channel_to(server) as made:
-        yield made
-
-
-def close(got: np.ndarray, logits: np.ndarray) -> bool:
-    return got.shape == logits.shape and bool(np.allclose(got, logits, rtol=0, atol=1e-5 * np.abs(logits).max()))
 
 
 def test_the_same_answer_as_over_http_bit_by_bit(
@@ -132,7 +111,7 @@ class Watch:
 def test_health(channel: grpc.Channel) -> None:
     for service in ("", "bn_lenet", "inference.GRPCInferenceService"):
         assert check(channel, service) == "SERVING"
-    watch = Watch(channel, "nobody")
+    watch = Watch(channel, "unknown")
     assert watch.next() == "SERVICE_UNKNOWN"
     watch.call.cancel()
 
@@ -156,14 +135,14 @@ def test_health_follows_loading_and_stopping(models: Path, tmp_path: Path, image
         assert [server_watch.next(), model_watch.next()] == ["SERVING", "SERVING"]
         as_kserve = message(
             "RepositoryModelLoadRequest", repository_name="bn_lenet"
-        )  # its only field is the model's name
+        )  # KServe's field for the model's name
         ask(channel, "RepositoryModelLoad", "RepositoryModelLoadResponse", as_kserve)
         load.parameters["config"].string_param = "{}"
         answer = call(channel, SERVICE + "RepositoryModelLoad", load.SerializeToString())
         assert (answer.code, "without parameters" in answer.message) == ("INVALID_ARGUMENT", True)
         for what in ("Load", "Unload"):
-            nobody = message(f"RepositoryModel{what}Request", model_name="nobody").SerializeToString()
-            assert call(channel, f"{SERVICE}RepositoryModel{what}", nobody).code == "NOT_FOUND"
+            unknown = message(f"RepositoryModel{what}Request", model_name="unknown").SerializeToString()
+            assert call(channel, f"{SERVICE}RepositoryModel{what}", unknown).code == "NOT_FOUND"
         server.process.send_signal(signal.SIGTERM)
         assert [server_watch.next(), model_watch.next()] == ["NOT_SERVING", "NOT_SERVING"]
         assert ask(channel, "ServerLive", "ServerLiveResponse", message("ServerLiveRequest")).live is True
@@ -193,13 +172,10 @@ def test_a_token(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     assert token not in server.log.read_text()
 
 
-def test_tls(models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(made, check=True, capture_output=True, timeout=PATIENCE)
+def test_tls(
+    models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray, certified: tuple[Path, Path]
+) -> None:
+    certificate, key = certified
     words = ["--grpc-port", "0", "--tls-cert", str(certificate), "--tls-key", str(key)]
     with serving(models, tmp_path / "log", *words) as server:
         with channel_to(server, certificate.read_bytes()) as channel:
@@ -217,7 +193,7 @@ def test_counters_and_log_lines(models: Path, tmp_path: Path, images: np.ndarray
         assert re.fullmatch("[0-9a-f]{13,20}", other)
         assert call(channel, INFER, b"nonsense").code == "INVALID_ARGUMENT"
         assert call(channel, "/a/b", b"").code == "UNIMPLEMENTED"
-        metrics = server.ask("GET", "/metrics").body.decode()
+        metrics = server.metrics()
         for label, count in (
             (f'{{code="OK",method="{INFER}"}}', 2),
             (f'{{code="INVALID_ARGUMENT",method="{INFER}"}}', 1),
@@ -249,10 +225,8 @@ def test_a_stream_answers_each_request_in_turn(channel: grpc.Channel, images: np
         got = logits_of_message(answer.infer_response.SerializeToString())
         assert close(got, logits[number : number + 1])
     requests.put(b"nonsense")
-    assert (
-        "not an inference.ModelInferRequest"
-        in classes()["ModelStreamInferResponse"].FromString(next(answers)).error_message
-    )
+    answer = classes()["ModelStreamInferResponse"].FromString(next(answers))
+    assert "not an inference.ModelInferRequest" in answer.error_message
     requests.put(infer_request(images, id="mine", model_name="x").SerializeToString())
     answer = classes()["ModelStreamInferResponse"].FromString(next(answers))
     assert ("no model 'x'" in answer.error_message, answer.infer_response.id) == (True, "mine")

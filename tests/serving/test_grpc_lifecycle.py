@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -16,14 +14,14 @@ import grpc
 import numpy as np
 import pytest
 from support.grpc_calls import HEALTH, SERVICE, call, channel_to, infer_request, logits_of_message
-from support.serving import PATIENCE, ROOT, Server, serving, until
+from support.serving import PATIENCE, Server, refused, serving, until
 from support.serving_clients import Threads
 
 from bnexport.errors import UsageError
 from bnexport.serving.listener import bound, free_port
 
 INFER = SERVICE + "ModelInfer"
-DOOR = ("--grpc-port", "0")
+GRPC = ("--grpc-port", "0")
 
 
 class Clients(Threads):
@@ -55,29 +53,25 @@ def logged(server: Server, status: str = "OK") -> int:
 
 
 def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> None:
-    with (
-        serving(models, tmp_path / "log", *DOOR, "--grace", "4") as server,
-        Clients(server, images, logits) as clients,
-    ):
+    with serving(models, tmp_path / "log", *GRPC, "--grace", "4") as server, Clients(server, images, logits) as clients:
         until(lambda: clients.answered > 50)
-        server.process.send_signal(signal.SIGTERM)
-        until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
+        server.drain()
         with channel_to(server) as channel:
             assert call(channel, HEALTH + "Check", b"").data == b"\x08\x02", "NOT_SERVING"
         before = clients.answered
         assert server.process.wait(PATIENCE) == 0
         clients.join()
     assert clients.failures == []
-    assert clients.refused == 4, "each was told to go elsewhere"
-    assert clients.answered > before, "it went on answering after it was told to stop"
-    assert clients.answered == logged(server), "whoever was served has the answer"
+    assert clients.refused == 4, "each was refused once"
+    assert clients.answered > before, "it still answered after the signal"
+    assert clients.answered == logged(server), "each logged answer arrived"
     assert [event["event"] for event in server.events() if "event" in event][-1] == "stopped"
 
 
 def test_an_idle_server_stops_at_once(models: Path, tmp_path: Path, images: np.ndarray) -> None:
-    """Idle connections, an idle stream and one who watches do not keep it."""
+    """Idle connections, an idle stream and a watching client do not delay the stop."""
     requests: queue.Queue[bytes | None] = queue.Queue()
-    with serving(models, tmp_path / "log", *DOOR, "--grace", "1000") as server, channel_to(server) as channel:
+    with serving(models, tmp_path / "log", *GRPC, "--grace", "1000") as server, channel_to(server) as channel:
         watch = channel.unary_stream(HEALTH + "Watch")(b"", timeout=PATIENCE)
         next(watch)
         stream = channel.stream_stream(SERVICE + "ModelStreamInfer")(iter(requests.get, None), timeout=PATIENCE)
@@ -92,11 +86,10 @@ def test_an_idle_server_stops_at_once(models: Path, tmp_path: Path, images: np.n
 
 def test_a_call_whose_message_is_on_its_way_is_answered(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     messages: queue.Queue[bytes | None] = queue.Queue()
-    with serving(models, tmp_path / "log", *DOOR, "--grace", "20") as server, channel_to(server) as channel:
+    with serving(models, tmp_path / "log", *GRPC, "--grace", "20") as server, channel_to(server) as channel:
         waiting = channel.stream_unary(INFER).future(iter(messages.get, None), timeout=PATIENCE)
-        until(lambda: "bnexport_grpc_calls_active 1.0" in server.ask("GET", "/metrics").body.decode())
-        server.process.send_signal(signal.SIGTERM)
-        until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
+        until(lambda: "bnexport_grpc_calls_active 1.0" in server.metrics())
+        server.drain()
         messages.put(infer_request(images).SerializeToString())
         messages.put(None)
         assert logits_of_message(waiting.result()).shape == (12, 10)
@@ -107,28 +100,21 @@ def test_what_does_not_come_is_given_up(models: Path, tmp_path: Path) -> None:
     """At the end of --grace, or at the second signal."""
     for grace, signals in (("1", 1), ("1000", 2)):
         messages: queue.Queue[bytes | None] = queue.Queue()
-        with serving(models, tmp_path / "log", *DOOR, "--grace", grace) as server, channel_to(server) as channel:
+        with serving(models, tmp_path / "log", *GRPC, "--grace", grace) as server, channel_to(server) as channel:
             waiting = channel.stream_unary(INFER).future(iter(messages.get, None), timeout=PATIENCE)
-            until(lambda: "bnexport_grpc_calls_active 1.0" in server.ask("GET", "/metrics").body.decode())
+            until(lambda: "bnexport_grpc_calls_active 1.0" in server.metrics())
             for _ in range(signals):
                 server.process.send_signal(signal.SIGTERM)
-                until(lambda: server.process.poll() is not None or b"false" in _ready(server))
+                until(server.stopping)
             assert server.process.wait(PATIENCE) == 0
             messages.put(None)
             assert waiting.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert "Traceback" not in server.log.read_text()
 
 
-def _ready(server: Server) -> bytes:
-    try:
-        return server.ask("GET", "/v2/health/ready").body
-    except OSError:
-        return b"false"
-
-
 def test_a_model_is_loaded_again_under_way(models: Path, tmp_path: Path, images, logits) -> None:
     with (
-        serving(models, tmp_path / "log", *DOOR, "--allow-load") as server,
+        serving(models, tmp_path / "log", *GRPC, "--allow-load") as server,
         Clients(server, images, logits, count=3) as clients,
     ):
         for count in (20, 40, 60):
@@ -139,37 +125,28 @@ def test_a_model_is_loaded_again_under_way(models: Path, tmp_path: Path, images,
     assert (clients.failures, clients.refused) == ([], 0)
 
 
-def refused(code: str, *words: str) -> str:
-    """Return the output of the command, which ends with an error; ``code`` runs before it."""
-    program = f"import sys; {code}; from bnexport.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "serve", *words],
-        capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode in (2, 3), (done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    return f"{done.returncode}: {done.stderr}"
+#: ``bnexport`` without the package grpc.
+WITHOUT_GRPC = (
+    "import sys; sys.modules['grpc'] = None; from bnexport.cli.main import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def test_what_can_not_be_opened_ends_with_a_sentence(server: Server, models: Path) -> None:
     words = (str(models), "--port", "0", "--grpc-port")
-    taken = refused("pass", *words, str(server.grpc_port))
-    assert taken.startswith("2: ")
-    assert f"port {server.grpc_port} can't be used" in taken
-    missing = refused("sys.modules['grpc'] = None", *words, "0")
-    assert missing.startswith("3: ")
+    assert f"port {server.grpc_port} can't be used" in refused(*words, str(server.grpc_port), code=2)
+    missing = refused(*words, "0", code=3, program=(sys.executable, "-c", WITHOUT_GRPC))
     assert "bnexport serve --grpc-port needs grpc" in missing
     assert "bnexport[grpc]" in missing
-    assert refused("pass", *words, "70000").startswith("2: ")
+    refused(*words, "70000", code=2)
 
 
 def test_checking_a_free_port_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients of another server that shares the port would be sent there, and cut off a moment later."""
+    """The system would send clients of another server on the port there, and they would be cut off a moment later."""
     with bound("127.0.0.1", 0, reuse=True) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(UsageError) as refused:
+        with pytest.raises(UsageError) as caught:
             free_port("127.0.0.1", port, option="--grpc-port")
-        assert "Choose another --host or --grpc-port" in refused.value.sentence
+        assert "Choose another --host or --grpc-port" in caught.value.sentence
         monkeypatch.setattr(socket.socket, "listen", lambda *_: pytest.fail("it listened"))
         assert free_port("127.0.0.1", port, reuse=True) == port
         assert free_port("127.0.0.1", 0) > 0
@@ -177,7 +154,7 @@ def test_checking_a_free_port_does_not_listen(monkeypatch: pytest.MonkeyPatch) -
 
 def test_both_servers_have_the_same_addresses(models: Path, tmp_path: Path) -> None:
     """localhost has two of them on most machines."""
-    with serving(models, tmp_path / "log", "--host", "localhost", *DOOR) as server:
+    with serving(models, tmp_path / "log", "--host", "localhost", *GRPC) as server:
 
         def is_at(address: str, port: int) -> bool:
             with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=PATIENCE):
@@ -189,7 +166,7 @@ def test_both_servers_have_the_same_addresses(models: Path, tmp_path: Path) -> N
 
 
 def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:
-    with serving(models, tmp_path / "a", "--reuse-port", *DOOR) as first:
+    with serving(models, tmp_path / "a", "--reuse-port", *GRPC) as first:
         words = ["--reuse-port", "--grpc-port", str(first.grpc_port)]
         with serving(models, tmp_path / "b", *words) as second:
             assert first.grpc_port == second.grpc_port
@@ -203,4 +180,4 @@ def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarr
             until(ask)
             assert second.stop() == 0
         with channel_to(first) as channel:
-            assert call(channel, INFER, data).code == "OK", "what is left answers all"
+            assert call(channel, INFER, data).code == "OK", "the other one answers all"

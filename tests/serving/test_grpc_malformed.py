@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 import sys
 import threading
@@ -14,20 +13,19 @@ import grpc
 import numpy as np
 import pytest
 from serving.malformed_grpc import CASES, INFER, Case, good
-from serving.test_lifecycle import until
 from support.grpc_calls import HEALTH, SERVICE, call, channel_to, infer, infer_request
-from support.serving import PATIENCE, PROGRAM, Server, serving
+from support.serving import PATIENCE, PROGRAM, Server, close, serving, together, until
 
 
-@pytest.fixture(scope="module")
-def channel(server: Server) -> Iterator[grpc.Channel]:
-    with channel_to(server) as made:
-        yield made
+def unsent(stop: threading.Event) -> Iterator[bytes]:
+    """Send no message until ``stop``."""
+    stop.wait(PATIENCE)
+    yield from ()
 
 
 def alive(server: Server, channel: grpc.Channel, images: np.ndarray, logits: np.ndarray) -> None:
     assert server.process.poll() is None
-    assert np.allclose(infer(channel, images), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    assert close(infer(channel, images), logits)
 
 
 def test_the_table_is_long_enough() -> None:
@@ -51,22 +49,18 @@ def test_bombs_leave_nothing_behind(server: Server, channel: grpc.Channel) -> No
     assert len(bombs) == 2
     for case in bombs * 3:
         assert call(channel, case.path, *case.messages, **case.options).code == case.code
-    text = server.ask("GET", "/metrics").body.decode()
-    found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
-    if found is None:
-        pytest.skip("this system does not tell how much memory a process has")
-    assert float(found[1]) < 700e6
+    assert server.resident() < 700e6
 
 
 def test_log_lines_of_grpc_calls_are_json(server: Server) -> None:
     lines = server.log.read_text().splitlines()
     assert [line for line in lines if not line.startswith("{")] == [], "gRPC itself writes nothing there"
-    assert not [event for event in server.events() if event.get("event") == "fault"]
+    assert not server.events("fault")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_more_connections_than_there_are_files(models: Path, tmp_path: Path, images: np.ndarray) -> None:
-    """gRPC itself writes nothing into the log then, and takes calls again when there is room."""
+    """gRPC itself writes nothing into the log, and accepts calls again when files are free."""
     few = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *PROGRAM)
     with serving(models, tmp_path / "log", "--grpc-port", "0", program=few) as server, contextlib.ExitStack() as opened:
         held = Path(f"/proc/{server.process.pid}/fd")
@@ -96,12 +90,7 @@ def test_a_message_that_does_not_come(models: Path, tmp_path: Path) -> None:
     words = ["--grpc-port", "0", "--limit", "body_seconds=0.5"]
     with serving(models, tmp_path / "log", *words) as hasty, channel_to(hasty) as channel:
         stop = threading.Event()
-
-        def nothing() -> Iterator[bytes]:
-            stop.wait(PATIENCE)
-            yield from ()
-
-        waiting = channel.stream_unary(INFER).future(nothing(), timeout=PATIENCE)
+        waiting = channel.stream_unary(INFER).future(unsent(stop), timeout=PATIENCE)
         try:
             error = waiting.exception()
         finally:
@@ -129,20 +118,15 @@ def test_a_client_that_leaves_is_not_a_fault(server: Server, channel: grpc.Chann
     answer = call(channel, INFER, message, timeout=1e-4)
     assert answer.code in ("DEADLINE_EXCEEDED", "OK")
     alive(server, channel, images, logits)
-    assert not [event for event in server.events() if event.get("event") == "fault"]
+    assert not server.events("fault")
 
 
 def test_no_more_calls_than_the_limit(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     words = ["--grpc-port", "0", "--limit", "connections=3"]
     stop = threading.Event()
-
-    def nothing() -> Iterator[bytes]:
-        stop.wait(PATIENCE)
-        yield from ()
-
     with serving(models, tmp_path / "log", *words) as small, contextlib.ExitStack() as opened:
         channels = [opened.enter_context(channel_to(small)) for _ in range(6)]
-        held = [channel.stream_unary(INFER).future(nothing(), timeout=PATIENCE) for channel in channels]
+        held = [channel.stream_unary(INFER).future(unsent(stop), timeout=PATIENCE) for channel in channels]
         until(lambda: sum(future.done() for future in held) == 3)
         over = [future for future in held if future.done()]
         stop.set()
@@ -168,17 +152,13 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
         data = infer_request(np.tile(images, (60, 1, 1, 1))).SerializeToString()
         found: list[tuple[str, bool]] = []
 
-        def ask() -> None:
+        def ask(_: int) -> None:
             with channel_to(server) as channel:
                 for _ in range(6):
                     answer = call(channel, INFER, data)
                     found.append((answer.code, "which is the limit" in answer.message))
 
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE)
+        together(8, ask)
         assert set(found) == {("OK", False), ("UNAVAILABLE", True)}
 
 

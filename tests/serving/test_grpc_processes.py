@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving.test_serving_processes import counted, events_of, killed, running, serving_twice
 from support.grpc_calls import SERVICE, call, channel_to, infer, infer_request
+from support.processes import counted, killed, running, serving_twice
 from support.serving import Server, refused, until
 
-from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.inference import classes
 
 INFER = SERVICE + "ModelInfer"
 CALLS = 24
@@ -47,7 +47,7 @@ def test_one_port_one_sum_and_a_killed_process(
         until(lambda: inferences(server) == 2 * CALLS)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(240) == 0
-        assert len(events_of(server, "stopped")) == 2
+        assert len(server.events("stopped")) == 2
 
 
 def test_calls_on_a_connection_to_a_killed_process_fail_and_the_next_ones_do_not(

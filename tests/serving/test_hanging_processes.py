@@ -1,4 +1,4 @@
-"""Processes that live and do nothing are killed and replaced; those that are only busy are left alone."""
+"""Processes that hang are killed and replaced; processes that are only busy are not."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import another
-from support.processes import TWO, alive, events_of, running, waiting_connections
+from support.processes import TWO, alive, running, waiting_connections
 from support.serving import PATIENCE, ROOT, serving, tensor, until
 
 pytestmark = pytest.mark.slow
 
-#: ``bnexport serve`` whose supervisor loses its patience after 30 looks in 3 seconds.
+#: ``bnexport serve`` whose supervisor gives up after 30 checks in 3 seconds.
 HASTY = """
 import sys
 from bnexport.cli.main import main
@@ -47,7 +47,7 @@ def test_one_that_hangs_is_killed_and_replaced(models: Path, tmp_path: Path) -> 
         os.kill(hanging, signal.SIGSTOP)
         with waiting_connections(server, 24) as connections:
             assert [connection.getresponse().status for connection in connections] == [200] * 24
-        (death,) = events_of(server, "process died")
+        (death,) = server.events("process died")
         assert (death["pid"], "sent no heartbeat for 3 seconds" in death["reason"]) == (hanging, True)
         assert not alive(hanging)
         until(lambda: sorted(running(server)) == [0, 1])
@@ -62,13 +62,13 @@ def test_one_that_is_busy_is_left_alone(models: Path, tmp_path: Path, images: np
     with serving(tmp_path / "m", tmp_path / "log", *words, program=program, env=env) as server:
         another(models, tmp_path / "m" / "bn_lenet" / "2", 2)
         assert server.infer({"inputs": [tensor(images)]}).status == 200
-        loaded = until(lambda: [e for e in events_of(server, "model ready") if e["version"] == "2"])
-        assert loaded[0]["time"] - events_of(server, "process ready")[-1]["time"] > 5.0
-        assert events_of(server, "process died") == []
+        loaded = until(lambda: [e for e in server.events("model ready") if e["version"] == "2"])
+        assert loaded[0]["time"] - server.events("process ready")[-1]["time"] > 5.0
+        assert server.events("process died") == []
 
 
 def test_one_that_hangs_does_not_outlive_its_supervisor_either(models: Path, tmp_path: Path) -> None:
-    """It does not hear the signal to stop, but its thread that watches the supervisor ends it."""
+    """It does not handle the signal to stop, but its thread that watches the supervisor ends it."""
     (tmp_path / "hanging.py").write_text(
         "import time\ndef wrap(app):\n    return lambda scope, receive, send: time.sleep(600)\n"
     )

@@ -9,20 +9,14 @@ import re
 import struct
 import subprocess
 import sys
-import threading
-import time
 import zlib
 
 import numpy as np
 import pytest
-from support.serving import INFER, PATIENCE, Server, binary, logits_of, serving, tensor
+from support.serving import INFER, PATIENCE, Server, binary, close, logits_of, serving, tensor, together, until
 
 from bnexport import __version__
 from bnexport.runtimes.catalogue import runner_spec
-
-
-def close(got: np.ndarray, want: np.ndarray) -> bool:
-    return got.shape == want.shape and bool(np.allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max()))
 
 
 def test_health(server: Server) -> None:
@@ -144,7 +138,7 @@ def test_statistics_and_metrics_count(server: Server, images: np.ndarray) -> Non
     rows, requests = (after - earlier for after, earlier in zip(count(), before, strict=True))
     assert (rows, requests) == (12, 1)
     assert server.ask("GET", "/v2/models/stats").json["model_stats"][0]["name"] == "bn_lenet"
-    text = server.ask("GET", "/metrics").body.decode()
+    text = server.metrics()
     assert re.search(r'bnexport_samples_total\{model="bn_lenet",version="1"\} \d', text)
     assert 'bnexport_model_ready{model="bn_lenet",version="1"} 1.0' in text
     assert re.search(r'bnexport_request_seconds_bucket\{le="\+Inf",model="bn_lenet",version="1"\} \d', text)
@@ -156,11 +150,8 @@ def test_request_ids_and_the_access_log(server: Server, images: np.ndarray) -> N
     assert answer.headers["x-request-id"] == "my-7"
     own = server.infer({"inputs": []}, x_request_id="x" * 300).headers["x-request-id"]
     assert re.fullmatch("[0-9a-f]{13,}", own)
-    deadline = time.monotonic() + PATIENCE
-    while len(found := [line for line in server.events() if line.get("id") in ("my-7", own)]) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    good, bad = found
+    until(lambda: len([line for line in server.events() if line.get("id") in ("my-7", own)]) == 2)
+    good, bad = [line for line in server.events() if line.get("id") in ("my-7", own)]
     logged = {key: good[key] for key in ("method", "path", "status", "model", "version", "rows", "trace", "client")}
     assert logged == {
         "method": "POST", "path": INFER, "status": 200, "model": "bn_lenet", "version": "1", "rows": 12,
@@ -197,28 +188,18 @@ def test_a_half_closed_client_still_reads_the_answer(server: Server, images: np.
 
 def test_many_clients_get_their_own_answers(server: Server, images: np.ndarray, logits: np.ndarray) -> None:
     """Requests that share a batch must not get each other's rows."""
-    wrong: list[object] = []
 
     def client(index: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
         rows = slice(index, index + 1 + index % 3)
         body, headers = binary(images[rows], parameters={"binary_data_output": True})
         for _ in range(25):
-            answer = server.ask("POST", INFER, body, headers, connection)
-            if not close(logits_of(answer), logits[rows]):
-                wrong.append((index, answer.body))
+            assert close(logits_of(server.ask("POST", INFER, body, headers, connection)), logits[rows])
         connection.close()
 
-    threads = [threading.Thread(target=client, args=(index,)) for index in range(9)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert wrong == []
-    sizes = {
-        s["batch_size"] for s in server.ask("GET", "/v2/models/bn_lenet/stats").json["model_stats"][0]["batch_stats"]
-    }
-    assert max(sizes - {12}) > 3, "no request ever shared a batch"
+    together(9, client)
+    (stats,) = server.ask("GET", "/v2/models/bn_lenet/stats").json["model_stats"]
+    assert max({row["batch_size"] for row in stats["batch_stats"]} - {12}) > 3, "no request ever shared a batch"
 
 
 def test_nothing_heavy_is_imported() -> None:

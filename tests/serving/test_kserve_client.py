@@ -1,4 +1,4 @@
-"""KServe's own SDK, unchanged, in a separate environment: its protobuf is older than onnx's.
+"""KServe's SDK, unchanged, in a separate environment: its protobuf is older than onnx's.
 
 Its clients send requests to ``bnexport serve``, and its classes read what ``bnexport deploy kserve`` writes.
 """
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.bundles import pixel_bundle
 from support.environments import run_program
 from support.serving import Server, serving
 
-from bnexport.bundle import MODEL_ONNX
+from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.deploy_request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 from bnexport.deploying.kserve import inference_service
 
@@ -29,10 +30,13 @@ TOKEN = "correct-horse-battery-staple"
 
 @pytest.fixture(scope="session")
 def arrays(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray, logits: np.ndarray) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("arrays")
-    for name, array in (("inputs", images), ("logits", logits)):
+    return saved(tmp_path_factory.mktemp("arrays"), inputs=images, logits=logits)
+
+
+def saved(folder: Path, **arrays: np.ndarray) -> dict[str, str]:
+    for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    return {name: str(folder / f"{name}.npy") for name in ("inputs", "logits")}
+    return {name: str(folder / f"{name}.npy") for name in arrays}
 
 
 def drive(python: Path, what: str, server: Server, arrays: dict[str, str], **more: str) -> Any:
@@ -73,8 +77,19 @@ def test_every_call_over_grpc(kserve_python: Path, models: Path, arrays: dict[st
     assert len(result["done"]) > 15
 
 
+def test_pixels(kserve_python: Path, bundle: Bundle, pixels: np.ndarray, logits: np.ndarray, tmp_path: Path) -> None:
+    """A bundle that takes uint8: JSON and binary tensors over HTTP, typed and raw tensors over gRPC."""
+    pixel_bundle(bundle, tmp_path / "m" / "bn_lenet" / "1")
+    arrays = saved(tmp_path, inputs=pixels[:, None], logits=logits)
+    with serving(tmp_path / "m", tmp_path / "log", "--grpc-port", "0") as server:
+        stated = server.ask("GET", "/v2/models/bn_lenet").json["inputs"]
+        assert stated == [{"name": "input", "datatype": "UINT8", "shape": [-1, 1, 28, 28]}]
+        result = drive(kserve_python, "pixels", server, arrays, grpc=f"127.0.0.1:{server.grpc_port}")
+    assert len(result["done"]) > 80
+
+
 def changed(service: dict[str, Any], place: str, value: object) -> dict[str, Any]:
-    """A copy with one field set, or taken away where the value is None."""
+    """Return a copy with one field set, or removed if the value is None."""
     service = copy.deepcopy(service)
     *path, last = place.split("/")
     inner = functools.reduce(dict.__getitem__, path, service)
@@ -85,7 +100,7 @@ def changed(service: dict[str, Any], place: str, value: object) -> dict[str, Any
 
 
 def test_services_are_kserves_own(kserve_python: Path) -> None:
-    """Every field has the name and the type of the SDK's classes; a wrong one is found."""
+    """Every field has the name and the type of the SDK's classes; a wrong field is found."""
     services = [
         inference_service("m", DeployRequest(device=device), scaling, model_bytes=2**20, namespace=namespace)
         for device, metric, namespace in itertools.product(DEVICES, SCALE_METRICS, (None, "vision"))

@@ -6,18 +6,16 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.bundles import copy_bundle
-from support.serving import INFER, PATIENCE, ROOT, Server, binary, refused, serving, tensor, until
+from support.serving import INFER, PATIENCE, ROOT, Server, binary, refused, serving, tensor, together, until
 from support.serving_clients import Clients
 
 from bnexport.bundle import Bundle
@@ -25,19 +23,15 @@ from bnexport.cli.main import run
 
 
 def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> None:
-    with (
-        serving(models, tmp_path / "log", "--grace", "4") as server,
-        Clients(server, images, logits) as clients,
-    ):
+    with serving(models, tmp_path / "log", "--grace", "4") as server, Clients(server, images, logits) as clients:
         until(lambda: len(clients.answers) > 50)
-        server.process.send_signal(signal.SIGTERM)
-        until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
+        server.drain()
         state = server.ask("GET", "/v2/health/ready").json
         before = len(clients.answers)
         assert server.process.wait(PATIENCE) == 0
     assert state == {"ready": False, "reason": "the server is stopping"}
     assert clients.failures == []
-    assert len(clients.answers) > before, "it went on answering after it was told to stop"
+    assert len(clients.answers) > before, "it still answered after the signal"
     assert [event["event"] for event in server.events() if "event" in event][-1] == "stopped"
 
 
@@ -79,13 +73,6 @@ def wrap(app):
 """
 
 
-def stopping(server: Server) -> bool:
-    try:
-        return server.ask("GET", "/v2/health/ready").status == 503
-    except (OSError, http.client.HTTPException):  # it does not listen any more
-        return True
-
-
 @pytest.mark.sampled(4, 3)
 @pytest.mark.parametrize("words", [(), ("--processes", "2")])
 @pytest.mark.parametrize("signals", [1, 2])
@@ -100,10 +87,10 @@ def test_an_engine_that_does_not_come_back_is_not_waited_for(
         contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as client,
     ):
         client.request("POST", INFER, *binary(images))
-        until(lambda: b"bnexport_http_requests_active 2.0" in server.ask("GET", "/metrics").body)
+        until(lambda: "bnexport_http_requests_active 2.0" in server.metrics())
         for _ in range(signals):
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: stopping(server))
+            until(server.stopping)
         assert server.process.wait(PATIENCE) == 0
 
 
@@ -115,9 +102,8 @@ def test_a_request_whose_body_is_on_its_way_is_answered(models: Path, tmp_path: 
         for name, value in (headers | {"content-length": str(len(body))}).items():
             client.putheader(name, value)
         client.endheaders(body[:1000])
-        until(lambda: "bnexport_http_requests_active 2.0" in server.ask("GET", "/metrics").body.decode())
-        server.process.send_signal(signal.SIGTERM)
-        until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
+        until(lambda: "bnexport_http_requests_active 2.0" in server.metrics())
+        server.drain()
         client.send(body[1000:])
         answer = client.getresponse()
         assert (answer.status, answer.getheader("connection")) == (200, "close")
@@ -136,13 +122,8 @@ def test_a_token(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     (tmp_path / "token").write_text(token + "\n")
     with serving(models, tmp_path / "log", "--token-file", str(tmp_path / "token")) as server:
         assert server.infer({"inputs": [tensor(images)]}, authorization=f"Bearer {token}").status == 200
-        for given in (
-            {},
-            {"authorization": token},
-            {"authorization": "Bearer " + token[:-1]},
-            {"authorization": "Bearer é"},
-        ):
-            answer = server.infer({"inputs": [tensor(images)]}, **given)
+        for given in (None, token, "Bearer " + token[:-1], "Bearer é"):
+            answer = server.infer({"inputs": [tensor(images)]}, **({"authorization": given} if given else {}))
             assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
             assert token not in answer.error
         for path in ("/metrics", "/v2/models/bn_lenet", "/v2"):
@@ -160,16 +141,12 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
         body, headers = binary(big)
         statuses: list[tuple[int, str | None]] = []
 
-        def ask() -> None:
+        def ask(_: int) -> None:
             for _ in range(6):
                 answer = server.ask("POST", INFER, body, headers)
                 statuses.append((answer.status, answer.headers.get("retry-after")))
 
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE)
+        together(8, ask)
         assert set(statuses) == {(200, None), (503, "1")}
         assert server.infer({"inputs": [tensor(images)]}).status == 200
 
@@ -189,8 +166,8 @@ def test_connections_up_to_the_limit(models: Path, tmp_path: Path) -> None:
             for _ in range(count):
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
             assert server.ask("GET", "/v2/health/live").status == 200
-            logged = [event for event in server.events() if event.get("event") == "few files"]
-            assert [(event["allowed"], event["wanted"]) for event in logged] == ([(300, 366)] if hard == 300 else [])
+            logged = [(event["allowed"], event["wanted"]) for event in server.events("few files")]
+            assert logged == ([(300, 366)] if hard == 300 else [])
 
 
 def test_what_can_not_be_served_ends_with_a_sentence(models: Path) -> None:
@@ -251,7 +228,7 @@ def test_folders_that_are_not_models_are_named_in_the_log(models: Path, tmp_path
     (folder / "triton" / "1").mkdir(parents=True)
     (folder / ".git").mkdir()
     with serving(folder, tmp_path / "log") as server:
-        left = {event["folder"]: event["reason"] for event in server.events() if event["event"] == "folder left out"}
+        left = {event["folder"]: event["reason"] for event in server.events("folder left out")}
         assert set(left) == {str(folder / n) for n in ("triton", "unversioned", "good/02", "a name/1", "late/latest")}
         assert all("NAME/VERSION/manifest.json" in reason for reason in left.values())
         assert server.ask("GET", "/v2/models/good").json["versions"] == ["1"]
@@ -284,26 +261,21 @@ def test_middleware_wraps_the_application(models: Path, tmp_path: Path) -> None:
         "    def __init__(self, app):\n"
         "        self.app = app\n"
         "    async def __call__(self, scope, receive, send):\n"
-        "        async def tell(message):\n"
+        "        async def marked(message):\n"
         "            if message['type'] == 'http.response.start':\n"
         "                message['headers'].append((b'x-span', scope['path'].encode()))\n"
         "            await send(message)\n"
-        "        await self.app(scope, receive, tell)\n"
+        "        await self.app(scope, receive, marked)\n"
     )
     words = ["--middleware", "tracing:Trace"]
     with serving(models, tmp_path / "log", *words, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as server:
         assert server.ask("GET", "/v2").headers["x-span"] == "/v2"
 
 
-def test_tls(models: Path, tmp_path: Path) -> None:
+def test_tls(models: Path, tmp_path: Path, certified: tuple[Path, Path]) -> None:
     import ssl
 
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    subprocess.run(made, check=True, capture_output=True, timeout=PATIENCE)
+    certificate, key = certified
     with serving(models, tmp_path / "log", "--tls-cert", str(certificate), "--tls-key", str(key)) as server:
         context = ssl.create_default_context(cafile=str(certificate))
         client = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=PATIENCE, context=context)

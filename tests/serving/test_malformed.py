@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import socket
 import threading
 import time
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from serving.malformed import CASES, INFER, Case, good
-from support.serving import PATIENCE, Answer, Server, logits_of, read_answer, serving, tensor
+from support.serving import PATIENCE, Answer, Server, close, logits_of, read_answer, serving, tensor, together
 
 from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
 from bnexport.tensors import Signature, TensorSpec
@@ -23,8 +22,7 @@ from bnexport.tensors import Signature, TensorSpec
 
 def alive(server: Server, images: np.ndarray, logits: np.ndarray) -> None:
     assert server.process.poll() is None
-    got = logits_of(server.infer({"inputs": [tensor(images)]}))
-    assert np.allclose(got, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    assert close(logits_of(server.infer({"inputs": [tensor(images)]})), logits)
 
 
 def refused(got: bytes) -> tuple[int, str]:
@@ -49,17 +47,13 @@ def test_refused_with_a_reason(server: Server, images: np.ndarray, logits: np.nd
 
 
 def test_the_process_stayed_small(server: Server) -> None:
-    """After all of the above; what a bomb unpacks to would show."""
-    text = server.ask("GET", "/metrics").body.decode()
-    found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
-    if found is None:
-        pytest.skip("this system does not tell how much memory a process has")
-    assert float(found[1]) < 700e6
+    """After the requests above; the unpacked content of a bomb would show."""
+    assert server.resident() < 700e6
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model that looks its input up in a table of ten; its signature does not limit the values."""
+    """A server of a model that looks up its input in a table of ten; its signature does not limit the values."""
     folder = tmp_path_factory.mktemp("table") / "lookup" / "1"
     folder.mkdir(parents=True)
     weights = np.arange(20, dtype=np.float32).reshape(10, 2)
@@ -80,33 +74,24 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def look_up(server: Server, ids: list[int]) -> Answer:
-    body = {"inputs": [tensor(np.array(ids, np.int64), "ids", "INT64")]}
-    return server.ask(
-        "POST", "/v2/models/lookup/infer", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
+    return server.infer({"inputs": [tensor(np.array(ids, np.int64), "ids", "INT64")]}, "/v2/models/lookup/infer")
 
 
 def test_values_that_the_engine_refuses_are_the_client_s_fault(table: Server) -> None:
     answer = look_up(table, [1, 10])
     assert (answer.status, "idx=10 must be within" in answer.error) == (400, True), answer.error
-    assert "fold-and-export" not in answer.error, "the bundle is as it was"
+    assert "fold-and-export" not in answer.error, "the bundle is not at fault"
     assert look_up(table, [9]).json["outputs"][0]["data"] == [18, 19]
 
 
 def test_one_client_s_values_do_not_fail_the_others(table: Server) -> None:
     """They share batches."""
-    statuses: dict[bool, list[int]] = {True: [], False: []}
 
-    def ask(good: bool) -> None:
-        for _ in range(60):
-            statuses[good].append(look_up(table, [4 if good else 10]).status)
+    def ask(number: int) -> None:
+        good = number % 3 > 0
+        assert [look_up(table, [4 if good else 10]).status for _ in range(60)] == [200 if good else 400] * 60
 
-    threads = [threading.Thread(target=ask, args=(number % 3 > 0,)) for number in range(9)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert statuses == {True: [200] * 360, False: [400] * 180}
+    together(9, ask)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from serving.test_classify import picture
+from support.pictures import png
 from support.serving import Server, serving, tensor
 
 from bnexport import __version__
@@ -23,8 +23,8 @@ from bnexport.serving.repository import READY, UNAVAILABLE
 
 DOCUMENT: dict[str, Any] = openapi_document()
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
-#: What the fuzzer checks of each answer. That a request of the right form is accepted is not among it: the document knows
-#: no model, so that most of such requests have tensors that the model does not take.
+#: The fuzzer's checks of each answer. The acceptance of requests of the right form is not checked: the document does not
+#: describe a model, so most of such requests have tensors that the model does not take.
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
     "response_schema_conformance,negative_data_rejection,missing_required_header,unsupported_method,allow_header_conformance"
@@ -52,7 +52,7 @@ def test_the_document_is_in_step_with_the_routes() -> None:
 
 
 def both(pattern: str) -> list[str]:
-    """A pattern with and without the part that may be missing."""
+    """Return a pattern with and without the optional part."""
     return [re.sub(r"\[.*\]", "", pattern), pattern.replace("[", "").replace("]", "")]
 
 
@@ -90,7 +90,7 @@ def test_real_answers_fit(server: Server, path: str) -> None:
     if "application/json" in DOCUMENT["paths"][path]["get"]["responses"]["200"]["content"]:
         checked(path, "get", 200, answer.json)
     if "{name}" in path:
-        answer = server.ask("GET", path.replace("{name}", "nobody").replace("{version}", "1"))
+        answer = server.ask("GET", path.replace("{name}", "unknown").replace("{version}", "1"))
         checked(path, "get", answer.status, answer.json)
         assert answer.status == 404
 
@@ -104,7 +104,7 @@ def test_real_answers_to_posts_fit(server: Server, images: np.ndarray, pixels: n
     named = [{"name": "logits", "parameters": {"classification": 2}}]
     checked(f"{model}/infer", "post", 200, server.infer(request | {"outputs": named}).json)
     checked(f"{model}/infer", "post", 400, server.infer({"inputs": []}).json)
-    answer = server.ask("POST", "/v2/models/bn_lenet/classify", picture(pixels[0]), {"content-type": "image/png"})
+    answer = server.ask("POST", "/v2/models/bn_lenet/classify", png(pixels[0]), {"content-type": "image/png"})
     checked(f"{model}/classify", "post", 200, answer.json)
     checked("/v2/repository/index", "post", 200, server.ask("POST", "/v2/repository/index").json)
     answer = server.ask("POST", "/v2/repository/models/bn_lenet/load")
@@ -119,12 +119,12 @@ def test_a_wrong_method_gets_the_right_one(server: Server, method: str, path: st
 
 
 def plan(name: str) -> dict[str, Any]:
-    """The document, with words that lead a fuzzer to a model: else all it makes are names of no model."""
+    """Return the document with names of a model, which a fuzzer would not find otherwise."""
     value = copy.deepcopy(DOCUMENT)
     for item in value["paths"].values():
         for operation in item.values():
             for parameter in operation.get("parameters", ()):
-                parameter["schema"] = {"enum": [name, "nobody"] if parameter["name"] == "name" else ["1", "2"]}
+                parameter["schema"] = {"enum": [name, "unknown"] if parameter["name"] == "name" else ["1", "2"]}
     shapes = {"enum": [[1, 1, 28, 28], [2, 1, 28, 28], [10**12, 1, 28, 28], [1, 784]]}
     value["components"]["schemas"]["InputTensor"]["properties"] |= {"name": {"enum": ["input", "x"]}, "shape": shapes}
     return value
@@ -133,7 +133,7 @@ def plan(name: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--allow-load",)], ids=["as it is", "with --allow-load"])
 def test_a_fuzzer_finds_no_fault(models: Path, tmp_path: Path, images: np.ndarray, options: tuple[str, ...]) -> None:
-    """schemathesis makes requests from the document, right and wrong ones, and checks the answers against it."""
+    """schemathesis makes right and wrong requests from the document, and checks the answers against it."""
     (tmp_path / "plan.json").write_text(json.dumps(plan("bn_lenet")))
     program = [str(Path(sys.executable).parent / "schemathesis"), "run", str(tmp_path / "plan.json")]
     program += ["--checks", CHECKS, "--phases", "fuzzing", "--max-examples", "40", "--seed", "7"]

@@ -1,4 +1,4 @@
-"""The page at / and its data, as a client without a browser gets them. tests/browser has the rest."""
+"""The page at / and its data, without a browser. tests/browser has the rest."""
 
 from __future__ import annotations
 

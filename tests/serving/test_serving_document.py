@@ -18,7 +18,7 @@ from support.serving import ROOT, Server
 
 from bnexport.cli.main import run
 from bnexport.cli.serve import command
-from bnexport.serving.grpc.call import CODES
+from bnexport.serving.grpc.inference import CODES
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH
 from bnexport.serving.http.routes import ROUTES
 from bnexport.serving.serving_limits import rows

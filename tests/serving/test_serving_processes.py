@@ -7,7 +7,6 @@ import http.client
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import another
-from support.processes import TWO, alive, counted, events_of, killed, running, serving_twice, waiting_connections
-from support.serving import PATIENCE, PROGRAM, ROOT, Server, logits_of, refused, serving, tensor, until
+from support.processes import TWO, alive, counted, killed, running, serving_twice, starting, waiting_connections
+from support.serving import INFER, PATIENCE, Server, logits_of, refused, serving, tensor, until
 from support.serving_clients import Clients
 
 STATS = "/v2/models/bn_lenet/stats"
@@ -58,7 +57,7 @@ def test_a_stop_loses_no_request_and_leaves_no_process(
             assert server.process.wait(PATIENCE) == 0
         assert clients.failures == []
         assert len(clients.answers) > before
-        assert [line["how"] for line in events_of(server, "process stopped")] == ["exit code 0"] * 2
+        assert [line["how"] for line in server.events("process stopped")] == ["exit code 0"] * 2
         assert not any(map(alive, pids))
 
 
@@ -76,10 +75,7 @@ def test_signals_to_all_processes_are_one_stop(
     models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray
 ) -> None:
     """systemd sends SIGTERM to all processes of a service: what the supervisor passes on must not count as the second."""
-    with (
-        serving_twice(models, tmp_path / "log", "--grace", "4") as server,
-        Clients(server, images, logits) as clients,
-    ):
+    with serving_twice(models, tmp_path / "log", "--grace", "4") as server, Clients(server, images, logits) as clients:
         until(lambda: len(clients.answers) > 50)
         for pid in (*running(server).values(), server.process.pid):
             os.kill(pid, signal.SIGTERM)
@@ -87,18 +83,23 @@ def test_signals_to_all_processes_are_one_stop(
     assert clients.failures == []
 
 
-def test_a_second_signal_ends_it_at_once(models: Path, tmp_path: Path) -> None:
-    with serving_twice(models, tmp_path / "log", "--grace", "1000") as server:
-        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-        client.putrequest("POST", "/v2/models/bn_lenet/infer")
+@contextlib.contextmanager
+def unfinished(server: Server) -> Iterator[None]:
+    """Send a request without the end of its body, so that no answer is due."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as client:
+        client.putrequest("POST", INFER)
         client.putheader("content-length", "1000")
-        client.endheaders(b"{")  # an answer that is never due
+        client.endheaders(b"{")
+        yield
+
+
+def test_a_second_signal_ends_it_at_once(models: Path, tmp_path: Path) -> None:
+    with serving_twice(models, tmp_path / "log", "--grace", "1000") as server, unfinished(server):
         until(lambda: counted(server, "bnexport_http_requests_active") == 2)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: events_of(server, "stopping"))
+        until(lambda: server.events("stopping"))
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(PATIENCE) == 0
-        client.close()
 
 
 def test_a_second_signal_that_is_seen_first_ends_it_at_once(models: Path, tmp_path: Path) -> None:
@@ -106,18 +107,13 @@ def test_a_second_signal_that_is_seen_first_ends_it_at_once(models: Path, tmp_pa
     words = ("--grace", "1000", "--limit", "body_seconds=1000")
     with serving_twice(models, tmp_path / "log", *words) as server, contextlib.ExitStack() as opened:
         for _ in range(8):
-            client = opened.enter_context(
-                contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE))
-            )
-            client.putrequest("POST", "/v2/models/bn_lenet/infer")
-            client.putheader("content-length", "1000")
-            client.endheaders(b"{")
+            opened.enter_context(unfinished(server))
         until(lambda: counted(server, "bnexport_http_requests_active") == 9)
         for pid in running(server).values():
             os.kill(pid, signal.SIGSTOP)
         for count in (1, 2):
             server.process.send_signal(signal.SIGTERM)
-            until(lambda count=count: len(events_of(server, "stopping")) == count)
+            until(lambda count=count: len(server.events("stopping")) == count)
         for pid in running(server).values():
             os.kill(pid, signal.SIGCONT)
         assert server.process.wait(PATIENCE) == 0
@@ -139,7 +135,7 @@ def test_a_killed_process_takes_only_its_own_requests(server: Server, images: np
             with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
                 server.ask("GET", "/v2", connection=connection)
         connection.close()
-    (death,) = events_of(server, "process died")
+    (death,) = server.events("process died")
     assert (death["process"], "SIGKILL" in death["how"]) == (0, True)
 
 
@@ -158,11 +154,11 @@ def test_a_stop_waits_for_a_process_for_which_clients_wait(server: Server) -> No
     os.kill(stopped, signal.SIGSTOP)
     with waiting_connections(server, 24) as connections:
         os.kill(stopped, signal.SIGKILL)
-        until(lambda: len(events_of(server, "process started")) == 3)
+        until(lambda: len(server.events("process started")) == 3)
         server.process.send_signal(signal.SIGTERM)
         assert [connection.getresponse().status for connection in connections] == [200] * 24
     assert server.process.wait(PATIENCE) == 0
-    assert len(events_of(server, "stopped")) == 2
+    assert len(server.events("stopped")) == 2
 
 
 def test_a_process_stopped_alone_loses_no_request_and_gets_a_successor(
@@ -172,31 +168,23 @@ def test_a_process_stopped_alone_loses_no_request_and_gets_a_successor(
     with Clients(server, images, logits) as clients:
         until(lambda: len(clients.answers) > 50)
         os.kill(running(server)[0], signal.SIGTERM)
-        until(lambda: len(events_of(server, "process ready")) == 3)
+        until(lambda: len(server.events("process ready")) == 3)
     assert clients.failures == []
     with waiting_connections(server, 24) as connections:
         assert [connection.getresponse().status for connection in connections] == [200] * 24
     until(lambda: {e["process"] for e in server.events() if str(e.get("id", "")).startswith("waiting")} == {0, 1})
-    (death,) = events_of(server, "process died")
+    (death,) = server.events("process died")
     assert (death["how"], death["restart_in"]) == ("exit code 0", 0.0)
 
 
 def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> None:
-    words = [*PROGRAM, "serve", str(models), "--port", "0", "--processes", "8", "--grace", "1000"]
-    with (tmp_path / "log").open("w") as log:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, env=environment)
-    try:
-        server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
-        until(lambda: events_of(server, "process started"))
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=PATIENCE)
-        assert (process.returncode, out) == (130, b"")
-        assert not any(alive(line["pid"]) for line in events_of(server, "process started"))
+    with starting(models, tmp_path, "--processes", "8", "--grace", "1000") as server:
+        until(lambda: server.events("process started"))
+        server.process.send_signal(signal.SIGTERM)
+        out, _ = server.process.communicate(timeout=PATIENCE)
+        assert (server.process.returncode, out) == (130, "")
+        assert not any(alive(line["pid"]) for line in server.events("process started"))
         assert "Traceback" not in server.log.read_text()
-    finally:
-        process.kill()
-        process.wait(PATIENCE)
 
 
 def test_counters_are_sums_that_survive_a_kill(server: Server, images: np.ndarray) -> None:
@@ -239,7 +227,7 @@ def test_a_version_that_was_loaded_again_keeps_its_counters(models: Path, tmp_pa
         another(models, tmp_path / "new", 1, 2.0)
         (tmp_path / "m" / "bn_lenet" / "1").rename(tmp_path / "old")
         (tmp_path / "new").rename(tmp_path / "m" / "bn_lenet" / "1")
-        until(lambda: len(events_of(server, "model ready")) == 4)
+        until(lambda: len(server.events("model ready")) == 4)
         assert counted(server, "bnexport_samples_total") == 10 * len(images)
         server.infer({"inputs": [tensor(images)]})
         until(lambda: counted(server, "bnexport_samples_total") == 11 * len(images))
@@ -249,7 +237,7 @@ def test_it_is_announced_when_all_are_ready(models: Path, tmp_path: Path) -> Non
     with serving(models, tmp_path / "log", "--processes", "3") as server:
         announced = time.time()
         until(lambda: len(running(server)) == 3)
-        assert all(line["time"] <= announced for line in events_of(server, "process ready"))
+        assert all(line["time"] <= announced for line in server.events("process ready"))
 
 
 def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
@@ -257,20 +245,12 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
     server.process.kill()
     server.process.wait(PATIENCE)
     until(lambda: not any(map(alive, pids)))
-    assert [line["process"] for line in events_of(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
+    assert [line["process"] for line in server.events("stopped")] in ([0, 1], [1, 0]), "they drained as they should"
 
 
 def test_a_supervisor_killed_at_the_start_leaves_no_process_and_no_traceback(models: Path, tmp_path: Path) -> None:
-    words = [*PROGRAM, "serve", str(models), "--port", "0", *TWO]
-    with (tmp_path / "log").open("w") as log:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log, env=environment)
-    try:
-        server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
-        started = until(lambda: events_of(server, "process started"))
-    finally:
-        process.kill()
-        process.wait(PATIENCE)
+    with starting(models, tmp_path, *TWO) as server:
+        started = until(lambda: server.events("process started"))
     until(lambda: not any(alive(line["pid"]) for line in started))
     assert "Traceback" not in server.log.read_text()
 
@@ -282,10 +262,10 @@ def test_a_process_that_can_not_start_again_is_tried_again_until_it_can(
     with serving_twice(tmp_path / "m", tmp_path / "log") as server:
         (tmp_path / "m" / "bn_lenet").rename(tmp_path / "away")
         os.kill(running(server)[0], signal.SIGKILL)
-        until(lambda: len(events_of(server, "process died")) >= 3)
+        until(lambda: len(server.events("process died")) >= 3)
         for _ in range(12):
             assert server.infer({"inputs": [tensor(images)]}).status == 200, "the other one gets all connections"
-        deaths = events_of(server, "process died")
+        deaths = server.events("process died")
         assert "contains no bundle" in deaths[1]["reason"]
         assert deaths[2]["restart_in"] > deaths[1]["restart_in"] > deaths[0]["restart_in"] == 0
         (tmp_path / "away").rename(tmp_path / "m" / "bn_lenet")

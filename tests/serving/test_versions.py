@@ -1,4 +1,4 @@
-"""Which models and versions are ready, and how they come, change and go: nothing serves that was not verified."""
+"""Models and versions come, change and go, and a version that was not verified is never served."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spoil(folder: Path, how: str) -> None:
         content = bytearray((folder / MODEL_ONNX).read_bytes())
         content[len(content) // 2] ^= 1
         (folder / MODEL_ONNX).write_bytes(content)
-    else:  # a fault whose hashes hold: eps dropped from one BatchNorm is below what anybody sees, a shift is not
+    else:  # a fault whose hashes hold: a shift is visible, while a dropped eps of one BatchNorm would not be
         state = fold_by_hand(network())
         state["conv1.bias"] = state["conv1.bias"] + 1e-3
         write_onnx(folder / MODEL_ONNX, state)
@@ -147,6 +147,6 @@ def test_loading_by_request(models: Path, tmp_path: Path, images: np.ndarray) ->
         spoil(tmp_path / "m" / "bn_lenet" / "1", "hash")
         answer = server.ask("POST", "/v2/repository/models/bn_lenet/load", b"{}")
         assert (answer.status, "was changed" in answer.error) == (400, True)
-        assert server.infer({"inputs": [tensor(images)]}).status == 200, "what serves goes on"
+        assert server.infer({"inputs": [tensor(images)]}).status == 200, "the served version still answers"
         for what in ("load", "unload"):
-            assert server.ask("POST", f"/v2/repository/models/nobody/{what}", b"{}").status == 404
+            assert server.ask("POST", f"/v2/repository/models/unknown/{what}", b"{}").status == 404

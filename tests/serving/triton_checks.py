@@ -1,4 +1,4 @@
-"""Shared by both programs of Triton's client: their input, and their results."""
+"""Input and results of both programs of Triton's client."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ async def every_call(kit, client) -> None:
         check("get_inference_statistics", counted[0].name == "bn_lenet")
     as_json = await call("get_model_metadata", "bn_lenet", as_json=True)
     check("as_json", as_json["outputs"][0]["name"] == "logits")
-    check("is_model_ready of none", await call("is_model_ready", "nobody") is False)
+    check("is_model_ready of none", await call("is_model_ready", "unknown") is False)
     server = await call("get_server_metadata")
     check("get_server_metadata", (server.name, "statistics" in server.extensions) == ("bnexport", True))
     index = await call("get_model_repository_index")
@@ -72,10 +72,10 @@ async def every_call(kit, client) -> None:
     shape = kit.InferInput("input", [1, 1, 28, 27], "FP32")
     shape.set_data_from_numpy(np.zeros((1, 1, 28, 27), np.float32))
     for name, args, code, reason in (
-        ("infer", ("nobody", [tensor(kit)]), "NOT_FOUND", "no model 'nobody'"),
+        ("infer", ("unknown", [tensor(kit)]), "NOT_FOUND", "no model 'unknown'"),
         ("infer", ("bn_lenet", [tensor(kit)], "7"), "NOT_FOUND", "no version '7'"),
         ("infer", ("bn_lenet", [shape]), "INVALID_ARGUMENT", "1x1x28x27"),
-        ("get_model_config", ("nobody",), "NOT_FOUND", "no model"),
+        ("get_model_config", ("unknown",), "NOT_FOUND", "no model"),
         ("load_model", ("bn_lenet",), "PERMISSION_DENIED", "--allow-load"),
         ("unload_model", ("bn_lenet",), "PERMISSION_DENIED", "--allow-load"),
         ("get_system_shared_memory_status", (), "UNIMPLEMENTED", "no method"),
@@ -94,7 +94,7 @@ def over_a_stream(client) -> None:
     client.start_stream(lambda result, error: answers.put((result, error)))
     for number in range(5):
         client.async_stream_infer("bn_lenet", [tensor(sync)], request_id=str(number))
-    client.async_stream_infer("nobody", [tensor(sync)], request_id="bad")
+    client.async_stream_infer("unknown", [tensor(sync)], request_id="bad")
     client.async_stream_infer("bn_lenet", [tensor(sync)], request_id="last", enable_empty_final_response=True)
     found = [answers.get(timeout=240) for _ in range(7)]
     client.stop_stream()
@@ -102,7 +102,7 @@ def over_a_stream(client) -> None:
     check("stream: ids in order", [r.get_response().id for r in good] == [*map(str, range(5)), "last"])
     check("stream: answers", all(close(r.as_numpy("logits")) for r in good))
     check("stream: final", all(r.get_response().parameters["triton_final_response"].bool_param for r in good))
-    check("stream: an error ends no stream", "no model 'nobody'" in str(found[5][1]))
+    check("stream: an error ends no stream", "no model 'unknown'" in str(found[5][1]))
 
 
 async def over_asyncio() -> None:

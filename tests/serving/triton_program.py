@@ -47,7 +47,7 @@ async def every_call(kit, client) -> None:
         check("get_model_config", config["name"] == "bn_lenet" and config["max_batch_size"] == 64)
         statistics = await call("get_inference_statistics", "bn_lenet", version)
         check("get_inference_statistics", statistics["model_stats"][0]["name"] == "bn_lenet")
-    check("is_model_ready of none", await call("is_model_ready", "nobody") is False)
+    check("is_model_ready of none", await call("is_model_ready", "unknown") is False)
     check("get_server_metadata", (await call("get_server_metadata"))["name"] == "bnexport")
     index = await call("get_model_repository_index")
     check("get_model_repository_index", index[0]["state"] == "READY")
@@ -62,7 +62,7 @@ async def every_call(kit, client) -> None:
     texts = result.as_numpy("logits")
     best = [[int(text.split(b":")[1]) for text in row] for row in texts]
     check("classification", best == np.argsort(-expected, 1)[:, :3].tolist())
-    for name, args in (("infer", ("nobody", items)), ("unload_model", ("bn_lenet",)), ("load_model", ("bn_lenet",))):
+    for name, args in (("infer", ("unknown", items)), ("unload_model", ("bn_lenet",)), ("load_model", ("bn_lenet",))):
         try:
             await call(name, *args)
             check(f"{name} is refused", False)

@@ -184,6 +184,23 @@ def manifest() -> Manifest:
     )
 
 
+def pixel_bundle(bundle: Bundle, folder: Path) -> Bundle:
+    """Seal a bundle of ``network()`` whose model.onnx takes uint8 pixels; its golden answers are the original network's."""
+    from bnexport.folding.pixel_input import pixel_model
+
+    folder.mkdir(parents=True)
+    image = Preprocessing()
+    model = pixel_model(onnx.load(bundle.path / MODEL_ONNX), image, {})
+    (folder / MODEL_ONNX).write_bytes(model.SerializeToString())
+    signature = Signature((replace(SIGNATURE.inputs[0], dtype="uint8"),), SIGNATURE.outputs)
+    golden = np.random.default_rng(5).integers(0, 256, (3, 28, 28), np.uint8)
+    with torch.no_grad():
+        answer = copy.deepcopy(network()).double()(torch.from_numpy(image.apply(golden)).double()).numpy()
+    write_golden(folder, signature, {"input": golden[:, None]}, {"logits": answer})
+    facts = {**manifest().onnx, "input_type": "uint8"}
+    return seal(folder, replace(manifest(), signature=signature, onnx=facts))
+
+
 def copy_bundle(bundle: Bundle, folder: Path) -> Path:
     """A copy to spoil."""
     shutil.copytree(bundle.path, folder)

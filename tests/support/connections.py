@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -105,10 +104,3 @@ def request(
 def packed(array: np.ndarray, path: str = INFER, more: dict[str, str] | None = None, **extra: Any) -> bytes:
     body, headers = binary(array, **extra)
     return request(path, body, headers | (more or {}))
-
-
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(main(), 240)
-
-    asyncio.run(bounded())

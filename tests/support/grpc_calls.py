@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 from support.serving import PATIENCE, Server
 
-from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.inference import classes
 
 SERVICE = "/inference.GRPCInferenceService/"
 HEALTH = "/grpc.health.v1.Health/"

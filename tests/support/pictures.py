@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.tensors import Array
 
 GREY = Preprocessing(1, 6, 5)
 COLOURS = Preprocessing(3, 6, 5, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -51,7 +53,23 @@ def write_parts(root: Path, *, train: int = 3, test: int = 2, name: str = "val")
     return root
 
 
-def png(image: Image.Image) -> bytes:
+def bomb(side: int = 60_000) -> bytes:
+    """Return a PNG whose header promises side x side pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+
+
+def idx(array: Array, code: int = 8) -> bytes:
+    """Return an array as an IDX file of the element type ``code``."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.tobytes()
+
+
+def png(image: Image.Image | np.ndarray, kind: str = "PNG") -> bytes:
+    """Return the bytes of a picture's file."""
     stream = io.BytesIO()
-    image.save(stream, "PNG")
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(stream, kind)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""A server of several processes, observed by its log."""
+"""A server of several processes, seen through its log."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import http.client
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from support.serving import PATIENCE, Server, serving, until
+from support.serving import PATIENCE, PROGRAM, ROOT, Server, serving, until
 
 TWO = ("--processes", "2")
-
-
-def events_of(server: Server, event: str) -> list[dict[str, Any]]:
-    return [line for line in server.events() if line.get("event") == event]
 
 
 def running(server: Server) -> dict[int, int]:
@@ -46,7 +42,7 @@ def killed(server: Server, number: int) -> None:
 
 @contextlib.contextmanager
 def waiting_connections(server: Server, count: int) -> Iterator[list[http.client.HTTPConnection]]:
-    """Connections with a request each, whose answers are still to be read."""
+    """Yield connections with one request each, whose answers are not read yet."""
     with contextlib.ExitStack() as stack:
         connections = []
         for index in range(count):
@@ -59,13 +55,27 @@ def waiting_connections(server: Server, count: int) -> Iterator[list[http.client
 
 def counted(server: Server, pattern: str) -> float:
     """Sum of the samples of the metrics whose names and labels match."""
-    text = server.ask("GET", "/metrics").body.decode()
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(pattern, line))
+    lines = server.metrics().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(pattern, line))
+
+
+@contextlib.contextmanager
+def starting(models: Path, folder: Path, *options: str) -> Iterator[Server]:
+    """Start a server and yield at once, before it serves; kill it at the end."""
+    words = [*PROGRAM, "serve", str(models), "--port", "0", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    with process:
+        try:
+            yield Server(process, 0, folder / "log")
+        finally:
+            process.kill()
 
 
 @contextlib.contextmanager
 def serving_twice(models: Path, log: Path, *options: str) -> Iterator[Server]:
-    """A server of two processes, once its log reports both as ready."""
+    """Start a server of two processes, and yield it when both are ready."""
     with serving(models, log, *TWO, *options) as server:
         until(lambda: sorted(running(server)) == [0, 1])
         yield server

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[2]
 #: Seconds that anything may take here; a deadline and no measurement.
@@ -29,7 +31,7 @@ INFER = "/v2/models/bn_lenet/infer"
 
 @dataclass
 class Answer:
-    """A server's answer: status, headers in lower case, body."""
+    """An answer of a server; its headers are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -75,7 +77,7 @@ class Server:
         return self.ask("POST", path, json.dumps(value), named)
 
     def raw(self, data: bytes, *, seconds: float = PATIENCE, end: bool = False) -> bytes:
-        """Send bytes as they are; return the answer when it is whole or the server closes."""
+        """Return what the server answers to bytes, until it closes or an answer is whole."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as client:
             with contextlib.suppress(OSError):
                 client.sendall(data)
@@ -83,8 +85,32 @@ class Server:
                     client.shutdown(socket.SHUT_WR)
             return read_answer(client)
 
-    def events(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Return the lines of the log, or the events of one name."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return lines if name is None else [line for line in lines if line.get("event") == name]
+
+    def metrics(self) -> str:
+        return self.ask("GET", "/metrics").body.decode()
+
+    def resident(self) -> float:
+        """Return the bytes of memory that the server reports."""
+        found = re.search(r"^process_resident_memory_bytes (\S+)", self.metrics(), re.MULTILINE)
+        if found is None:
+            pytest.skip("this system does not report how much memory a process has")
+        return float(found[1])
+
+    def drain(self) -> None:
+        """Send SIGTERM, and wait until the server reports that it is not ready."""
+        self.process.send_signal(signal.SIGTERM)
+        until(lambda: self.ask("GET", "/v2/health/ready").status == 503)
+
+    def stopping(self) -> bool:
+        """Return True if the server is not ready, or does not listen."""
+        try:
+            return self.ask("GET", "/v2/health/ready").status == 503
+        except (OSError, http.client.HTTPException):
+            return True
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -113,7 +139,7 @@ def _whole(got: bytes) -> bool:
 def serving(
     path: Path, log: Path, *options: str, env: dict[str, str] | None = None, program: tuple[str, ...] = PROGRAM
 ) -> Iterator[Server]:
-    """A server of a bundle or a folder of models, on a free port; killed at the end, whatever happens."""
+    """Start a server of a bundle or a folder of models on a free port, and kill it at the end."""
     words = [*program, "serve", str(path), "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     with log.open("w") as stderr:
@@ -158,6 +184,17 @@ def logits_of(answer: Answer) -> np.ndarray:
     return np.frombuffer(answer.body, np.float32, offset=int(length)).reshape(output["shape"])
 
 
+def close(got: np.ndarray, want: np.ndarray) -> bool:
+    """Return True for arrays of one shape that differ by at most 1e-5 of the largest value."""
+    return got.shape == want.shape and bool(np.abs(got - want).max() <= 1e-5 * np.abs(want).max())
+
+
+def together(count: int, call: Callable[[int], object]) -> None:
+    """Call a function with 0, 1, ... in threads at the same time, and raise what one of them raises."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(call, range(count)))
+
+
 def until(check: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + PATIENCE
     while not (found := check()):
@@ -166,9 +203,10 @@ def until(check: Callable[[], Any]) -> Any:
     return found
 
 
-def refused(*words: str, code: int) -> str:
+def refused(*words: str, code: int, program: tuple[str, ...] = PROGRAM) -> str:
+    """Return the messages of a server that can't start."""
     done = subprocess.run(
-        [sys.executable, "-m", "bnexport", "serve", *words],
+        [*program, "serve", *words],
         capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == code, done.stderr

@@ -1,4 +1,4 @@
-"""Imports go down only, packages of one floor do not know each other, files and functions have a largest length.
+"""Imports go down only, packages of one floor do not import each other, files and functions have a largest length.
 
 The measuring code in benchmarks/ may import every unit of bnexport, and none of them imports it.
 
@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loading", "onnx_files"),
     ("nn", "data"),
 )
-#: Floor 0 has an order of its own, from top to bottom; each may import those after it.
+#: Floor 0 has an order, from top to bottom; each may import those after it.
 GROUND = (
     "tuned",
     "bundle",

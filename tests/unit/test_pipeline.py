@@ -126,7 +126,7 @@ def test_unfolded_weights_and_the_networks_code_verify(result: bnexport.pipeline
 
 
 def test_code_with_another_eps_does_not_verify(result: bnexport.pipeline.ExportResult, tmp_path: Path) -> None:
-    """eps is in no weights file: the golden vectors tell that this is not the network that was exported."""
+    """eps is in no weights file: the golden vectors show that this is not the network that was exported."""
     assert result.bundle is not None
     (tmp_path / "net.py").write_text(NET.format(first=1e-5, second=1e-5))
     loaded = load_source(f"{tmp_path}/net.py:build", weights=result.bundle.file(WEIGHTS))

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from fractions import Fraction
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from bnexport.folding.affine import Dim
 from bnexport.folding.onnx_backend.inventory import TORCH, is_default, widened
 from bnexport.onnx_files.float64 import wide_evaluator
-from bnexport.onnx_files.models import refill
+from bnexport.onnx_files.models import refill, without_weights
 from bnexport.onnx_files.names import mentions, subgraphs
 from bnexport.tensors import Array
 
@@ -66,20 +67,16 @@ class Shapes:
 
     def _round(self, skeleton: ModelProto, index: int, batch: int | None = None) -> dict[str, ValueInfoProto]:
         """Infer with numbers for sizes; add the file's declared shapes of inner values that inference does not find."""
-        sizes = {
-            name: numbers[index if batch is None or tuple(numbers) != _BATCHES else batch]
-            for name, numbers in self.sizes.items()
-        }
+        at = {name: index if batch is None or numbers != _BATCHES else batch for name, numbers in self.sizes.items()}
+        sizes = {name: numbers[at[name]] for name, numbers in self.sizes.items()}
         bound = _bound(skeleton, sizes)
         found = _evaluated(bound)
-        stated = [value for name, value in self._named.items() if _numbers_of(found.get(name)) is None]
-        stated = [
-            value for value in (_with_numbers(value, sizes) for value in stated) if _numbers_of(value) is not None
-        ]
-        if not stated:
-            return found
+        stated = [deepcopy(value) for name, value in self._named.items() if _numbers_of(found.get(name)) is None]
+        for value in stated:
+            _put_numbers(value, sizes)
+        stated = [value for value in stated if _numbers_of(value) is not None]
         bound.graph.value_info.extend(stated)
-        return _evaluated(bound)
+        return _evaluated(bound) if stated else found
 
     def of(self, name: str) -> tuple[Dim, ...] | None:
         """Return the shape of a value; None if it is unknown."""
@@ -143,22 +140,14 @@ def _expressions(sizes: Mapping[str, Sequence[int]]) -> list[tuple[sympy.Expr, l
 
 def _skeleton(model: ModelProto) -> ModelProto:
     """Return the model without the numbers of its large weights, and with names for all open sizes of inputs."""
-    bare = ModelProto(ir_version=model.ir_version)
-    bare.opset_import.extend(model.opset_import)
-    bare.functions.extend(model.functions)
-    graph, source = bare.graph, model.graph
-    graph.name = source.name
-    graph.node.extend(source.node)
+    bare = without_weights(model)
+    graph = bare.graph
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == attribute.TENSOR and math.prod(attribute.t.dims) > _SMALL:
                 attribute.t.CopyFrom(_bare(attribute.t))
-    for ours, theirs in ((graph.input, source.input), (graph.output, source.output)):
-        ours.extend(theirs)
-    graph.value_info.extend(source.value_info)
-    graph.initializer.extend(
-        tensor if math.prod(tensor.dims) <= _SMALL else _bare(tensor) for tensor in source.initializer
-    )
+    for tensor in model.graph.initializer:
+        graph.initializer.append(tensor if math.prod(tensor.dims) <= _SMALL else _bare(tensor))
     stored = {tensor.name for tensor in graph.initializer}
     for value in graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
@@ -190,13 +179,10 @@ def _varying(model: ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str,
 
 def _bound(skeleton: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
     """Return a copy whose inputs have numbers for sizes, without declared shapes of other values."""
-    copy = ModelProto()
-    copy.CopyFrom(skeleton)
+    copy = deepcopy(skeleton)
     graph: GraphProto = copy.graph
     for value in graph.input:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in sizes:
-                dim.dim_value = sizes[dim.dim_param]
+        _put_numbers(value, sizes)
     if sizes:
         del graph.value_info[:]
         for value in graph.output:
@@ -205,13 +191,10 @@ def _bound(skeleton: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
     return copy
 
 
-def _with_numbers(value: ValueInfoProto, sizes: Mapping[str, int]) -> ValueInfoProto:
-    copy = ValueInfoProto()
-    copy.CopyFrom(value)
-    for dim in copy.type.tensor_type.shape.dim:
+def _put_numbers(value: ValueInfoProto, sizes: Mapping[str, int]) -> None:
+    for dim in value.type.tensor_type.shape.dim:
         if dim.dim_param in sizes:
             dim.dim_value = sizes[dim.dim_param]
-    return copy
 
 
 def _inferred(model: ModelProto) -> dict[str, ValueInfoProto]:
@@ -222,14 +205,14 @@ def _inferred(model: ModelProto) -> dict[str, ValueInfoProto]:
         graph = model.graph
     found = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     for tensor in graph.initializer:
-        found[tensor.name] = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        found[tensor.name] = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
     return found
 
 
 def _evaluated(model: ModelProto) -> dict[str, ValueInfoProto]:
     """Infer the shapes of a model whose inputs have numbers for sizes; values computed from shapes become initializers."""
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    known = {name: numpy_helper.to_array(tensor) for name, tensor in stored.items() if _has_numbers(tensor)}
+    small = [tensor for tensor in model.graph.initializer if math.prod(tensor.dims) <= _MAX_TARGET]
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in small if tensor.data_type in TORCH}
     found = _inferred(model)
     if not any(node.op_type in SHAPE_ONLY for node in model.graph.node):
         return found
@@ -249,10 +232,6 @@ def _evaluated(model: ModelProto) -> dict[str, ValueInfoProto]:
         model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in fresh.items())
         found = _inferred(model)
     return found
-
-
-def _has_numbers(tensor: TensorProto) -> bool:
-    return math.prod(tensor.dims) <= _MAX_TARGET and tensor.data_type in TORCH
 
 
 def _value_of(
@@ -289,13 +268,11 @@ def _numbers_of(value: ValueInfoProto | None) -> list[int] | None:
 
 
 #: Operators that are computed ahead if all their inputs are constant.
-_COMPUTED = frozenset(
-    (
-        *("Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather"),
-        *("Identity", "Mul", "Neg", "Pow", "Reciprocal", "ReduceL2", "ReduceSum", "Reshape", "Shape", "Slice", "Sqrt"),
-        *("Squeeze", "Sub", "Transpose", "Unsqueeze"),
-    )
-)
+_COMPUTED = {
+    *("Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather"),
+    *("Identity", "Mul", "Neg", "Pow", "Reciprocal", "ReduceL2", "ReduceSum", "Reshape", "Shape", "Slice", "Sqrt"),
+    *("Squeeze", "Sub", "Transpose", "Unsqueeze"),
+}
 _MAX_ELEMENTS = 1 << 26
 _MAX_RANK = 16
 
@@ -327,6 +304,10 @@ class OnnxConstants:
             if self._is_constant(node):
                 self._nodes[node.output[0]] = node
         self._count_aliases()
+
+    def is_plain(self, node: NodeProto) -> bool:
+        """Return True for an operator of ONNX's default domain that no function of the file replaces."""
+        return is_default(node) and (node.domain, node.op_type) not in self._functions
 
     def known(self, name: str) -> bool:
         """Return True if a name is that of a constant."""
@@ -398,7 +379,7 @@ class OnnxConstants:
         return int(sum(math.prod(item.dims) for item in self._model.graph.initializer) + sum(map(math.prod, inner)))
 
     def _is_constant(self, node: NodeProto) -> bool:
-        if not is_default(node) or len(node.output) != 1 or (node.domain, node.op_type) in self._functions:
+        if len(node.output) != 1 or not self.is_plain(node):
             return False
         if node.op_type == "Constant":
             return not any(item.name in ("sparse_value", "value_string", "value_strings") for item in node.attribute)
@@ -467,12 +448,8 @@ class OnnxConstants:
 
 def node_evaluator(nodes: list[NodeProto], model: ModelProto, inputs: list[str], output: str) -> Any:
     """Return the reference evaluator of a few nodes, with every float widened to float64."""
-    double = TensorProto.DOUBLE
-    graph = helper.make_graph(
-        nodes,
-        "part",
-        [helper.make_tensor_value_info(name, double, None) for name in dict.fromkeys(inputs)],
-        [helper.make_tensor_value_info(output, double, None)],
-    )
-    part = onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
+    values = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, None) for name in dict.fromkeys(inputs)]
+    result = helper.make_tensor_value_info(output, TensorProto.DOUBLE, None)
+    graph = helper.make_graph(nodes, "part", values, [result])
+    part = helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
     return wide_evaluator(part)

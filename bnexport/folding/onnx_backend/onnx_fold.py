@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
 from bnexport.folding.engine import Engine, EngineResult
-from bnexport.folding.fold import AMPLIFIES, DEFAULT_MAX_GROWTH
+from bnexport.folding.fold import AMPLIFIES, DEFAULT_MAX_GROWTH, refuse_wrong
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
 from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, last_digit_response, onnx_fold_error
@@ -118,8 +119,7 @@ def _fold_copy(
     """
     before = max(OnnxGraph(readable, sizes).elements, 1)
     for apart, biases in ATTEMPTS:
-        model = ModelProto()
-        model.CopyFrom(readable)
+        model = deepcopy(readable)
         graph = OnnxGraph(model, sizes)
         budget = GrowthBudget(before, max_growth, apart, biases)
         outcome = _run_engine(Engine(graph, budget, clamps=clamps, prove=prove), original)
@@ -133,8 +133,7 @@ def _fold_copy(
 
 def _readable(file: SourceFile, sizes: Mapping[str, Sequence[int]], *, prove: bool) -> ModelProto:
     """Return a copy of a file's model, of operator set 7 or newer."""
-    readable = ModelProto()
-    readable.CopyFrom(upgraded(file.model, file.name))
+    readable = deepcopy(upgraded(file.model, file.name))
     if prove and opset_of(readable) != opset_of(file.model):
         _check_conversion(file.model, readable, file.name, sizes)
     return readable
@@ -150,9 +149,7 @@ def _sizes(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, 
         if name not in values:
             raise UsageError(f"the file has the inputs {', '.join(values)}", remedy="Name each: --input NAME=3x224x224")
         sample = [dim.dim_value or "?" for dim in list(values[name].shape.dim)[1:]]
-        fits = len(sample) == len(shape) and all(
-            size in ("?", given) for size, given in zip(sample, shape, strict=True)
-        )
+        fits = len(sample) == len(shape) and all(size in ("?", shape[axis]) for axis, size in enumerate(sample))
         if values[name].HasField("shape") and not fits:
             raise UsageError(
                 f"{'x'.join(map(str, shape))} does not fit {name!r}, which the file declares as {'x'.join(map(str, sample))}",
@@ -185,16 +182,11 @@ def _proof(
         return 0.0, ()
     try:
         error = onnx_fold_error(original, model, exact, sizes)
-        wrong = not error <= _MAX_ERROR
-        if wrong and math.isfinite(error) and error <= last_digit_response(original, sizes):
+        if not error <= _MAX_ERROR and math.isfinite(error) and error <= last_digit_response(original, sizes):
             return error, (AMPLIFIES,)
     except NotEvaluated as reason:
         return None, (f"the folded model as a whole could not be evaluated in float64: {reason}",)
-    if wrong:
-        raise ProofError(
-            f"the folded model differs from the original by {error:.1e} of scale in float64",
-            remedy="Please report it with the file: a fold that is not exact is a fault in bnexport",
-        )
+    refuse_wrong("model", error, _MAX_ERROR, "float64")
     return error, ()
 
 

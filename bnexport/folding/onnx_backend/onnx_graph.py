@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from bnexport.folding.graph import Identity, Kind, Layer, NormCall, Op, Opaque, Reshape, connect
 from bnexport.folding.layers import channels_of
-from bnexport.folding.onnx_backend.inventory import is_batch_norm, is_default, label
+from bnexport.folding.onnx_backend.inventory import is_batch_norm, label
 from bnexport.folding.onnx_backend.onnx_constants import SHAPE_ONLY, OnnxConstants, Shapes, node_evaluator
 from bnexport.folding.onnx_backend.onnx_norms import unread_batch_norm
 from bnexport.folding.onnx_backend.onnx_readers import ONNX_READERS, read_piece, read_split
 from bnexport.folding.onnx_backend.view import OVERRIDABLE, GraphContext, NodeView, OnnxReading, Slot
 from bnexport.folding.torch_backend.torch_graph import evaluate_kind
-from bnexport.onnx_files.models import opset_of
+from bnexport.onnx_files.models import opset_of, refill
 from bnexport.onnx_files.names import mentions, reads
 from bnexport.tensors import Array
 
@@ -30,14 +31,10 @@ _WEIGHT, _BIAS = "folded weight", "folded bias"
 
 @dataclass
 class OnnxSource:
-    """The origin of a value.
+    """The origin of a value: the nodes that compute it in order, and the names of the values that are ``Op.inputs``.
 
-    Attributes:
-        nodes: The nodes that compute the value, in order; empty for an input of the graph.
-        reads: Names of the values that are ``Op.inputs``.
-        weight: The place of a layer's weight.
-        bias: The place of its bias, used or not.
-        evaluators: The evaluator with fed weight and bias (True) and the one with the file's own (False).
+    ``weight`` and ``bias`` are the places of a layer's tensors, the bias used or not. ``evaluators`` has the evaluator with fed
+    weight and bias (True) and the one with the file's tensors (False).
     """
 
     nodes: tuple[NodeProto, ...]
@@ -62,7 +59,6 @@ class OnnxGraph:
         self.constants = OnnxConstants(model, self.shapes)
         self.ops: list[Op] = []
         self.by_name: dict[str, Op] = {}
-        self._functions = {(function.domain, function.name) for function in model.functions}
         self._users: dict[str, list[NodeProto]] = {}
         self._context = self._make_context()
         self._taken: set[str] = set()
@@ -89,7 +85,7 @@ class OnnxGraph:
         followers = {
             name: users[0]
             for name, users in self._users.items()
-            if len(users) == count[name] == 1 and self._is_plain(users[0])
+            if len(users) == count[name] == 1 and self.constants.is_plain(users[0])
         }
         inputs = frozenset(value.name for value in self.model.graph.input)
         return GraphContext(self.opset, self.shapes, self.constants, followers, count, inputs)
@@ -106,7 +102,7 @@ class OnnxGraph:
             for name, piece in zip(node.output, pieces, strict=True):
                 self._add_reading(node, name, piece)
             return
-        if node.op_type == "SplitToSequence" and self._is_plain(node) and self._only_indexed(node):
+        if node.op_type == "SplitToSequence" and self.constants.is_plain(node) and self._only_indexed(node):
             self._sequences[node.output[0]] = node
             return
         if node.op_type == "SequenceAt" and node.input[0] in self._sequences:
@@ -123,7 +119,7 @@ class OnnxGraph:
 
     def _pieces(self, node: NodeProto) -> list[OnnxReading] | None:
         view = NodeView(node, self._context)
-        if not self._is_plain(node) or view.is_constant(0) or not all(node.output):
+        if not self.constants.is_plain(node) or view.is_constant(0) or not all(node.output):
             return None
         try:
             return read_split(view)
@@ -134,10 +130,8 @@ class OnnxGraph:
         """Return True if every reader of a sequence takes one of its pieces, at a constant position."""
         name = node.output[0]
         users = self._users.get(name, [])
-        return len(users) == self._context.readers[name] and all(
-            user.op_type == "SequenceAt" and self._is_plain(user) and self.constants.known(user.input[1])
-            for user in users
-        )
+        indexed = (user.op_type == "SequenceAt" and self.constants.known(user.input[1]) for user in users)
+        return len(users) == self._context.readers[name] and all(map(self.constants.is_plain, users)) and all(indexed)
 
     def _read_piece(self, node: NodeProto) -> None:
         split = self._sequences[node.input[0]]
@@ -151,30 +145,22 @@ class OnnxGraph:
 
     def _reading(self, node: NodeProto) -> OnnxReading:
         view = NodeView(node, self._context)
-        everything = tuple(reads(node))
-        if not self._is_plain(node):
-            if is_batch_norm(node):
-                return unread_batch_norm(view, "a function of the file has its name", "another name for that function")
-            return OnnxReading(Opaque(), everything)
-        if node.op_type in SHAPE_ONLY:
-            return OnnxReading(Opaque(), ())
-        reader = ONNX_READERS.get(node.op_type)
-        try:
-            found = reader(view) if reader is not None else None
-        except _CONTRADICTIONS:
-            found = "its attributes and constants contradict each other"
-        if isinstance(found, str):
-            if is_batch_norm(node):
-                return unread_batch_norm(view, found, "")
-            return OnnxReading(Opaque(found), everything)
-        if found is None or any(name not in self.by_name for name in found.inputs):
-            if is_batch_norm(node):
-                return unread_batch_norm(view, "its input is a constant", "")
-            return OnnxReading(Opaque(), everything)
-        return found
-
-    def _is_plain(self, node: NodeProto) -> bool:
-        return is_default(node) and (node.domain, node.op_type) not in self._functions
+        found: OnnxReading | str | None = None
+        why, hint = "a function of the file has its name", "another name for that function"
+        if self.constants.is_plain(node):
+            if node.op_type in SHAPE_ONLY:
+                return OnnxReading(Opaque(), ())
+            reader = ONNX_READERS.get(node.op_type)
+            try:
+                found = reader(view) if reader is not None else None
+            except _CONTRADICTIONS:
+                found = "its attributes and constants contradict each other"
+            if isinstance(found, OnnxReading) and all(name in self.by_name for name in found.inputs):
+                return found
+            why, hint = found if isinstance(found, str) else "its input is a constant", ""
+        if is_batch_norm(node):
+            return unread_batch_norm(view, why, hint)
+        return OnnxReading(Opaque(found if isinstance(found, str) else ""), tuple(reads(node)))
 
     def _add_reading(
         self, node: NodeProto, name: str, reading: OnnxReading, nodes: tuple[NodeProto, ...] | None = None
@@ -184,8 +170,7 @@ class OnnxGraph:
         self._add(reading.kind, source, _described(node), label(node), reading.call)
 
     def _add(self, kind: Kind, source: OnnxSource, name: str, path: str, call: NormCall | None = None) -> None:
-        shape = self.shapes.of(source.output)
-        dtype = self.shapes.dtype(source.output)
+        shape, dtype = self.shapes.of(source.output), self.shapes.dtype(source.output)
         inputs = [self.by_name[item] for item in source.reads]
         op = Op(kind, inputs, shape or (), dtype, name, path, source, norm=call)
         self.ops.append(op)
@@ -213,9 +198,9 @@ class OnnxGraph:
     def _run(self, op: Op, inputs: Sequence[Tensor], layer: Layer | None) -> Tensor:
         """Run an operation's nodes on float64 values, with the weight and bias of ``layer`` if it is given."""
         source: OnnxSource = op.source
-        feeds: dict[str, Array] = {name: value.numpy() for name, value in zip(source.reads, inputs, strict=True)}
         if isinstance(op.original, Reshape):
             return inputs[0].reshape(self._target(op, inputs[0]))
+        feeds: dict[str, Array] = {name: value.numpy() for name, value in zip(source.reads, inputs, strict=True)}
         if layer is not None:
             feeds |= _tensors(op, layer)
         if (layer is not None) not in source.evaluators:
@@ -281,11 +266,7 @@ def with_tensors(
     The same copies are evaluated in a proof and written. Gemm multiplies its weight by alpha and its bias by beta. A folded
     tensor includes the factor, which is removed from the node.
     """
-    copies = []
-    for node in nodes:
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
+    copies = [deepcopy(node) for node in nodes]
     for place, name, factor in ((weight_at, weight, "alpha"), (bias_at, bias, "beta")):
         if place is None or name is None:
             continue
@@ -294,7 +275,5 @@ def with_tensors(
             node.input.append("")
         node.input[slot] = name
         if node.op_type == "Gemm":
-            kept = [item for item in node.attribute if item.name != factor]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+            refill(node.attribute, [item for item in node.attribute if item.name != factor])
     return copies

@@ -11,7 +11,7 @@ from torch import Tensor
 from bnexport.folding.affine import Affine, ChannelAffine, Dim, arithmetic, is_finite, placed_on, why_infinite
 from bnexport.folding.graph import ConstantAffine, NormCall, Opaque
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM
-from bnexport.folding.onnx_backend.view import NOT_AN_INPUT, OVERRIDABLE, NodeView, OnnxReading
+from bnexport.folding.onnx_backend.view import OVERRIDABLE, NodeView, OnnxReading
 
 #: First operator set whose BatchNormalization has an attribute for training mode; before, its outputs show it.
 _TRAINING_MODE = 14
@@ -24,13 +24,15 @@ _DEFAULT_EPSILON = float(torch.tensor(1e-5))
 def read_batch_norm(view: NodeView) -> OnnxReading:
     """Read a BatchNormalization; one that can't be read still has a row in the report."""
     why, hint = _unreadable(view)
-    affine = None if why else _affine(view)
-    rank = len(view.shape() or ())
-    if affine is not None and not is_finite(affine):
-        var = view.context.constants.tensor(view.input(4))
-        why, hint = why_infinite(var, float(view.attribute("epsilon", _DEFAULT_EPSILON)))
-        affine = None
-    found = None if affine is None else affine.on_axis(1, rank)
+    found = None
+    if not why:
+        gamma, beta, mean, var = (view.context.constants.tensor(view.input(index)) for index in range(1, 5))
+        eps = float(view.attribute("epsilon", _DEFAULT_EPSILON))
+        affine = ChannelAffine.from_statistics(mean, var, eps, gamma, beta)
+        if is_finite(affine):
+            found = affine.on_axis(1, len(view.shape() or ()))
+        else:
+            why, hint = why_infinite(var, eps)
     call = NormCall(view.name, BATCH_NORM, _channels(view), found, why, hint)
     return OnnxReading(Opaque(why) if found is None else ConstantAffine(found), (view.input(0),), call=call)
 
@@ -43,7 +45,8 @@ def unread_batch_norm(view: NodeView, why: str, hint: str) -> OnnxReading:
 
 def _unreadable(view: NodeView) -> tuple[str, str]:
     """Return the reason why the affine can't be read, and a hint; two empty texts if it can be read."""
-    training = view.attribute("training_mode", 0) if view.opset >= _TRAINING_MODE else len(view.outputs()) > 1
+    several = len([name for name in view.node.output if name]) > 1
+    training = view.attribute("training_mode", 0) if view.opset >= _TRAINING_MODE else several
     shape = view.shape()
     indices = range(1, 5)
     if training:
@@ -51,7 +54,8 @@ def _unreadable(view: NodeView) -> tuple[str, str]:
     if view.opset < 9 and view.attribute("spatial", 1) == 0:
         return "it has statistics for each position (spatial=0)", ""
     if not all(view.is_constant(index) for index in indices):
-        return view.why_not_constant(*indices, noun="parameters"), NOT_AN_INPUT
+        hint = "initializers that are not listed among the graph's inputs"
+        return view.why_not_constant(*indices, noun="parameters"), hint
     if shape is None:
         return UNKNOWN_SHAPE, "a file that shape inference can read"
     if len(shape) < 2:
@@ -60,18 +64,13 @@ def _unreadable(view: NodeView) -> tuple[str, str]:
     types = [view.dtype(), view.output_dtype, *(constants.dtype(view.input(index)) for index in indices)]
     if not all(dtype is not None and dtype.is_floating_point for dtype in types):
         return "its input or its parameters are not float16, bfloat16, float32 or float64", "the network exported again"
-    sizes = {constants.shape(view.input(index)) for index in indices}
-    if len(sizes) != 1 or len(next(iter(sizes))) != 1:
+    first, *others = (constants.shape(view.input(index)) for index in indices)
+    if len(first) != 1 or any(other != first for other in others):
         return "its parameters have different lengths", ""
-    ((size,),) = sizes
+    (size,) = first
     if isinstance(shape[1], int) and shape[1] != size:
         return f"its parameters are for {size} channels, and its input has {shape[1]}", ""
     return "", ""
-
-
-def _affine(view: NodeView) -> ChannelAffine:
-    gamma, beta, mean, var = (view.context.constants.tensor(view.input(index)) for index in range(1, 5))
-    return ChannelAffine.from_statistics(mean, var, float(view.attribute("epsilon", _DEFAULT_EPSILON)), gamma, beta)
 
 
 def _channels(view: NodeView) -> int:
@@ -82,13 +81,9 @@ def _channels(view: NodeView) -> int:
 
 @dataclass(frozen=True)
 class _Link:
-    """One node of arithmetic with a constant.
+    """One node of arithmetic with a constant; ``affine`` is None if it can't be read, for the reason ``why_not``.
 
-    Attributes:
-        value: Name of the value that the node reads.
-        affine: None if the affine can't be read, for the reason ``why_not``.
-        scales: True if the constant is a scale with more than one number.
-        shifts: True if the node adds or subtracts.
+    ``scales`` is True if the constant is a scale with more than one number, ``shifts`` if the node adds or subtracts.
     """
 
     view: NodeView
@@ -99,9 +94,9 @@ class _Link:
     why_not: str = ""
 
     @property
-    def axes(self) -> tuple[int, ...]:
+    def axes(self) -> list[int]:
         """The axes along which the affine varies."""
-        return () if self.affine is None else tuple(filter(self.affine.varies_along, range(self.affine.rank)))
+        return [] if self.affine is None else self.affine.varying
 
 
 def read_arithmetic(view: NodeView) -> OnnxReading | None:

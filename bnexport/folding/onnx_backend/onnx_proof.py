@@ -35,11 +35,8 @@ def onnx_fold_error(
     """Return the largest difference of any output, as a fraction of that output's largest value.
 
     The folded model is evaluated with the folded tensors before their one rounding (``exact``: by initializer), so that the
-    error is that of the algebra alone. The error is infinity if only the folded model can't be evaluated. ``inputs`` maps
-    inputs to the shape of one sample, for sizes that the file leaves open.
-
-    Raises:
-        NotEvaluated: The original can't be evaluated, or not in float64.
+    error is that of the algebra alone. The error is infinity if only the folded model can't be evaluated. ``inputs`` is as for
+    ``fold_onnx``. NotEvaluated is raised if the original can't be evaluated, or not in float64.
     """
     before = evaluator(original)
     feeds, reference = first_that_works(before, original, 0, inputs)
@@ -122,7 +119,8 @@ def first_that_works(
             continue
         if not all(isinstance(output, np.ndarray) for output in outputs):
             raise NotEvaluated("it has an output that is not a tensor")
-        if all(map(_comparable, outputs)) and any(output.size for output in outputs):
+        finite = (not item.size or item.dtype.kind != "f" or bool(np.isfinite(item).any()) for item in outputs)
+        if all(finite) and any(output.size for output in outputs):
             return feeds, outputs
         refused = NotEvaluated("it has no finite output for noise")
     raise refused or NotEvaluated("it accepts no input")
@@ -143,11 +141,8 @@ def _other_sizes(
 
 
 def _difference(candidate: Sequence[Array], reference: Sequence[Array]) -> float:
-    return max((scale_error(_tensor(a), _tensor(b)) for a, b in zip(candidate, reference, strict=True)), default=0.0)
-
-
-def _comparable(output: Array) -> bool:
-    return not output.size or output.dtype.kind != "f" or bool(np.isfinite(output).any())
+    pairs = ([torch.from_numpy(np.array(item)) for item in pair] for pair in zip(candidate, reference, strict=True))
+    return max((scale_error(a, b) for a, b in pairs), default=0.0)
 
 
 def _random(
@@ -173,19 +168,11 @@ def _random(
     raise NotEvaluated(f"its input {value.name!r} is {dtype.name}")
 
 
-def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(np.array(array))
-
-
 def _narrow_value(engine: Any, feeds: Mapping[str, Array]) -> str | None:
     """Return the name of a float value that is not float64, or None."""
     with np.errstate(all="ignore"):
         values = dict(engine.run(None, dict(feeds), intermediate=True))
-    return next(
-        (
-            name
-            for name, value in values.items()
-            if isinstance(value, np.ndarray) and value.dtype.kind in "fV" and value.dtype != np.float64
-        ),
-        None,
-    )
+    for name, value in values.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fV" and value.dtype != np.float64:
+            return str(name)
+    return None

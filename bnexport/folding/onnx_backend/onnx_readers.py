@@ -21,7 +21,7 @@ from bnexport.folding.onnx_backend.view import NodeView, OnnxReading
 _SAME = ("SAME_UPPER", "SAME_LOWER")
 
 
-def read_conv(view: NodeView) -> OnnxReading | str | None:
+def _conv(view: NodeView) -> OnnxReading | str | None:
     """Read Conv or ConvTranspose; the channels of an ONNX convolution are always on axis 1."""
     weight, bias = view.context.weight(view.input(1)), view.context.weight(view.input(2))
     if weight is None or (bias is None and view.input(2)):
@@ -61,7 +61,7 @@ def _geometry(view: NodeView, spatial: int) -> Geometry | None:
     return Geometry(tuple(view.attribute("strides", ones)), tuple(view.attribute("dilations", ones)), pads[:spatial])
 
 
-def read_gemm(view: NodeView) -> OnnxReading | str | None:
+def _gemm(view: NodeView) -> OnnxReading | str | None:
     """Read ``alpha x W + beta c``, W stored as (in, out) or (out, in)."""
     if view.attribute("transA", 0):
         return "it takes its input transposed (transA=1)"
@@ -91,7 +91,7 @@ def _gemm_bias(view: NodeView, beta: float, size: int) -> Weight | str | None:
     return view.context.weight(view.input(2), beta, size) or view.why_not_constant(2)
 
 
-def read_matmul(view: NodeView) -> OnnxReading | str | None:
+def _matmul(view: NodeView) -> OnnxReading | str | None:
     """Read ``x @ W`` or ``W @ x``; an Add of a vector that follows ``x @ W`` is its bias."""
     right, left = view.context.weight(view.input(1)), view.context.weight(view.input(0))
     weight = right or left
@@ -118,12 +118,8 @@ def _with_bias(view: NodeView, layer: Layer, found: OnnxReading) -> OnnxReading 
     bias = view.context.weight(add.input[slot])
     if bias is None or bias.shape != (layer.weight.shape[-1],) or bias.dtype != layer.weight.dtype:
         return None
-    return replace(
-        found,
-        kind=replace(layer, name="linear layer", bias=bias, takes_bias=True),
-        bias=(1, slot),
-        nodes=(add,),
-    )
+    kind = replace(layer, name="linear layer", bias=bias, takes_bias=True)
+    return replace(found, kind=kind, bias=(1, slot), nodes=(add,))
 
 
 # --- pieces: Split, and SplitToSequence with the SequenceAt of each piece ----------------------------------------------
@@ -151,12 +147,10 @@ def read_piece(split: NodeView, at: NodeView) -> OnnxReading | None:
     size = shape[axis]
     if not isinstance(size, int):
         return None
-    step = int(given.reshape(-1)[0])
-    sizes: list[Dim] = (
-        [int(item) for item in given]
-        if given.ndim
-        else [min(step, size - start) for start in range(0, size, max(step, 1))]
-    )
+    if given.ndim:
+        sizes: list[Dim] = [int(item) for item in given]
+    else:
+        sizes = [min(int(given), size - start) for start in range(0, size, max(int(given), 1))]
     bounds = _bounds(shape, axis, sizes)
     if bounds is None:
         return None
@@ -269,27 +263,19 @@ def _concat(view: NodeView) -> OnnxReading | None:
 # --- operators that mix positions ---------------------------------------------------------------------------------------------
 
 
-def _spatial(view: NodeView) -> tuple[int, ...] | None:
-    return None if view.rank is None else tuple(range(2, view.rank))
+def _pooled(view: NodeView, kind: Callable[[tuple[int, ...]], Kind]) -> OnnxReading | None:
+    """Read an operator that pools all axes after the channels, with the function from these axes to a kind."""
+    return None if view.rank is None else _of(view, kind(tuple(range(2, view.rank))))
 
 
 def _average_pool(view: NodeView) -> OnnxReading | None:
-    axes = _spatial(view)
     padded = any(view.attribute("pads", ())) or view.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     counted = bool(view.attribute("count_include_pad", 0)) and (padded or bool(view.attribute("ceil_mode", 0)))
-    return None if axes is None else _of(view, kinds.Average(axes, not counted))
-
-
-def _global_average(view: NodeView) -> OnnxReading | None:
-    axes = _spatial(view)
-    return None if axes is None else _of(view, kinds.Mean(axes, keepdim=True))
+    return _pooled(view, lambda axes: kinds.Average(axes, not counted))
 
 
 def _max_pool(view: NodeView) -> OnnxReading | str | None:
-    axes = _spatial(view)
-    if view.uses_output(1):
-        return "the positions that it gives are used"
-    return None if axes is None else _of(view, kinds.WindowMaximum(axes))
+    return "the positions that it gives are used" if view.uses_output(1) else _pooled(view, kinds.WindowMaximum)
 
 
 def _reduce_mean(view: NodeView) -> OnnxReading | None:
@@ -421,10 +407,10 @@ def _joined(view: NodeView, kind: Kind) -> OnnxReading | None:
 #: Operator -> reader. A new operation that an affine can cross is a new row.
 ONNX_READERS: dict[str, OnnxReader] = {
     "BatchNormalization": read_batch_norm,
-    "Conv": read_conv,
-    "ConvTranspose": read_conv,
-    "Gemm": read_gemm,
-    "MatMul": read_matmul,
+    "Conv": _conv,
+    "ConvTranspose": _conv,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
     "Identity": lambda view: _of(view, kinds.Identity()),
     **dict.fromkeys(("Cast", "CastLike"), _cast),
     "Dropout": _dropout,
@@ -435,7 +421,7 @@ ONNX_READERS: dict[str, OnnxReader] = {
     "Slice": _slice,
     "Concat": _concat,
     "AveragePool": _average_pool,
-    "GlobalAveragePool": _global_average,
+    "GlobalAveragePool": lambda view: _pooled(view, lambda axes: kinds.Mean(axes, keepdim=True)),
     "MaxPool": _max_pool,
     "GlobalMaxPool": _max_pool,
     "ReduceMean": _reduce_mean,

@@ -107,14 +107,12 @@ class OnnxWriter:
         if kind.after is not None:
             inner = self._names.free(op.path, "unshifted")
             shift = self._constant(op, "shift", kind.after, kind.weight.dtype)
-            last = nodes[-1]
-            last.output[0] = inner
-            nodes.append(
-                helper.make_node("Add", [inner, shift], [source.output], name=self._names.free(op.path, "add"))
-            )
+            nodes[-1].output[0] = inner
+            name = self._names.free(op.path, "add")
+            nodes.append(helper.make_node("Add", [inner, shift], [source.output], name=name))
         for index, node in enumerate(source.nodes):
-            last_one = index == len(source.nodes) - 1
-            self._groups[self._place[id(node)]] = nodes[index:] if last_one else [nodes[index]]
+            last = index == len(source.nodes) - 1
+            self._groups[self._place[id(node)]] = nodes[index:] if last else [nodes[index]]
         self._producers.update((name, node) for node in nodes for name in node.output if name)
 
     def _tensor(self, op: Op, what: str, new: Weight | None, old: Weight | None) -> str | None:
@@ -167,16 +165,12 @@ class OnnxWriter:
 
     def _batch_norm(self, op: Op, node: NodeProto, value: str, scale: Tensor, shift: Tensor) -> NodeProto:
         """Return the canonical affine: mean 0, variance 1, epsilon 0, and the element types of the file."""
-        types = [
-            self.graph.constants.dtype(name) or op.dtype or torch.float32 for name in (node.input[1], node.input[3])
-        ]
-        tensors = (
-            ("scale", scale, types[0]),
-            ("shift", shift, types[0]),
-            ("mean", torch.zeros_like(scale), types[1]),
-            ("var", torch.ones_like(scale), types[1]),
-        )
-        names = [self._constant(op, what, tensor.clone(), dtype) for what, tensor, dtype in tensors]
+        tensors = {"scale": scale, "shift": shift, "mean": torch.zeros_like(scale), "var": torch.ones_like(scale)}
+        names = []
+        for what, tensor in tensors.items():
+            old = node.input[1 if what in ("scale", "shift") else 3]
+            dtype = self.graph.constants.dtype(old) or op.dtype or torch.float32
+            names.append(self._constant(op, what, tensor.clone(), dtype))
         return helper.make_node(BATCH_NORM, [value, *names], [op.source.output], name=node.name, epsilon=0.0)
 
     def _clamp(self, op: Op, kind: Clamp) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,9 @@ _CHECK = "Check the file with onnx.checker, or export it again"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A model as it was read.
+    """A valid model in the common spelling, with every weight inside; the caller may change it.
 
-    Attributes:
-        model: A valid model in the common spelling, with every weight inside. The caller may change it.
-        name: The file's path, or "the model".
-        normalised: Names of the rows of ``NORMALISATIONS`` that changed the spelling.
+    ``name`` is the file's path, or "the model". ``normalised`` names the rows of ``NORMALISATIONS`` that changed the spelling.
     """
 
     model: ModelProto
@@ -42,15 +40,10 @@ class SourceFile:
 def read_source(source: str | Path | bytes | ModelProto) -> SourceFile:
     """Read a model and bring its spelling into the common form (``onnx_files.normalisation``).
 
-    The external data of a file must be in the same folder.
-
-    Raises:
-        ModelError: The file is missing, not an ONNX model, or refused by the checker or by validation; or its external data
-            are missing or in another folder.
+    The external data of a file must be in the same folder. A file that is missing or refused raises ModelError.
     """
     if isinstance(source, ModelProto):
-        model, folder, name = ModelProto(), None, "the model"
-        model.CopyFrom(source)
+        model, folder, name = deepcopy(source), None, "the model"
     elif isinstance(source, bytes):
         model, folder, name = _parsed(source, "the model", None), None, "the model"
     else:
@@ -158,5 +151,4 @@ def _load_external(tensor: TensorProto, folder: Path | None, name: str) -> None:
 
 
 def _bytes_of(tensor: TensorProto) -> int:
-    width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return int(math.prod(tensor.dims) * width)
+    return int(math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)

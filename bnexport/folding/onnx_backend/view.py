@@ -21,19 +21,13 @@ from bnexport.tensors import Array
 Slot = tuple[int, int]
 
 OVERRIDABLE = "its weights are inputs of the model with a default value, which a caller may replace"
-NOT_AN_INPUT = "initializers that are not listed among the graph's inputs"
 
 
 @dataclass(frozen=True)
 class OnnxReading:
-    """The result of reading a node.
+    """The result of reading a node: its kind, the names of the values it reads, and the places of weight and bias.
 
-    Attributes:
-        inputs: Names of the values that the node reads.
-        weight: The place of a layer's weight.
-        bias: The place of its bias, used or not.
-        nodes: Further nodes that belong to the operation.
-        call: Set for a BatchNormalization.
+    ``nodes`` are further nodes of the same operation. ``call`` is set for a BatchNormalization.
     """
 
     kind: Kind
@@ -48,10 +42,8 @@ class OnnxReading:
 class GraphContext:
     """The shared facts of a graph's nodes.
 
-    Attributes:
-        opset: Version of the default operator set.
-        followers: Name of a value -> its only reader, for a value with one reader that is not an output.
-        readers: Number of readers of each name.
+    ``followers`` maps a value to its only reader, for a value with one reader that is not an output. ``readers`` counts the
+    readers of each name.
     """
 
     opset: int
@@ -160,10 +152,6 @@ class NodeView:
     def uses_output(self, index: int) -> bool:
         """Return True if an output other than the first has a reader."""
         return index < len(self.node.output) and self.context.readers[self.node.output[index]] > 0
-
-    def outputs(self) -> list[str]:
-        """Return the names of the outputs that are not left out."""
-        return [name for name in self.node.output if name]
 
     def why_not_constant(self, *indices: int, noun: str = "weights") -> str:
         """Return the reason why these inputs are not constants."""

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import ConstantAffine, Identity, Kind, Layer, Op, Opaque, Weight, weights_now
 from bnexport.folding.proof import MAX_SITE_ERROR, scale_error
-from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, batch_norm_nodes, module_path, module_stack
+from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, module_stack
 from bnexport.folding.torch_backend.torch_constants import functionalise, mutated_memory, shares_memory
 from bnexport.folding.torch_backend.torch_graph import SHAPE_ONLY, TorchGraph
 from bnexport.folding.torch_backend.torch_writer import check_stored, flushed
@@ -33,9 +33,7 @@ FORMAT = 1
 _REST = "scale_shift"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKED = "a hook reads its value, which a fold would change"
-_OVERWRITTEN = (
-    "its result is changed in place; without it, its input would be changed in place, which has other readers"
-)
+_OVERWRITTEN = "its result is changed in place; without it, its input would be, which has other readers"
 _ARITHMETIC = "its numbers are in the code, which stays as it is"
 
 
@@ -56,19 +54,15 @@ class ModuleChanges:
     def layout(self) -> dict[str, Any]:
         """Return the description from which ``with_layout`` builds the folded network, as JSON values."""
         norms = {
-            path: [
-                _shape(affine.scale) if affine.has_scale else None,
-                _shape(affine.shift) if affine.has_shift else None,
-            ]
-            if affine is not None
-            else None
+            path: None if affine is None else [None if part is None else list(part.shape) for part in _parts(affine)]
             for path, affine in self.norms.items()
         }
         return {"format": FORMAT, "norms": norms, "biases": list(self.biases)}
 
 
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
+def _parts(affine: Affine) -> tuple[Tensor | None, Tensor | None]:
+    """Return the scale and the shift, each None if it changes nothing."""
+    return affine.scale if affine.has_scale else None, affine.shift if affine.has_shift else None
 
 
 # --- reading ---
@@ -90,9 +84,10 @@ class ModuleGraph(TorchGraph):
         for op in self.ops:
             if isinstance(op.kind, Opaque):
                 continue
-            problem = self._problem(op) or (_HOOKED if _is_seen(op.source.result, hooked) else "")
-            if problem:
-                _close(op, problem)
+            if problem := self._problem(op) or (_HOOKED if _is_seen(op.source.result, hooked) else ""):
+                op.kind = op.original = Opaque(problem)
+                if op.norm is not None:
+                    op.norm = replace(op.norm, affine=None, why_not=problem, hint="")
 
     def _problem(self, op: Op) -> str:
         """Return why an operation's numbers can't be changed in a module; "" if they can, or if it has none."""
@@ -174,11 +169,8 @@ class ModuleGraph(TorchGraph):
                 reason = f"it is called {len(calls)} times, and the calls would fold differently"
                 found |= {op.path: reason for op in calls}
             for op in calls:
-                if (
-                    isinstance(op.kind, Identity)
-                    and op.source.result in self._overwritten
-                    and not _only_reader(op.source)
-                ):
+                overwritten = isinstance(op.kind, Identity) and op.source.result in self._overwritten
+                if overwritten and not _only_reader(op.source):
                     found[op.path] = _OVERWRITTEN
         return found
 
@@ -195,21 +187,13 @@ class ModuleGraph(TorchGraph):
         return changes
 
 
-def _close(op: Op, reason: str) -> None:
-    op.kind = op.original = Opaque(reason)
-    if op.norm is not None:
-        op.norm = replace(op.norm, affine=None, why_not=reason, hint="")
-
-
 def _same(kind: Kind, original: Kind, other: Kind, other_original: Kind) -> bool:
     """Return True if two calls of one module have the same result: unchanged, gone, or the same remaining affine."""
     if (kind is original) != (other is other_original):
         return False
     if kind is original or (isinstance(kind, Identity) and isinstance(other, Identity)):
         return True
-    if not isinstance(kind, ConstantAffine) or not isinstance(other, ConstantAffine):
-        return False
-    return torch.equal(kind.affine.scale, other.affine.scale) and torch.equal(kind.affine.shift, other.affine.shift)
+    return isinstance(kind, ConstantAffine) and isinstance(other, ConstantAffine) and kind.affine.equals(other.affine)
 
 
 def overwritten_by(traced: GraphModule) -> set[Node]:
@@ -261,11 +245,11 @@ def show_hooked(model: nn.Module, traced: GraphModule) -> list[Any]:
     """
     paths = {path for node in traced.graph.nodes for _, path, _ in module_stack(node)}
     unseen = [model.get_submodule(path) for path in _hooked(model) if path not in paths]
-    return [module.register_forward_pre_hook(_copy_inputs) for module in unseen]
 
+    def copy_inputs(_module: nn.Module, given: tuple[Any, ...]) -> Any:
+        return pytree.tree_map_only(Tensor, torch.clone, given)
 
-def _copy_inputs(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    return pytree.tree_map_only(Tensor, torch.clone, inputs)
+    return [module.register_forward_pre_hook(copy_inputs) for module in unseen]
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -286,19 +270,12 @@ def _is_inside(node: Node, path: str) -> bool:
     return any(f"{item}.".startswith(f"{path}.") for _, item, _ in module_stack(node))
 
 
-def inner_norms(traced: GraphModule) -> dict[str, str]:
-    """Return the paths of norms in separate graphs (branches, regions under autocast), where no rule applies -> reason."""
-    reason = "it is called inside a branch (torch.cond) or a region with its own autocast or gradient mode"
-    return {module_path(node): reason for node in batch_norm_nodes(traced) if node.graph is not traced.graph}
-
-
 # --- writing ---
 
 
 def add_biases(model: nn.Module, excluded: Iterable[str] = ()) -> tuple[str, ...]:
     """Add a bias of zeros to every linear layer without a bias, in place; return the layers' paths."""
-    added = [path for path, module in model.named_modules() if path not in excluded and add_bias(module)]
-    return tuple(added)
+    return tuple(path for path, module in model.named_modules() if path not in excluded and add_bias(module))
 
 
 def add_bias(module: nn.Module) -> bool:
@@ -328,19 +305,19 @@ def write(model: nn.Module, changes: ModuleChanges, added: Iterable[str]) -> Non
         model.get_submodule(path).register_parameter("bias", None)
     for path, affine in changes.norms.items():
         norm = model.get_submodule(path)
-        rest = None
-        if affine is not None:
-            parts = (affine.scale if affine.has_scale else None, affine.shift if affine.has_shift else None)
-            rest = ScaleShift(*(None if part is None else _stored_like(norm, part) for part in parts))
-        replace_module(model, norm, exchanged(norm, rest))
+        replace_module(model, norm, exchanged(norm, None if affine is None else _rest(norm, _parts(affine))))
     if changes.values or changes.norms:
         mark(model, changes.layout())
 
 
-def _stored_like(norm: nn.Module, value: Tensor) -> Tensor:
-    """Return a value in the element type and on the device of a norm's tensors."""
+def _rest(norm: nn.Module, parts: Iterable[Tensor | None]) -> ScaleShift:
+    """Return a module for a scale and a shift, in the element type and on the device of a norm's tensors."""
     tensors = [tensor for tensor in (*norm.parameters(), *norm.buffers()) if tensor.is_floating_point()]
-    return flushed(value.contiguous(), tensors[0].dtype).to(tensors[0].device) if tensors else value.float()
+
+    def like(value: Tensor) -> Tensor:
+        return flushed(value.contiguous(), tensors[0].dtype).to(tensors[0].device) if tensors else value.float()
+
+    return ScaleShift(*(None if part is None else like(part) for part in parts))
 
 
 def exchanged(norm: nn.Module, rest: ScaleShift | None) -> nn.Module:
@@ -383,8 +360,6 @@ def with_layout(model: nn.Module, layout: Mapping[str, Any]) -> None:
         add_bias(model.get_submodule(path))
     for path, shapes in layout["norms"].items():
         old = model.get_submodule(path)
-        rest = None
-        if shapes is not None:
-            rest = ScaleShift(*(None if shape is None else _stored_like(old, torch.zeros(shape)) for shape in shapes))
-        replace_module(model, old, exchanged(old, rest))
+        parts = None if shapes is None else [None if shape is None else torch.zeros(shape) for shape in shapes]
+        replace_module(model, old, exchanged(old, None if parts is None else _rest(old, parts)))
     mark(model, layout)

@@ -42,10 +42,8 @@ def module_path(node: Node) -> str:
 
 def module_class(node: Node) -> str:
     """Return the class name of the innermost module that a node was traced in; the operator's name in the root module."""
-    path, qualified = module_stack(node)[-1][1:]
-    if not path:
-        return operator_name(node)
-    return qualified.rpartition(".")[2]
+    _, path, qualified = module_stack(node)[-1]
+    return qualified.rpartition(".")[2] if path else operator_name(node)
 
 
 def describe(node: Node) -> str:
@@ -88,20 +86,18 @@ _REGIONS = (
     ("cond", "a branch (torch.cond)"),
     ("autocast", "a region with another autocast mode"),
     ("set_grad_enabled", "a region with another gradient mode"),
+    ("", "a region of forward"),
 )
-_REGION = "a region of forward"
 
 
 def region_of(node: Node, root: GraphModule) -> str:
     """Return the name of the region of forward whose separate graph contains a node."""
+    names = [""]
     for module in root.modules():
-        holders = module.graph.find_nodes(op="get_attr") if isinstance(module, GraphModule) else ()
-        for holder in holders:
-            if attribute(module, str(holder.target)) is not node.graph.owning_module:
-                continue
-            names = [str(getattr(user.target, "_name", user.target)) for user in holder.users]
-            return next((words for part, words in _REGIONS for name in names if part in name), _REGION)
-    return _REGION
+        for holder in module.graph.find_nodes(op="get_attr") if isinstance(module, GraphModule) else ():
+            if attribute(module, str(holder.target)) is node.graph.owning_module:
+                names += [str(getattr(user.target, "_name", user.target)) for user in holder.users]
+    return next(words for part, words in _REGIONS for name in names if part in name)
 
 
 class Surroundings(Protocol):

@@ -27,27 +27,11 @@ def _overloads(*names: str) -> set[Any]:
 #: Composite operators, whose schema does not declare views, with a result that always has separate memory.
 _FRESH = _overloads(
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul"),
-    *(
-        "batch_norm",
-        "instance_norm",
-        "group_norm",
-        "layer_norm",
-        "avg_pool1d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-    ),
-    *("adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "softmax", "log_softmax"),
-    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d"),
-    *(
-        "upsample_trilinear3d",
-        "upsample_bicubic2d",
-        "prelu",
-        "relu6",
-        "selu",
-        "scaled_dot_product_attention",
-        "cosine_similarity",
-    ),
-    *("where", "square", "concat", "concatenate"),
+    *("batch_norm", "instance_norm", "group_norm", "layer_norm", "prelu", "relu6", "selu", "softmax", "log_softmax"),
+    *("avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
+    *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
+    *("scaled_dot_product_attention", "cosine_similarity", "where", "square", "concat", "concatenate"),
 )
 
 
@@ -62,13 +46,8 @@ def shares_memory(node: Node) -> bool:
         return True
     if node.target in _FRESH:
         return False
-    return bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(schema.name + _suffix(schema), "CompositeImplicitAutograd")
-    )
-
-
-def _suffix(schema: Any) -> str:
-    return f".{schema.overload_name}" if schema.overload_name else ""
+    name = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
 
 
 def memory_of(node: Node) -> set[str | Node]:
@@ -92,9 +71,8 @@ def memory_of(node: Node) -> set[str | Node]:
 def functionalise(graph_module: GraphModule) -> None:
     """Replace in-place operators by functional ones where that is exact, in one pass over the graph."""
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
-    for node in graph_module.graph.nodes:
-        twin = _functional(node)
-        if twin is not None and _owned(node, order):
+    for node in order:
+        if (twin := _functional(node)) is not None and _owned(node, order):
             node.target = twin
     graph_module.recompile()
 
@@ -168,8 +146,8 @@ class TorchConstants:
             return None
         if isinstance(item, (int, float)):
             return torch.tensor(float(item), dtype=torch.float64)
-        found = self._stored(item)
-        return None if found is None else _wide(found)
+        found = self._found(item)
+        return _wide(found) if isinstance(found, Tensor) else None
 
     def known(self, item: Any) -> bool:
         """Return True for a number, and for a node with one or several constant results (``torch.var_mean``)."""
@@ -192,11 +170,6 @@ class TorchConstants:
             stack += [parent for parent in parents if parent not in seen]
             seen.update(parents)
         return "not constant"
-
-    def _stored(self, node: Node) -> Tensor | None:
-        """Return the value in its element type; computed constants are in float64."""
-        found = self._found(node)
-        return found if isinstance(found, Tensor) else None
 
     def _found(self, node: Node) -> Tensor | tuple[Tensor, ...] | None:
         if node not in self._values:
@@ -276,10 +249,7 @@ def _fits(result: Tensor, node: Node) -> bool:
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
     """Return the attribute at a dotted path."""
-    value: Any = module
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value
+    return operator.attrgetter(target)(module)
 
 
 def is_pure(node: Node) -> bool:
@@ -309,17 +279,14 @@ def mutated_memory(module: GraphModule) -> Iterator[str | Node]:
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
         for position, argument in enumerate(schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            for item in _nodes(given):
-                yield from memory_of(item)
-    # Training-mode batch_norm changes its statistics, which its schema does not declare.
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target is aten.batch_norm.default and node.args[5]:
-            for item in node.args[3:5]:
-                if isinstance(item, Node):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                for item in _nodes(given):
                     yield from memory_of(item)
+    # Training-mode batch_norm changes its statistics, which its schema does not declare.
+    for node in module.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        for item in _nodes(node.args[3:5] if node.args[5] else ()):
+            yield from memory_of(item)
 
 
 def _nodes(value: Any) -> list[Node]:

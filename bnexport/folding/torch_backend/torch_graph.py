@@ -14,10 +14,10 @@ from torch.fx import GraphModule, Node
 from bnexport.folding.affine import Dim
 from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Kind, Layer, NormCall, Op, Opaque, Weight, connect
 from bnexport.folding.torch_backend.nodes import (
-    NodeReader,
     TorchReading,
     channels_of,
     describe,
+    dtype_of,
     module_class,
     module_path,
 )
@@ -37,13 +37,9 @@ SHAPE_ONLY = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, at
 
 @dataclass(frozen=True)
 class TorchSource:
-    """The origin of a value.
+    """The origin of a value: the nodes that compute it in order, and the nodes whose values are ``Op.inputs``.
 
-    Attributes:
-        nodes: The nodes that compute the value, in order; the last one has the value.
-        reads: The nodes whose values are ``Op.inputs``.
-        weight: Position of a layer's weight among the node's arguments.
-        bias: Position of its bias; None if the operator has none.
+    ``weight`` and ``bias`` are the positions of a layer's tensors among the node's arguments.
     """
 
     nodes: tuple[Node, ...]
@@ -85,10 +81,12 @@ class TorchGraph:
     # --- reading ---
 
     def _read(self, node: Node) -> None:
-        if node.target in SHAPE_ONLY or self._is_inner(node):
-            return
-        if self._is_constant(node):
-            self._note_constant_norm(node)
+        norm = self._norms.get(node)
+        if node.target in SHAPE_ONLY or (norm is not None and node is not norm.nodes[-1]):
+            return  # the last step of a norm represents the norm
+        if node.op in ("get_attr", "call_function") and self.constants.known(node):
+            if norm is not None and norm.counts:
+                self._note_constant_norm(node, norm)
             return
         if _is_transparent_split(node) or (node.op == "call_function" and _is_size(node)):
             return
@@ -99,37 +97,23 @@ class TorchGraph:
             self.by_node[node] = self.by_node[whole]
             self.aliases.append(node)
             return
-        norm = self._norms.get(node)
         if norm is not None:
-            self._add(self._norm(norm), norm.nodes, (norm.value,), call=self._call(norm))
+            self._add(self._norm(norm), TorchSource(norm.nodes, (norm.value,)), self._call(norm))
             return
         reading = self._reading(node)
-        self._add(reading.kind, (node,), reading.inputs, weight=reading.weight, bias=reading.bias)
+        self._add(reading.kind, TorchSource((node,), tuple(reading.inputs), reading.weight, reading.bias))
 
-    def _note_constant_norm(self, node: Node) -> None:
+    def _note_constant_norm(self, node: Node, norm: NormReading) -> None:
         """Add a BatchNorm of a constant: a call in the report, but not a value that an affine could cross."""
-        norm = self._norms.get(node)
-        if norm is not None and norm.counts:
-            call = NormCall(
-                module_path(node), module_class(node), channels_of(norm.value, norm.axis, norm.affine), None, _CONSTANT
-            )
-            self.ops.append(
-                Op(Opaque(), [], (), None, describe(node), module_path(node), TorchSource(norm.nodes, ()), norm=call)
-            )
-
-    def _is_inner(self, node: Node) -> bool:
-        """Return True for a node inside a norm of several steps, except for the last step, which represents the norm."""
-        found = self._norms.get(node)
-        return found is not None and node is not found.nodes[-1]
-
-    def _is_constant(self, node: Node) -> bool:
-        return node.op in ("get_attr", "call_function") and self.constants.known(node)
+        path, channels = module_path(node), channels_of(norm.value, norm.axis, norm.affine)
+        call = NormCall(path, module_class(node), channels, None, _CONSTANT)
+        self.ops.append(Op(Opaque(), [], (), None, describe(node), path, TorchSource(norm.nodes, ()), norm=call))
 
     def _reading(self, node: Node) -> TorchReading:
         everything = tuple(item for item in node.all_input_nodes if self._is_value(item))
         if node.op == "output":
             return TorchReading(Opaque(is_output=True), everything)
-        reader: NodeReader | None = TORCH_READERS.get(node.target) if node.op == "call_function" else None
+        reader = TORCH_READERS.get(node.target) if node.op == "call_function" else None
         found = reader(node, self) if reader is not None else None
         if isinstance(found, str):
             return TorchReading(Opaque(found), everything)
@@ -143,8 +127,7 @@ class TorchGraph:
         return node in self.by_node or _is_transparent_split(node)
 
     def _norm(self, norm: NormReading) -> Kind:
-        changed = self.constants.changes(norm.value, *norm.nodes)
-        if norm.affine is None or changed or norm.why_not:
+        if norm.affine is None or norm.why_not or self.constants.changes(norm.value, *norm.nodes):
             return Opaque(norm.why_not or _CHANGED)
         if not norm.counts and not norm.affine.has_scale and not norm.affine.has_shift:
             return Identity()  # x + 0, x * 1
@@ -155,49 +138,18 @@ class TorchGraph:
             return None
         node = norm.nodes[-1]
         affine = norm.affine if isinstance(self._norm(norm), ConstantAffine) else None
-        return NormCall(
-            module_path(node),
-            module_class(node),
-            channels_of(norm.value, norm.axis, norm.affine),
-            affine,
-            norm.why_not or ("" if affine is not None else _CHANGED),
-            norm.hint,
-            norm.offset,
-        )
+        channels = channels_of(norm.value, norm.axis, norm.affine)
+        why = norm.why_not or ("" if affine is not None else _CHANGED)
+        return NormCall(module_path(node), module_class(node), channels, affine, why, norm.hint, norm.offset)
 
-    def _add(
-        self,
-        kind: Kind,
-        nodes: tuple[Node, ...],
-        reads: Sequence[Any],
-        *,
-        call: NormCall | None = None,
-        weight: int | None = None,
-        bias: int | None = None,
-    ) -> None:
-        node, inputs = nodes[-1], []
-        for read in reads:
-            parents = (
-                [self.by_node[read]]
-                if read in self.by_node
-                else [self.by_node[item] for item in read.all_input_nodes if item in self.by_node]
-            )
-            inputs += parents
+    def _add(self, kind: Kind, source: TorchSource, call: NormCall | None = None) -> None:
+        node = source.result
+        inputs = [self.by_node[item] for item in _readable(source, self.by_node)]
         if not inputs and not isinstance(kind, Opaque):
             kind = Opaque()
         value = node.meta.get("val")
         shape = tuple(map(_dim, value.shape)) if isinstance(value, Tensor) else ()
-        dtype = value.dtype if isinstance(value, Tensor) else None
-        op = Op(
-            kind,
-            inputs,
-            shape,
-            dtype,
-            describe(node),
-            module_path(node),
-            TorchSource(nodes, tuple(reads), weight, bias),
-            norm=call,
-        )
+        op = Op(kind, inputs, shape, dtype_of(node), describe(node), module_path(node), source, norm=call)
         self.ops.append(op)
         self.by_node[node] = op
 
@@ -240,9 +192,8 @@ class TorchGraph:
             return self._run(op, inputs, {})
         if isinstance(kind, Layer):
             source: TorchSource = op.source
-            replaced: dict[int, Tensor | None] = {}
             assert source.weight is not None
-            replaced[source.weight] = kind.weight.load()
+            replaced: dict[int, Tensor | None] = {source.weight: kind.weight.load()}
             if source.bias is not None:
                 replaced[source.bias] = None if kind.bias is None else kind.bias.load()
             value = self._run(op, inputs, replaced)
@@ -296,7 +247,7 @@ class TorchGraph:
             raise RuntimeError(f"{op.name} is not a floating-point value")
         sizes = [_hint(size) for size in value.shape]
         if largest is not None:
-            sizes = [*sizes[:2], *(min(size, largest) for size in sizes[2:])] if len(sizes) > 2 else sizes
+            sizes = [*sizes[:2], *(min(size, largest) for size in sizes[2:])]
         return torch.randn(sizes, generator=generator, dtype=torch.float64)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,15 +21,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class NormReading:
-    """One scale and shift, in one node or several.
+    """One scale and shift, in one node or several; the last three fields are those of ``NormCall``.
 
     Attributes:
         nodes: The nodes in order; the first reads ``value``, the last has the result.
         affine: None if the affine can't be read, for the reason ``why_not``.
         axis: Channel axis of ``value``; None if the affine is the same for every element, or varies along several axes.
         counts: True for a BatchNorm, also one written as arithmetic; False for other arithmetic.
-        hint: A change that would make the affine readable.
-        offset: Largest |moving mean| as a multiple of the standard deviation; 0 if unknown.
     """
 
     nodes: tuple[Node, ...]
@@ -84,24 +82,22 @@ def _batch_norm(node: Node, constants: TorchConstants) -> NormReading | None:
     if training:
         why = "it is in training mode, so it uses batch statistics"
         return unread(why, "eval() on it; where forward calls a function, training=False in the call")
-    found = [None if item is None else constants.value(item) for item in (gamma, beta, mean, var)]
-    if any(item is not None and tensor is None for item, tensor in zip((gamma, beta, mean, var), found, strict=True)):
+    scale, shift, middle, spread = (constants.value(item) for item in (gamma, beta, mean, var))
+    missing = (gamma is not None and scale is None) or (beta is not None and shift is None)
+    if missing or middle is None or spread is None:
         why = f"its statistics or parameters are {constants.why_not(gamma, beta, mean, var)}"
         return unread(why, "statistics and parameters that forward does not change")
-    assert found[2] is not None
-    assert found[3] is not None
-    affine = ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1])
+    affine = ChannelAffine.from_statistics(middle, spread, eps, scale, shift)
     if not is_finite(affine):
-        return unread(*why_infinite(found[3], eps))
-    offset = float((found[2].abs() * torch.rsqrt(found[3] + eps)).max())
+        return unread(*why_infinite(spread, eps))
+    offset = float((middle.abs() * torch.rsqrt(spread + eps)).max())
     return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True, offset=offset)
 
 
 def _elementwise(node: Node, constants: TorchConstants) -> NormReading | None:
     """Read ``x + c``, ``x - c``, ``c - x``, ``x * c`` or ``x / c`` with a constant that does not enlarge the value."""
     left, right = node.args[:2]
-    given: Any = argument(node, 2, "alpha", 1)  # only rsub.Scalar has it as a positional argument
-    alpha = float(given)
+    alpha = float(argument(node, 2, "alpha", 1))  # only rsub.Scalar has it as a positional argument
     left_constant, right_constant = constants.value(left), constants.value(right)
     if (left_constant is None) == (right_constant is None):
         return None
@@ -142,7 +138,7 @@ def _neg(node: Node, constants: TorchConstants) -> NormReading | None:
 
 
 def _plain(node: Node, value: Node, affine: Affine) -> NormReading:
-    varying = [axis for axis in range(affine.rank) if affine.varies_along(axis)]
+    varying = affine.varying
     return NormReading((node,), value, affine, varying[0] if len(varying) == 1 else None, False)
 
 
@@ -194,10 +190,9 @@ def _chain(first: NormReading, constants: TorchConstants) -> NormReading:
         assert link.affine is not None
         affine = link.affine.after(affine)
     assert affine is not None
-    whole = _plain(first.nodes[0], first.value, affine)
-    varying = sum(affine.varies_along(axis) for axis in range(affine.rank))
-    counts = varying <= 1 and (of_statistics or _has_scale_and_shift(nodes, constants))
-    return NormReading(nodes, first.value, affine, whole.axis, counts)
+    varying = affine.varying
+    counts = len(varying) <= 1 and (of_statistics or _has_scale_and_shift(nodes, constants))
+    return NormReading(nodes, first.value, affine, varying[0] if len(varying) == 1 else None, counts)
 
 
 #: Last part of the names of moving statistics, and the operators that compute a deviation from a variance.
@@ -231,10 +226,9 @@ def _reads_statistics(nodes: tuple[Node, ...], constants: TorchConstants) -> boo
 
 
 def _has_scale_and_shift(nodes: tuple[Node, ...], constants: TorchConstants) -> bool:
-    names = {operator_name(node) for node in nodes}
     scales = [node for node in nodes if operator_name(node) in ("mul", "div", "truediv", "addcmul")]
     stored = any(constants.known(parent) for node in scales for parent in node.all_input_nodes)
-    return stored and bool(names & {"add", "sub", "rsub", "addcmul"})
+    return stored and any(operator_name(node) in ("add", "sub", "rsub", "addcmul") for node in nodes)
 
 
 def _typed(reading: NormReading) -> NormReading:
@@ -243,6 +237,4 @@ def _typed(reading: NormReading) -> NormReading:
     if before == after and before is not None and before.is_floating_point:
         return reading
     why = f"it converts {before} to {after}, and a fold would lose that conversion"
-    return NormReading(
-        reading.nodes, reading.value, None, reading.axis, reading.counts, why, "one element type in the whole network"
-    )
+    return replace(reading, affine=None, why_not=why, hint="one element type in the whole network", offset=0.0)

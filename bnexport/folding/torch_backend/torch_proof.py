@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +16,10 @@ from bnexport.folding.torch_backend.nodes import dtype_of
 
 #: Rounding of float64 through a network of usual depth stays below; the smallest real fault (a dropped eps) is far above.
 MAX_ERROR = 1e-12
-#: Allowed error, in multiples of the response to a change of the input's last digit; above the second number, rounding would
-#: hide a real fault.
+#: Allowed error, in multiples of the response to a change of last digits.
 DEPTH = 100
-_MAX_ROUNDING = 1e-9
+#: Bound above which the comparison of the whole network could hide a real fault.
+MAX_ROUNDING = 1e-9
 #: Rounding in float16 and bfloat16 stays below in ordinary networks; a wrong fold is far above.
 ROUGH_ERROR = 0.05
 #: Number of multiplications of one run above which images are cut, and the smallest side after a cut.
@@ -38,11 +37,9 @@ def torch_fold_error(
     seeded noise, so that every channel takes part. Large images are cut to a smaller size if the network accepts it: the
     algebra is the same at every size.
 
-    Returns:
-        The error, and the bound that float64 rounding explains. The bound is infinite if the network amplifies the last digit
-        of its input so much that the comparison decides nothing. The error is infinity if the folded graph alone fails, or if
-        an output is not finite in one graph only. None if the original can't run in float64 (an operator pins another type) or
-        has no finite number to compare.
+    The bound is ``MAX_ERROR``, or what float64 rounding explains in a network that amplifies last digits. The error is infinite
+    if the folded graph alone fails, or if an output is finite in one graph only. The result is None if the original can't run
+    in float64 (an operator pins another type) or has no finite number to compare.
     """
     return compare(_double(original, {}), _double(folded, exact), inputs, image_sizes(original, inputs))
 
@@ -51,15 +48,13 @@ def compare(
     wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...], sizes: list[int | None]
 ) -> tuple[float, float] | None:
     """Compare two networks in float64 as ``torch_fold_error`` does; ``sizes`` is the result of ``image_sizes``."""
-    # A network may return NaN for noise because it expects positive numbers: the user's example is the last try.
     noise = probes_like(inputs, 0)
 
     def cut(size: int | None) -> tuple[Any, ...]:
         return tuple(pytree.tree_map_only(Tensor, lambda t: t[..., :size, :size] if t.ndim == 4 else t, noise))
 
-    tries = [cut(size) for size in sizes]
-    tries.append(_floats_mapped(Tensor.double, inputs))
-    found = None
+    # A network may return NaN for noise because it expects positive numbers: the user's example is the last try.
+    tries = [*map(cut, sizes), _floats_mapped(Tensor.double, inputs)]
     for number, probes in enumerate(tries):
         full = number >= len(sizes) - 1
         try:
@@ -71,8 +66,10 @@ def compare(
         if not all(comparable(output) for output in reference):
             continue
         found = output_error(narrow, probes, reference)
-        if found <= MAX_ERROR or full:
-            return found, MAX_ERROR if found <= MAX_ERROR else max(MAX_ERROR, _rounding(wide, probes, reference))
+        if found <= MAX_ERROR:
+            return found, MAX_ERROR
+        if full:
+            return found, max(MAX_ERROR, last_digit_response(wide, probes, reference))
     return None
 
 
@@ -96,14 +93,8 @@ def output_error(narrow: nn.Module, probes: tuple[Any, ...], reference: list[Ten
     return max((scale_error(a, b) for a, b in zip(candidate, reference, strict=True)), default=0.0)
 
 
-def _rounding(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
-    """Return the bound that float64 rounding explains; infinity above the size that could hide a real fault."""
-    bound = last_digit_response(wide, probes, reference)
-    return bound if bound <= _MAX_ROUNDING else math.inf
-
-
 def last_digit_response(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
-    """Return the allowed error of float64 itself: a multiple of the outputs' change when last digits change.
+    """Return the error that float64 rounding explains: a multiple of the outputs' change when last digits change.
 
     Once the last digit of every input changes, and once that of every parameter and buffer. The first change averages out over
     an image; the second does not, as the rounding of folded weights does not. A fold changes the order of operations in every
@@ -115,14 +106,13 @@ def last_digit_response(wide: nn.Module, probes: tuple[Any, ...], reference: lis
         sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
         return tensor * (1 + sign * torch.finfo(torch.float64).eps)
 
+    kept = {item: item.detach().clone() for item in (*wide.parameters(), *wide.buffers()) if item.is_floating_point()}
     others = [run(wide, _floats_mapped(nudged, probes))]
-    tensors = [item for item in (*wide.parameters(), *wide.buffers()) if item.is_floating_point()]
-    kept = [item.detach().clone() for item in tensors]
     with torch.no_grad():
-        for item, value in zip(tensors, kept, strict=True):
+        for item, value in kept.items():
             item.copy_(nudged(value))
         others.append(run(wide, probes))
-        for item, value in zip(tensors, kept, strict=True):
+        for item, value in kept.items():
             item.copy_(value)
     pairs = (pair for other in others for pair in zip(other, reference, strict=True))
     return DEPTH * max((scale_error(a, b) for a, b in pairs), default=0.0)
@@ -167,10 +157,8 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
     for name, tensor in (*graph_module.named_parameters(), *graph_module.named_buffers()):
         value = exact.get(name, tensor.detach()).to(tensor.device)
         wide = value.double() if value.is_floating_point() else value
-        if not isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = wide.clone()  # forward may change a buffer
-        else:
-            memo[id(tensor)] = nn.Parameter(wide, requires_grad=False)
+        is_parameter = isinstance(tensor, nn.Parameter)  # forward may change a buffer
+        memo[id(tensor)] = nn.Parameter(wide, requires_grad=False) if is_parameter else wide.clone()
     module = copy.deepcopy(graph_module, memo)
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         module.graph.erase_node(node)  # torch.export pins the element types before every cast
@@ -180,7 +168,7 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
     module.recompile()
     for target, value in exact.items():
         holder, _, leaf = target.rpartition(".")
-        parent = module.get_submodule(holder) if holder else module
+        parent = module.get_submodule(holder)
         if leaf in parent._parameters:
             device = parent.get_parameter(leaf).device
             parent._parameters[leaf] = nn.Parameter(value.to(device), requires_grad=False)
@@ -190,10 +178,7 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
 def probes_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     """Replace floating inputs by seeded noise in float64."""
     generator = torch.Generator().manual_seed(seed)
-    return _floats_mapped(
-        lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device),
-        inputs,
-    )
+    return _floats_mapped(lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device), inputs)
 
 
 def comparable(output: Tensor) -> bool:

@@ -11,13 +11,13 @@ import torch
 from torch.fx import Node
 
 from bnexport.folding import graph as kinds
-from bnexport.folding.graph import Geometry, Layer, Weight
+from bnexport.folding.graph import Geometry, Kind, Layer, Weight
 from bnexport.folding.torch_backend.nodes import NodeReader, Surroundings, TorchReading, argument, dtype_of, shape_of
 
 aten = torch.ops.aten
 
 
-def read_conv(spatial: int, transposed: bool, node: Node, graph: Surroundings) -> TorchReading | str | None:
+def _conv(spatial: int, transposed: bool, node: Node, graph: Surroundings) -> TorchReading | str | None:
     """Read a convolution; its weight is (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
     found = _weight_and_bias(node, graph)
     if isinstance(found, str):
@@ -70,14 +70,14 @@ def _pads_after(node: Node, shape: tuple[int, ...]) -> bool:
     return argument(node, 4, "padding", 0) == "same" and any(kernel > 1 for kernel in shape[2:])
 
 
-def read_linear(node: Node, graph: Surroundings) -> TorchReading | str | None:
+def _linear(node: Node, graph: Surroundings) -> TorchReading | str | None:
     """Read ``x W^T + b`` on the last axis."""
     found = _weight_and_bias(node, graph)
     if isinstance(found, str):
         return found
     weight, bias = found
-    before, after = shape_of(node.args[0]), shape_of(node)
-    if before is None or after is None:
+    after = shape_of(node)
+    if after is None or shape_of(node.args[0]) is None:
         return None
     axis: int | str = len(after) - 1
     if len(weight.shape) != 2:
@@ -86,22 +86,20 @@ def read_linear(node: Node, graph: Surroundings) -> TorchReading | str | None:
     return TorchReading(layer, (node.args[0],), 1, 2)
 
 
-def read_product(node: Node, graph: Surroundings) -> TorchReading | str | None:
+def _product(node: Node, graph: Surroundings) -> TorchReading | str | None:
     """Read matmul, mm or bmm with one constant: ``x @ W`` or ``W @ x``."""
     right, left = graph.weight(node.args[1]), graph.weight(node.args[0])
     shape = shape_of(node)
     weight = right or left
-    if weight is None or shape is None:
-        return None
     value, position = (node.args[0], 1) if right is not None else (node.args[1], 0)
     before = shape_of(value)
-    if before is None:
+    if weight is None or shape is None or before is None:
         return None
     layer = Layer.matrix_product(weight, before, len(shape), right=right is not None)
     return layer if isinstance(layer, str) else TorchReading(layer, (value,), position, None)
 
 
-def read_addmm(node: Node, graph: Surroundings) -> TorchReading | str | None:
+def _addmm(node: Node, graph: Surroundings) -> TorchReading | str | None:
     """Read ``b + x @ W``."""
     bias, weight = graph.weight(node.args[0]), graph.weight(node.args[2])
     shape = shape_of(node)
@@ -112,28 +110,29 @@ def read_addmm(node: Node, graph: Surroundings) -> TorchReading | str | None:
     return TorchReading(Layer("linear layer", "right", weight, bias, out_axis=1, in_axis=1), (node.args[1],), 2, 0)
 
 
-def read_same(node: Node, _graph: Surroundings) -> TorchReading:
-    """Read an operator that returns its input."""
-    return TorchReading(kinds.Identity(), (node.args[0],))
+def _of(node: Node, kind: Kind) -> TorchReading:
+    return TorchReading(kind, (node.args[0],))
 
 
-def read_dropout(node: Node, _graph: Surroundings) -> TorchReading | None:
+def _same(node: Node, _graph: Surroundings) -> TorchReading:
+    return _of(node, kinds.Identity())
+
+
+def _dropout(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read dropout, which returns its input unless it is in training mode."""
-    return TorchReading(kinds.Identity(), (node.args[0],)) if node.args[2] is False else None
+    return _of(node, kinds.Identity()) if node.args[2] is False else None
 
 
-def read_cast(node: Node, _graph: Surroundings) -> TorchReading | None:
+def _cast(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read a cast to the type that the value already has."""
-    return TorchReading(kinds.Identity(), (node.args[0],)) if dtype_of(node.args[0]) == dtype_of(node) else None
+    return _of(node, kinds.Identity()) if dtype_of(node.args[0]) == dtype_of(node) else None
 
 
-def read_reshape(node: Node, _graph: Surroundings) -> TorchReading:
-    """Read an operator that changes the shape and keeps the order of elements."""
-    return TorchReading(kinds.Reshape(), (node.args[0],))
+def _reshape(node: Node, _graph: Surroundings) -> TorchReading:
+    return _of(node, kinds.Reshape())
 
 
-def read_permute(node: Node, _graph: Surroundings) -> TorchReading | None:
-    """Read permute, transpose or t."""
+def _permute(node: Node, _graph: Surroundings) -> TorchReading | None:
     shape = shape_of(node)
     if shape is None:
         return None
@@ -143,33 +142,30 @@ def read_permute(node: Node, _graph: Surroundings) -> TorchReading | None:
     elif len(shape) > 1:
         first, second = (0, 1) if node.target is aten.t.default else (int(item) for item in node.args[1:3])  # type: ignore[arg-type]
         axes[first], axes[second] = axes[second], axes[first]
-    return TorchReading(kinds.Permute(tuple(axes)), (node.args[0],))
+    return _of(node, kinds.Permute(tuple(axes)))
 
 
-def read_channel_shuffle(node: Node, _graph: Surroundings) -> TorchReading | None:
+def _channel_shuffle(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read ``channel_shuffle(x, groups)``: channel g * n + i goes to i * groups + g."""
     shape = shape_of(node)
     if shape is None or shape[1] is None:
         return None
     order = torch.arange(shape[1]).reshape(int(node.args[1]), -1).T.reshape(-1)  # type: ignore[arg-type]
-    return TorchReading(kinds.Reorder(1, tuple(order.tolist())), (node.args[0],))
+    return _of(node, kinds.Reorder(1, tuple(order.tolist())))
 
 
-def read_index_select(node: Node, graph: Surroundings) -> TorchReading | None:
-    """Read a selection of positions of an axis by a constant index."""
+def _index_select(node: Node, graph: Surroundings) -> TorchReading | None:
     index, shape = graph.constants.value(node.args[2]), shape_of(node)
     if index is None or shape is None or index.ndim != 1:
         return None
-    return TorchReading(kinds.Reorder(int(node.args[1]) % len(shape), tuple(index.tolist())), (node.args[0],))  # type: ignore[arg-type]
+    return _of(node, kinds.Reorder(int(node.args[1]) % len(shape), tuple(index.tolist())))  # type: ignore[arg-type]
 
 
-def read_pixels(inverse: bool, node: Node, _graph: Surroundings) -> TorchReading:
-    """Read pixel_shuffle or pixel_unshuffle."""
-    return TorchReading(kinds.PixelShuffle(int(node.args[1]), inverse), (node.args[0],))  # type: ignore[arg-type]
+def _pixels(inverse: bool, node: Node, _graph: Surroundings) -> TorchReading:
+    return _of(node, kinds.PixelShuffle(int(node.args[1]), inverse))  # type: ignore[arg-type]
 
 
-def read_slice(node: Node, _graph: Surroundings) -> TorchReading | None:
-    """Read a slice with constant ends and step 1."""
+def _slice(node: Node, _graph: Surroundings) -> TorchReading | None:
     value, axis, start, stop, step = (*node.args, *(None,) * 5)[:5]
     shape = shape_of(value)
     axis = int(axis or 0)  # type: ignore[arg-type]
@@ -184,16 +180,15 @@ def read_slice(node: Node, _graph: Surroundings) -> TorchReading | None:
     return TorchReading(kinds.Slice(axis % len(shape), begin, end), (value,))
 
 
-def read_piece(node: Node, _graph: Surroundings) -> TorchReading | None:
+def _piece(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read getitem of a split as the slice that this piece is."""
     split, index = node.args
     pieces = split.meta.get("val") if isinstance(split, Node) else None
     if not isinstance(split, Node) or not isinstance(pieces, (list, tuple)) or not isinstance(index, int):
         return None
     if split.target in POOLS_WITH_POSITIONS:
-        return TorchReading(
-            kinds.WindowMaximum(_last(len(pieces[0].shape), POOLS_WITH_POSITIONS[split.target])), (split,)
-        )
+        axes = _last(pieces[0].ndim, POOLS_WITH_POSITIONS[split.target])
+        return TorchReading(kinds.WindowMaximum(axes), (split,))
     if split.target not in SPLITS:
         return None
     axis = int(argument(split, 2, "dim", 0))
@@ -202,8 +197,7 @@ def read_piece(node: Node, _graph: Surroundings) -> TorchReading | None:
         return None
     index %= len(sizes)
     start = sum(sizes[:index])
-    rank = len(pieces[0].shape)
-    return TorchReading(kinds.Slice(axis % rank, start, start + sizes[index]), (split,))
+    return TorchReading(kinds.Slice(axis % pieces[0].ndim, start, start + sizes[index]), (split,))
 
 
 #: Operators that cut a value into pieces along an axis.
@@ -226,8 +220,7 @@ def is_whole_slice(node: Node) -> bool:
     return start in (None, 0) and step == 1 and (stop is None or (isinstance(stop, int) and stop >= 2**62))
 
 
-def read_concat(node: Node, _graph: Surroundings) -> TorchReading | None:
-    """Read a concatenation of values of one type and rank."""
+def _concat(node: Node, _graph: Surroundings) -> TorchReading | None:
     shape, parts = shape_of(node), node.args[0]
     if shape is None or not isinstance(parts, (list, tuple)) or not all(isinstance(part, Node) for part in parts):
         return None
@@ -236,20 +229,19 @@ def read_concat(node: Node, _graph: Surroundings) -> TorchReading | None:
     return TorchReading(kinds.Concat(int(argument(node, 1, "dim", 0)) % len(shape)), tuple(parts))
 
 
-def read_pool(spatial: int, node: Node, _graph: Surroundings) -> TorchReading | None:
+def _pool(spatial: int, node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read average pooling: exact unless zeros are averaged in or another divisor is used."""
     shape = shape_of(node)
     if shape is None or len(shape) < spatial + 1:
         return None
     padding = argument(node, 3, "padding", 0)
     padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
-    counted = bool(argument(node, 5, "count_include_pad", True))
-    divisor = argument(node, 6, "divisor_override")
-    exact = (not padded or not counted) and divisor is None
-    return TorchReading(kinds.Average(_last(len(shape), spatial), exact), (node.args[0],))
+    counted = padded and bool(argument(node, 5, "count_include_pad", True))
+    exact = not counted and argument(node, 6, "divisor_override") is None
+    return _of(node, kinds.Average(_last(len(shape), spatial), exact))
 
 
-def read_window(
+def _window(
     kind: type[kinds.Average | kinds.WindowMaximum], spatial: int, node: Node, _graph: Surroundings
 ) -> TorchReading | None:
     """Read adaptive pooling or interpolation (weights that add up to one), or max pooling (padded with -inf)."""
@@ -261,38 +253,35 @@ def _last(rank: int, spatial: int) -> tuple[int, ...]:
     return tuple(range(rank - spatial, rank))
 
 
-def read_mean(node: Node, _graph: Surroundings) -> TorchReading | None:
-    """Read the mean over some axes or all."""
+def _mean(node: Node, _graph: Surroundings) -> TorchReading | None:
     shape = shape_of(node.args[0])
     if shape is None or node.kwargs.get("dtype") is not None:
         return None
     given: Any = node.args[1] if node.target is aten.mean.dim and len(node.args) > 1 else None
     axes = given or range(len(shape))
     keepdim = bool(argument(node, 2, "keepdim", False)) if node.target is aten.mean.dim else False
-    return TorchReading(kinds.Mean(tuple(sorted(int(axis) % len(shape) for axis in axes)), keepdim), (node.args[0],))
+    return _of(node, kinds.Mean(tuple(sorted(int(axis) % len(shape) for axis in axes)), keepdim))
 
 
-def read_pad(node: Node, _graph: Surroundings) -> TorchReading | None:
+def _pad(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read padding with zeros, which a scale can cross, or with copies, which a shift can cross too."""
     shape, amounts = shape_of(node), node.args[1]
     mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
     value = argument(node, 3 if node.target is aten.pad.default else 2, "value", 0)
     if shape is None or not isinstance(amounts, (list, tuple)) or (mode == "constant" and value not in (0, None)):
         return None
-    return TorchReading(
-        kinds.Average(_last(len(shape), math.ceil(len(amounts) / 2)), mode != "constant"), (node.args[0],)
-    )
+    return _of(node, kinds.Average(_last(len(shape), math.ceil(len(amounts) / 2)), mode != "constant"))
 
 
-def read_clamp(low: Any, high: Any, node: Node, _graph: Surroundings) -> TorchReading | None:
+def _clamp(low: Any, high: Any, node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read a clamp; a bound is a number, or position and name of the argument that holds it."""
 
-    def bound(node: Node, given: Any, absent: float) -> Any:
+    def bound(given: Any, absent: float) -> Any:
         found = argument(node, *given) if isinstance(given, tuple) else given
         return absent if found is None else found
 
     shape = shape_of(node)
-    least, most = bound(node, low, -math.inf), bound(node, high, math.inf)
+    least, most = bound(low, -math.inf), bound(high, math.inf)
     numbers = isinstance(least, int | float) and isinstance(most, int | float)
     if shape is None or dtype_of(node) != dtype_of(node.args[0]) or not numbers:
         return None
@@ -300,14 +289,13 @@ def read_clamp(low: Any, high: Any, node: Node, _graph: Surroundings) -> TorchRe
     return None if clamp is None else TorchReading(clamp, (node.args[0],))
 
 
-def read_homogeneous(node: Node, graph: Surroundings) -> TorchReading | None:
-    """Read LeakyReLU, or PReLU with constant slopes."""
+def _homogeneous(node: Node, graph: Surroundings) -> TorchReading | None:
     if node.target is aten.prelu.default and graph.constants.value(node.args[1]) is None:
         return None
-    return TorchReading(kinds.Homogeneous(), (node.args[0],))
+    return _of(node, kinds.Homogeneous())
 
 
-def read_sum(sign: float, node: Node, _graph: Surroundings) -> TorchReading | None:
+def _sum(sign: float, node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read ``a + alpha b`` or ``a - alpha b`` of two values."""
     left, right = node.args[:2]
     if not _joins(node, left, right):
@@ -316,7 +304,7 @@ def read_sum(sign: float, node: Node, _graph: Surroundings) -> TorchReading | No
     return TorchReading(kinds.WeightedSum((1.0, sign * alpha)), (left, right)) if alpha else None
 
 
-def read_times(inverse: bool, node: Node, _graph: Surroundings) -> TorchReading | None:
+def _times(inverse: bool, node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read the product of two values, or their quotient."""
     left, right = node.args[:2]
     if not _joins(node, left, right) or "rounding_mode" in node.kwargs:
@@ -331,85 +319,66 @@ def _joins(node: Node, left: Any, right: Any) -> bool:
 
 def _named(*names: str) -> list[Any]:
     """Return operators by name, where this version of torch has them."""
-    found = []
-    for name in names:
-        packet, _, overload = name.partition(".")
-        operation = getattr(getattr(aten, packet, None), overload or "default", None)
-        if operation is not None:
-            found.append(operation)
-    return found
+    parts = [name.partition(".") for name in names]
+    found = [getattr(getattr(aten, packet, None), overload or "default", None) for packet, _, overload in parts]
+    return [operation for operation in found if operation is not None]
 
+
+#: Number of pooled axes -> adaptive pooling and interpolation, whose weights add up to one.
+_AVERAGES = {
+    1: ("adaptive_avg_pool1d", "upsample_nearest1d.vec", "_upsample_nearest_exact1d.vec", "upsample_linear1d.vec"),
+    2: (
+        *("adaptive_avg_pool2d", "upsample_nearest2d.vec", "_upsample_nearest_exact2d.vec", "upsample_bilinear2d.vec"),
+        *("upsample_bicubic2d.vec", "_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec"),
+    ),
+    3: ("adaptive_avg_pool3d", "upsample_nearest3d.vec", "_upsample_nearest_exact3d.vec", "upsample_trilinear3d.vec"),
+}
 
 #: Operator -> reader. A new operation that an affine can cross is a new row.
 TORCH_READERS: dict[Any, NodeReader] = {
-    **dict.fromkeys(_named("conv1d", "conv1d.padding"), partial(read_conv, 1, False)),
-    **dict.fromkeys(_named("conv2d", "conv2d.padding"), partial(read_conv, 2, False)),
-    **dict.fromkeys(_named("conv3d", "conv3d.padding"), partial(read_conv, 3, False)),
-    aten.conv_transpose1d.default: partial(read_conv, 1, True),
-    aten.conv_transpose2d.input: partial(read_conv, 2, True),
-    aten.conv_transpose3d.input: partial(read_conv, 3, True),
-    aten.linear.default: read_linear,
-    **dict.fromkeys(_named("matmul", "mm", "bmm"), read_product),
-    aten.addmm.default: read_addmm,
-    **dict.fromkeys(_named("alias", "clone", "contiguous", "detach", "lift_fresh_copy"), read_same),
-    **dict.fromkeys(_named("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), read_dropout),
-    **dict.fromkeys(_named("_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as"), read_cast),
-    **dict.fromkeys(
-        _named(
-            *("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten.using_ints", "unflatten.int"),
-            *("squeeze", "squeeze.dim", "squeeze.dims", "unsqueeze"),
-        ),
-        read_reshape,
-    ),
-    **dict.fromkeys(_named("permute", "transpose.int", "t"), read_permute),
-    **dict.fromkeys(_named("channel_shuffle", "native_channel_shuffle"), read_channel_shuffle),
-    aten.index_select.default: read_index_select,
-    aten.pixel_shuffle.default: partial(read_pixels, False),
-    aten.pixel_unshuffle.default: partial(read_pixels, True),
-    aten.slice.Tensor: read_slice,
-    operator.getitem: read_piece,
-    **dict.fromkeys(_named("cat", "concat", "concatenate"), read_concat),
-    aten.avg_pool1d.default: partial(read_pool, 1),
-    aten.avg_pool2d.default: partial(read_pool, 2),
-    aten.avg_pool3d.default: partial(read_pool, 3),
-    **dict.fromkeys(
-        _named(
-            "adaptive_avg_pool1d", "upsample_nearest1d.vec", "upsample_linear1d.vec", "_upsample_nearest_exact1d.vec"
-        ),
-        partial(read_window, kinds.Average, 1),
-    ),
-    **dict.fromkeys(
-        _named(
-            *(
-                "adaptive_avg_pool2d",
-                "upsample_nearest2d.vec",
-                "_upsample_nearest_exact2d.vec",
-                "upsample_bilinear2d.vec",
-            ),
-            *("upsample_bicubic2d.vec", "_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec"),
-        ),
-        partial(read_window, kinds.Average, 2),
-    ),
-    **dict.fromkeys(
-        _named(
-            "adaptive_avg_pool3d", "upsample_nearest3d.vec", "upsample_trilinear3d.vec", "_upsample_nearest_exact3d.vec"
-        ),
-        partial(read_window, kinds.Average, 3),
-    ),
-    **dict.fromkeys(_named("mean", "mean.dim"), read_mean),
-    **dict.fromkeys(_named("pad", "constant_pad_nd"), read_pad),
-    aten.max_pool1d.default: partial(read_window, kinds.WindowMaximum, 1),
-    aten.max_pool2d.default: partial(read_window, kinds.WindowMaximum, 2),
-    aten.max_pool3d.default: partial(read_window, kinds.WindowMaximum, 3),
-    aten.relu.default: partial(read_clamp, 0.0, None),
-    aten.relu6.default: partial(read_clamp, 0.0, 6.0),
-    aten.hardtanh.default: partial(read_clamp, (1, "min_val", -1.0), (2, "max_val", 1.0)),
-    aten.clamp.default: partial(read_clamp, (1, "min"), (2, "max")),
-    aten.clamp_min.default: partial(read_clamp, (1, "min"), None),
-    aten.clamp_max.default: partial(read_clamp, None, (1, "max")),
-    **dict.fromkeys(_named("leaky_relu", "prelu"), read_homogeneous),
-    aten.add.Tensor: partial(read_sum, 1.0),
-    aten.sub.Tensor: partial(read_sum, -1.0),
-    aten.mul.Tensor: partial(read_times, False),
-    aten.div.Tensor: partial(read_times, True),
+    **dict.fromkeys(_named("conv1d", "conv1d.padding"), partial(_conv, 1, False)),
+    **dict.fromkeys(_named("conv2d", "conv2d.padding"), partial(_conv, 2, False)),
+    **dict.fromkeys(_named("conv3d", "conv3d.padding"), partial(_conv, 3, False)),
+    aten.conv_transpose1d.default: partial(_conv, 1, True),
+    aten.conv_transpose2d.input: partial(_conv, 2, True),
+    aten.conv_transpose3d.input: partial(_conv, 3, True),
+    aten.linear.default: _linear,
+    **dict.fromkeys(_named("matmul", "mm", "bmm"), _product),
+    aten.addmm.default: _addmm,
+    **dict.fromkeys(_named("alias", "clone", "contiguous", "detach", "lift_fresh_copy"), _same),
+    **dict.fromkeys(_named("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
+    **dict.fromkeys(_named("_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as"), _cast),
+    **dict.fromkeys(_named("view", "reshape", "_unsafe_view", "view_as", "reshape_as"), _reshape),
+    **dict.fromkeys(_named("flatten.using_ints", "unflatten.int", "unsqueeze"), _reshape),
+    **dict.fromkeys(_named("squeeze", "squeeze.dim", "squeeze.dims"), _reshape),
+    **dict.fromkeys(_named("permute", "transpose.int", "t"), _permute),
+    **dict.fromkeys(_named("channel_shuffle", "native_channel_shuffle"), _channel_shuffle),
+    aten.index_select.default: _index_select,
+    aten.pixel_shuffle.default: partial(_pixels, False),
+    aten.pixel_unshuffle.default: partial(_pixels, True),
+    aten.slice.Tensor: _slice,
+    operator.getitem: _piece,
+    **dict.fromkeys(_named("cat", "concat", "concatenate"), _concat),
+    aten.avg_pool1d.default: partial(_pool, 1),
+    aten.avg_pool2d.default: partial(_pool, 2),
+    aten.avg_pool3d.default: partial(_pool, 3),
+    **dict.fromkeys(_named(*_AVERAGES[1]), partial(_window, kinds.Average, 1)),
+    **dict.fromkeys(_named(*_AVERAGES[2]), partial(_window, kinds.Average, 2)),
+    **dict.fromkeys(_named(*_AVERAGES[3]), partial(_window, kinds.Average, 3)),
+    **dict.fromkeys(_named("mean", "mean.dim"), _mean),
+    **dict.fromkeys(_named("pad", "constant_pad_nd"), _pad),
+    aten.max_pool1d.default: partial(_window, kinds.WindowMaximum, 1),
+    aten.max_pool2d.default: partial(_window, kinds.WindowMaximum, 2),
+    aten.max_pool3d.default: partial(_window, kinds.WindowMaximum, 3),
+    aten.relu.default: partial(_clamp, 0.0, None),
+    aten.relu6.default: partial(_clamp, 0.0, 6.0),
+    aten.hardtanh.default: partial(_clamp, (1, "min_val", -1.0), (2, "max_val", 1.0)),
+    aten.clamp.default: partial(_clamp, (1, "min"), (2, "max")),
+    aten.clamp_min.default: partial(_clamp, (1, "min"), None),
+    aten.clamp_max.default: partial(_clamp, None, (1, "max")),
+    **dict.fromkeys(_named("leaky_relu", "prelu"), _homogeneous),
+    aten.add.Tensor: partial(_sum, 1.0),
+    aten.sub.Tensor: partial(_sum, -1.0),
+    aten.mul.Tensor: partial(_times, False),
+    aten.div.Tensor: partial(_times, True),
 }

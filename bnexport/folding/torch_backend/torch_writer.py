@@ -6,6 +6,7 @@ Afterwards, tensors that the network creates in forward follow the device of its
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import ProofError
-from bnexport.folding.affine import Affine
+from bnexport.folding.affine import Affine, is_finite
 from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight, weights_now
+from bnexport.folding.torch_backend.nodes import argument
 from bnexport.folding.torch_backend.torch_constants import attribute
 from bnexport.folding.torch_backend.torch_graph import TorchGraph, TorchSource
 
@@ -65,6 +67,7 @@ class TorchWriter:
         self._written: dict[Weight, str] = {}
         self._kept = self._names_still_read()
         self._obsolete: list[Node] = []
+        #: The node that has an operation's value at present
         self._now: dict[Op, Node] = {op: op.source.result for op in graph.ops}
 
     def write(self, dropped: tuple[Op, ...]) -> None:
@@ -86,20 +89,18 @@ class TorchWriter:
         """
         if op.norm is None or not isinstance(op.kind, ConstantAffine) or op.dtype is None:
             return False
-        stored = {
-            item.meta["val"].dtype for item in op.source.result.all_input_nodes if self.graph.constants.known(item)
-        }
+        read = op.source.result.all_input_nodes
+        stored = {item.meta["val"].dtype for item in read if self.graph.constants.known(item)}
         if len(op.source.nodes) == 1 and stored <= {op.dtype}:
             return False
-        affine = op.kind.affine
-        return bool(torch.isfinite(affine.scale.to(op.dtype)).all() and torch.isfinite(affine.shift.to(op.dtype)).all())
+        return is_finite(op.kind.affine.mapped(lambda tensor: tensor.to(op.dtype)))
 
     def _write(self, op: Op) -> None:
         kind, source = op.kind, op.source
         if isinstance(kind, Layer):
             self._layer(op, kind)
         elif isinstance(kind, Identity):
-            self._replace(op, self._input(op))
+            self._replace(op, self._now[op.inputs[0]])
         elif isinstance(kind, ConstantAffine):
             self._replace(op, self._norm(op, kind.affine, source.result))
         elif isinstance(kind, Clamp):
@@ -110,10 +111,6 @@ class TorchWriter:
         self._obsolete += op.source.nodes
         self._now[op] = result
 
-    def _input(self, op: Op) -> Node:
-        """Return the node that now has the value of an operation's first input."""
-        return self._now[op.inputs[0]]
-
     # --- layers ---
 
     def _layer(self, op: Op, kind: Layer) -> None:
@@ -122,8 +119,7 @@ class TorchWriter:
         before = op.original
         assert isinstance(before, Layer)
         assert source.weight is not None
-        arguments = list(node.args)
-        kwargs = dict(node.kwargs)
+        arguments, kwargs = list(node.args), dict(node.kwargs)
         for name, position, new, old in (
             ("weight", source.weight, kind.weight, before.weight),
             ("bias", source.bias, kind.bias, before.bias),
@@ -131,8 +127,7 @@ class TorchWriter:
             if position is None or new is old or new is None:
                 continue
             arguments += [None] * (position + 1 - len(arguments))
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(name)
-            arguments[position] = self._stored(op, name, new, given if isinstance(given, Node) else None)
+            arguments[position] = self._stored(op, name, new, argument(node, position, name))
             kwargs.pop(name, None)
         node.args, node.kwargs = tuple(arguments), kwargs
         if kind.after is not None:
@@ -149,29 +144,29 @@ class TorchWriter:
         total.args = (node, constant)
         self._now[op] = _like(total, node)
 
-    def _stored(self, op: Op, name: str, new: Weight, given: Node | None) -> Node:
+    def _stored(self, op: Op, name: str, new: Weight, given: Any) -> Node:
         """Return a node that reads a folded weight, under the old name unless that attribute has other readers."""
-        value = new.load()
         target = self._written.get(new)  # calls that fold alike keep sharing one weight
         if target is None:
-            own = given is not None and given.op == "get_attr" and str(given.target) not in self._kept
-            target = str(given.target) if own and given is not None else self._free_name(op, name)
+            own = isinstance(given, Node) and given.op == "get_attr" and str(given.target) not in self._kept
+            target = str(given.target) if own else self._free_name(op, name)
             self._kept.add(target)
             self._written[new] = target
-            self._set(target, value, new.dtype)
-        return self._attribute_node(op.source.nodes[0], target)
+            self._set(target, new.load(), new.dtype)
+        with self.module.graph.inserting_before(op.source.nodes[0]):
+            return self._reader(target)
 
-    def _attribute_node(self, before: Node, target: str) -> Node:
-        with self.module.graph.inserting_before(before):
-            node = self.module.graph.get_attr(target)
+    def _reader(self, target: str) -> Node:
+        """Return a new node that reads an attribute, at the graph's insertion point."""
+        node = self.module.graph.get_attr(target)
         node.meta["val"] = attribute(self.module, target)
         return node
 
     def _set(self, target: str, value: Tensor, dtype: torch.dtype) -> None:
         holder, _, leaf = target.rpartition(".")
-        module = self.module.get_submodule(holder) if holder else self.module
-        old = getattr(module, leaf, None)
-        device = old.device if isinstance(old, Tensor) else self._device()
+        module = self.module.get_submodule(holder)
+        tensors = chain([getattr(module, leaf, None)], self.module.parameters(), self.module.buffers())
+        device = next((item.device for item in tensors if isinstance(item, Tensor)), torch.device("cpu"))
         if leaf in module._buffers:
             del module._buffers[leaf]
         stored = flushed(value, dtype)
@@ -184,33 +179,25 @@ class TorchWriter:
         target = self._free_name(op, name)
         self.standalone += 0 if isinstance(op.kind, Layer) else value.numel()
         self._set(target, value, dtype)
-        node = self.module.graph.get_attr(target)
-        node.meta["val"] = attribute(self.module, target)
-        return node
+        return self._reader(target)
 
     def _free_name(self, op: Op, name: str) -> str:
         """Return an unused attribute name in the operation's module."""
         holder: torch.nn.Module = self.module
-        path = op.path
-        for part in path.split(".") if path else ():
+        for part in op.path.split(".") if op.path else ():
             if not isinstance(getattr(holder, part, None), torch.nn.Module):
                 holder.add_module(part, torch.nn.Module())
             holder = attribute(holder, part)
         candidate, number = name, 1
         while hasattr(holder, candidate):
             candidate, number = f"{name}_{number}", number + 1
-        return f"{path}.{candidate}" if path else candidate
-
-    def _device(self) -> torch.device:
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        return tensors[0].device if tensors else torch.device("cpu")
+        return f"{op.path}.{candidate}" if op.path else candidate
 
     def _names_still_read(self) -> set[str]:
         """Return the attributes that must keep their values because an unchanged operation reads them."""
         replaced = Counter(old.name for old, new in weights_now(self.graph.ops) if new is not old)
-        readers: Counter[str] = Counter()
-        for node in self.module.graph.find_nodes(op="get_attr"):
-            readers[str(node.target)] += len(node.users)
+        nodes = self.module.graph.find_nodes(op="get_attr")
+        readers = Counter(str(node.target) for node in nodes for _ in node.users)
         return {name for name, count in readers.items() if count > replaced[name]}
 
     # --- affines and clamps that stay ---
@@ -218,7 +205,7 @@ class TorchWriter:
     def _norm(self, op: Op, affine: Affine, before: Node) -> Node:
         """Write one canonical affine: a batch norm with fixed statistics if the channels are on axis 1, else arithmetic."""
         assert op.dtype is not None
-        graph, value = self.module.graph, self._input(op)
+        graph, value = self.module.graph, self._now[op.inputs[0]]
         channels = op.shape[1] if op.rank >= 2 else None
         single = affine.scale.numel() == 1  # the same for all channels: no vector is worth storing
         vector = affine.channels(1, channels) if isinstance(channels, int) and not single else None
@@ -241,12 +228,10 @@ class TorchWriter:
 
     def _clamp(self, op: Op, kind: Clamp, before: Node) -> Node:
         assert op.dtype is not None
-        graph, result = self.module.graph, self._input(op)
+        graph, result = self.module.graph, self._now[op.inputs[0]]
+        bounds = (("low", kind.low, aten.maximum.default), ("high", kind.high, aten.minimum.default))
         with graph.inserting_before(before):
-            for name, bound, target in (
-                ("low", kind.low, aten.maximum.default),
-                ("high", kind.high, aten.minimum.default),
-            ):
+            for name, bound, target in bounds:
                 if bool(torch.isinf(bound).all()):
                     continue
                 if bool((bound == 0).all()) and name == "low":

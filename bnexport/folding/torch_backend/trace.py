@@ -15,7 +15,7 @@ import itertools
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,12 +53,9 @@ def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
 
 def _environments(program: ExportedProgram) -> list[Any]:
     """Return the objects in which torch.export keeps the guards of the sizes that vary."""
-    found: dict[int, Any] = {}
-    for node in program.graph.find_nodes(op="placeholder"):
-        for size in getattr(node.meta.get("val"), "shape", ()):
-            if not isinstance(size, int):
-                found[id(size.node.shape_env)] = size.node.shape_env
-    return list(found.values())
+    values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values for size in getattr(value, "shape", ()) if not isinstance(size, int)]
+    return list({id(size.node.shape_env): size.node.shape_env for size in sizes}.values())
 
 
 def _place(guard: Any) -> str:
@@ -76,21 +73,12 @@ def _holds(environment: Any, condition: Any) -> bool:
     lowest = [environment.bound_sympy(symbol).lower for symbol in symbols]
     if not all(getattr(low, "is_Integer", False) for low in lowest):  # a size that depends on a tensor's values
         return True
-    tried = itertools.product(_STEPS, repeat=len(symbols)) if len(symbols) <= 2 else _turned(len(symbols))
-    return all(
-        bool(
-            condition.xreplace(
-                {symbol: int(low) + step for symbol, low, step in zip(symbols, lowest, steps, strict=True)}
-            )
-        )
-        for steps in tried
-    )
-
-
-def _turned(count: int) -> list[tuple[int, ...]]:
-    """Return steps for many sizes at once, each list with another start: all combinations would be too many."""
-    most = len(_STEPS)
-    return [tuple(_STEPS[(index + 5 * turn) % most] for turn in range(count)) for index in range(most)]
+    tried: Iterable[tuple[int, ...]] = itertools.product(_STEPS, repeat=len(symbols))
+    if len(symbols) > 2:  # all combinations would be too many: each list of steps has another start
+        most = len(_STEPS)
+        tried = [tuple(_STEPS[(index + 5 * turn) % most] for turn in range(len(symbols))) for index in range(most)]
+    sizes = ([int(low) + step for low, step in zip(lowest, steps, strict=True)] for steps in tried)
+    return all(bool(condition.xreplace(dict(zip(symbols, numbers, strict=True)))) for numbers in sizes)
 
 
 #: Part of torch.export's message if forward takes another branch for other batch sizes, or fails with them.
@@ -137,18 +125,15 @@ _ADVICE = re.compile(
 
 #: Part of torch.export's message about an output of an unknown class; the second is torch 2.11's.
 _UNKNOWN_TYPE = ("not a known type", "unhashable type")
-#: An upper bound of this size or more means "no limit".
+#: An upper bound of this size or more, or an infinity, means "no limit".
 _ENDLESS = 2**31
 
 
 def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = None) -> GraphModule:
-    """Trace a module by ``torch.export`` into a graph that can run and be rewritten.
+    """Trace a module by ``torch.export`` into a graph that can run and be rewritten; the module stays as it is.
 
-    Args:
-        model: Stays as it is, including its training flags and attributes.
-        inputs: Positional arguments of forward, batch first.
-        dynamic_shapes: As for ``torch.export.export``; default: one shared batch dimension. An image size that should vary
-            (``size_shapes``) but can't is an error.
+    ``dynamic_shapes`` is as for ``torch.export.export``; by default one shared batch dimension varies. An image size that
+    should vary (``size_shapes``) but can't is an error.
 
     Raises:
         UntracedError: With the line of the user's code at which tracing stopped.
@@ -206,10 +191,11 @@ def size_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     torch.export finds the relations between the sizes of several inputs; ``trace`` checks that a size really varies.
     """
     batch = torch.export.Dim("batch")
-    vary = torch.export.Dim.AUTO
-    return _shapes(
-        model, inputs, lambda item: {0: batch, **dict.fromkeys(size_axes(item.ndim), vary)} if item.ndim else None
-    )
+
+    def vary(item: Tensor) -> dict[int, Any] | None:
+        return {0: batch, **dict.fromkeys(size_axes(item.ndim), torch.export.Dim.AUTO)} if item.ndim else None
+
+    return _shapes(model, inputs, vary)
 
 
 def _shapes(model: nn.Module, inputs: tuple[Any, ...], of: Any) -> dict[str, Any]:
@@ -293,12 +279,9 @@ def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> Un
 def _other_types(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | None:
     """Return the error if a model that fails runs on inputs of the same shapes and another element type; else None."""
     own = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
+    tensors = [item for item in pytree.tree_leaves(inputs) if isinstance(item, Tensor)]
     for floats, wanted in ((True, own), (False, own), (True, torch.int64)):
-        given = {
-            item.dtype
-            for item in pytree.tree_leaves(inputs)
-            if isinstance(item, Tensor) and item.is_floating_point() == floats and item.dtype != wanted
-        }
+        given = {item.dtype for item in tensors if item.is_floating_point() == floats} - {wanted}
         if given and call_once(model, _retyped(inputs, given, wanted)).problem is None:
             have, need = (str(item).removeprefix("torch.") for item in (given.pop(), wanted))
             return UntracedError(
@@ -332,30 +315,22 @@ def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -
         )
 
 
-def _limited(upper: Any) -> bool:
-    """Return True if an upper bound is real: torch.export writes "no limit" as an infinity or a huge number."""
-    return bool(getattr(upper, "is_Integer", False)) and int(upper) < _ENDLESS
-
-
 def _refuse_pinned(program: ExportedProgram, model: nn.Module) -> None:
     """Refuse a graph in which an image size that should vary is a number or has an upper limit."""
-    values: dict[str, Any] = {
-        node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"
-    }
-    for value in (values.get(str(name)) for name in program.graph_signature.user_inputs):
+    values: dict[str, Any] = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    for name in program.graph_signature.user_inputs:
+        value = values.get(str(name))
         if not isinstance(value, Tensor):
             continue
         for axis, word in size_axes(value.ndim).items():
             size: Any = value.shape[axis]
-            if isinstance(size, int) or size.node.expr.is_number:
-                raise pinned(f"{type(model).__name__}{place_of(None, model)}", word, "is pinned")
-            limit = program.range_constraints.get(size.node.expr)
-            if limit is not None and _limited(limit.upper):
-                raise pinned(f"{type(model).__name__}{place_of(None, model)}", word, f"can't grow above {limit.upper}")
-
-
-def pinned(model: str, word: str, how: str) -> UntracedError:
-    """Return the error for a size that can't vary."""
-    return UntracedError(
-        f"the {word} of the input of {model} {how}, so it can't vary", remedy="Leave --dynamic-size out"
-    )
+            how = "is pinned"
+            if not isinstance(size, int) and not size.node.expr.is_number:
+                upper: Any = getattr(program.range_constraints.get(size.node.expr), "upper", None)
+                if not getattr(upper, "is_Integer", False) or int(upper) >= _ENDLESS:
+                    continue
+                how = f"can't grow above {upper}"
+            raise UntracedError(
+                f"the {word} of the input of {type(model).__name__}{place_of(None, model)} {how}, so it can't vary",
+                remedy="Leave --dynamic-size out",
+            )

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from bnexport import interrupts
 from bnexport.bundle import Bundle
 from bnexport.errors import BnexportError, DataError, RuntimeUnavailable, UsageError
 from bnexport.files import write_atomically
@@ -32,7 +32,7 @@ from bnexport.optional import one_line, require
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.serving.bulk.bulk_request import BulkProgress, BulkRequest
-from bnexport.serving.bulk.image_sources import NpzFiles, Shard, read_shard
+from bnexport.serving.bulk.image_sources import SOURCES, NpzFiles, Shard
 from bnexport.serving.bulk.job import BulkJob, folder_of, make_job, part_file
 from bnexport.serving.bulk.parquet import encode
 from bnexport.serving.predictor import check_labels, image_preprocessing, run_images
@@ -62,7 +62,7 @@ class ShardWorker:
         """Predict and write one shard; return its rows."""
         ids: list[str] = []
         parts: list[Array] = []
-        for names, images in read_shard(shard, self._request, self._preprocessing, self._files):
+        for names, images in SOURCES[shard.kind].read(shard, self._request, self._preprocessing, self._files):
             logits = self._logits(images)
             if not np.isfinite(logits).all():
                 row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
@@ -106,7 +106,8 @@ def run_locally(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
     """Predict shards in processes of this machine; yield the rows of each as it is written."""
     workers = min(job.request.resolved_workers(), len(shards))
     if workers <= 1:
-        yield from _in_this_process(job, shards)
+        with contextlib.closing(ShardWorker(job)) as worker:
+            yield from map(worker.run, shards)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks of running engines
     with ProcessPoolExecutor(workers, context, _start, (job.without_shards(),)) as pool:
@@ -121,20 +122,12 @@ def run_locally(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
             pool.shutdown(cancel_futures=True)
 
 
-def _in_this_process(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
-    worker = ShardWorker(job)
-    try:
-        yield from map(worker.run, shards)
-    finally:
-        worker.close()
-
-
 def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -> Iterator[int]:
     left = iter(shards)
     running: set[Future[int]] = set()
     while True:
         while len(running) < workers * _AHEAD and (shard := next(left, None)) is not None:
-            with _interrupts_held():
+            with interrupts.blocked(signal.SIGINT):  # also in the processes that it starts
                 running.add(pool.submit(_run, shard))
         if not running:
             return
@@ -143,21 +136,7 @@ def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -
             yield future.result()
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Delay Ctrl-C until after the block. Processes that start in the block inherit this and receive no Ctrl-C."""
-    if sys.platform == "win32":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start(job: BulkJob) -> None:
-    """Initialise a worker's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; the worker finishes its shard
     parent = multiprocessing.parent_process()
     assert parent is not None

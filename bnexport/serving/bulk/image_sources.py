@@ -10,7 +10,7 @@ import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,7 +22,7 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import one_line
 from bnexport.serving.bulk.bulk_request import BulkRequest
-from bnexport.serving.bulk.parquet import encoded_images
+from bnexport.serving.bulk.parquet import check_columns, encoded_images, opened
 from bnexport.tensors import Array
 from bnexport.validation import validate_archive
 
@@ -30,19 +30,11 @@ _NPZ_REMEDY = "Give an .npz file with one array of uint8 images, or name it with
 
 
 class NpzStream:
-    """One array of an .npz file, read batch by batch; it is never in memory as a whole.
-
-    Args:
-        path: The file.
-        column: Name of the array, if the file has several.
-
-    Attributes:
-        shape: (n, height, width, ...).
-        row: Index of the next row to be read.
-    """
+    """One array of an .npz file, read batch by batch; it is never in memory as a whole."""
 
     def __init__(self, path: Path, column: str) -> None:
-        self.path, self.column, self.row = path, column, 0
+        self.path, self.column = path, column
+        self.row = 0  # Index of the next row to be read
         with contextlib.ExitStack() as stack, _reading(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
             self._file = stack.enter_context(archive.open(_member(path, archive.namelist(), column)))
@@ -161,7 +153,7 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> ShardPlan:
             raise UsageError(
                 f"{path} has no column {request.id_column!r}", remedy="Use --id-column only for Parquet files"
             )
-        found = SOURCES[kind](path, request)
+        found = SOURCES[kind].plan(path, request)
         if not found.shards:
             raise DataError(f"{path} contains no image", remedy=_REMEDY)
         digest.update(f"{path} {kind} {found.fingerprint}\n".encode())
@@ -272,29 +264,13 @@ def _plan_parquet(path: Path, request: BulkRequest) -> ShardPlan:
 
 def _row_groups(path: Path, request: BulkRequest) -> list[int]:
     """Check the columns and return the rows of each row group."""
-    from bnexport.serving.bulk.parquet import check_columns, opened
-
     with opened(path) as file:
         check_columns(path, file.schema_arrow, request)
         return [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
 
 
-#: Kind of source (a file's ending or "folder") -> function that cuts it into shards. READERS has a row for each.
-SOURCES: dict[str, Callable[[Path, BulkRequest], ShardPlan]] = {
-    "folder": _plan_folder,
-    "npy": _plan_npy,
-    "npz": _plan_npz,
-    "parquet": _plan_parquet,
-}
-
-
 #: Ids, and uint8 (n, height, width) or (n, height, width, channels).
 Batch = tuple[list[str], Array]
-
-
-def read_shard(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, files: NpzFiles) -> Iterator[Batch]:
-    """Yield the batches of a shard, in order."""
-    return READERS[shard.kind](shard, request, preprocessing, files)
 
 
 def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
@@ -351,25 +327,26 @@ def _fitted(path: str, stack: Array, preprocessing: Preprocessing) -> Array:
 def _read_parquet(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
     groups = [int(part) for part in shard.parts]
     for ids, contents in encoded_images(Path(shard.path), request, row_groups=groups, start=shard.start):
-        yield ids, np.stack(_decoded(shard.path, ids, contents, preprocessing))
+        images = []
+        for name, content in zip(ids, contents, strict=True):
+            named = name if name.startswith(shard.path) else f"{shard.path}, {name}"
+            if not content:
+                raise DataError(f"{named} has no image", remedy="Remove rows without an image")
+            images.append(read_picture(content, preprocessing, name=named))
+        yield ids, np.stack(images)
 
 
-def _decoded(
-    path: str, ids: Sequence[str], contents: Sequence[bytes | None], preprocessing: Preprocessing
-) -> list[Array]:
-    images = []
-    for name, content in zip(ids, contents, strict=True):
-        named = name if name.startswith(path) else f"{path}, {name}"
-        if not content:
-            raise DataError(f"{named} has no image", remedy="Remove rows without an image")
-        images.append(read_picture(content, preprocessing, name=named))
-    return images
+class ImageSource(NamedTuple):
+    """One row of SOURCES."""
+
+    plan: Callable[[Path, BulkRequest], ShardPlan]  # Cuts a source into shards
+    read: Callable[[Shard, BulkRequest, Preprocessing, NpzFiles], Iterator[Batch]]  # Yields a shard's batches in order
 
 
-#: Kind of shard -> its reader; SOURCES has a row for each.
-READERS: dict[str, Callable[[Shard, BulkRequest, Preprocessing, NpzFiles], Iterator[Batch]]] = {
-    "folder": _read_folder,
-    "npy": _read_npy,
-    "npz": _read_npz,
-    "parquet": _read_parquet,
+#: Kind of source (a file's ending or "folder") -> its functions.
+SOURCES: dict[str, ImageSource] = {
+    "folder": ImageSource(_plan_folder, _read_folder),
+    "npy": ImageSource(_plan_npy, _read_npy),
+    "npz": ImageSource(_plan_npz, _read_npz),
+    "parquet": ImageSource(_plan_parquet, _read_parquet),
 }

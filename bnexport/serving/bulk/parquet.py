@@ -13,6 +13,7 @@ import numpy as np
 from bnexport.errors import DataError
 from bnexport.optional import one_line, require
 from bnexport.serving.bulk.bulk_request import BulkRequest
+from bnexport.serving.predictor import softmax
 from bnexport.tensors import Array
 
 _REMEDY = "Give Parquet with the bytes of PNG, JPEG, BMP, WebP or GIF files in a binary column, named with --column"
@@ -108,9 +109,7 @@ def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_log
     Columns: ``id`` and ``label`` (string), ``probabilities`` (float32, one per class), and ``logits`` if requested.
     """
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
-    exact = logits.astype(np.float64)
-    weights = np.exp(exact - exact.max(1, keepdims=True))
-    probabilities = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    probabilities = softmax(logits).astype(np.float32)
     classes = logits.shape[1]
     chosen = arrow.array(logits.argmax(1).astype(np.int32))
     columns = {

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import grpc.aio
 
 from bnexport.errors import BnexportError, NotServing, RequestError, UsageError
 from bnexport.optional import one_line
-from bnexport.serving.grpc.call import Call, classes, code_of, read_message
-from bnexport.serving.grpc.inference import infer
+from bnexport.serving.grpc.inference import Call, classes, code_of, infer, read_message
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method, watch
 from bnexport.serving.listener import resolved
 from bnexport.serving.protocol.messages import sentence_of
@@ -32,22 +30,14 @@ _IDLE_MS = 300_000
 _SILENCE, _FAREWELL = 0.5, 1.5
 
 
-@dataclass(frozen=True)
-class GrpcSettings:
-    """Address of the gRPC server."""
-
-    host: str = "127.0.0.1"  # Address to bind
-    port: int = 8001  # 0 takes a free one
-    reuse_port: bool = False  # Share the port among several processes
-    tls: tuple[Path, Path] | None = None  # Files of the certificate and of its key
-
-
 class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """The protocol's service and gRPC's health service, on the running event loop."""
+    """The protocol's service and gRPC's health service, on the running event loop. Host, port and TLS as in ServerSettings."""
 
-    def __init__(self, state: ServerState, settings: GrpcSettings) -> None:
-        self.state, self.settings = state, settings
-        self.port = settings.port
+    def __init__(
+        self, state: ServerState, host: str, port: int, tls: tuple[Path, Path] | None, *, reuse_port: bool
+    ) -> None:
+        self.state, self.port = state, port
+        self._host, self._tls, self._reuse_port = host, tls, reuse_port
         self._closing, self._refused_at = False, 0.0
         self._handlers = {path: self._unary(path, method) for path, method in METHODS.items()}
         self._handlers[STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
@@ -61,23 +51,23 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         # gRPC's Python part logs errors to standard error that clients can cause.
         logging.getLogger("grpc").setLevel(logging.CRITICAL + 1)
         server = grpc.aio.server(
-            options=_options(self.state.settings.limits, reuse=self.settings.reuse_port),
+            options=_options(self.state.settings.limits, reuse=self._reuse_port),
             maximum_concurrent_rpcs=self.state.settings.limits.connections,
         )
         server.add_generic_rpc_handlers((self,))
         try:
             # gRPC would listen at every address of a name; HTTP listens at one.
-            host = resolved(self.settings.host, self.settings.port)[1][0]
-            address = f"[{host}]:{self.settings.port}" if ":" in host else f"{host}:{self.settings.port}"
-            tls = self.settings.tls
-            if tls is None:
+            host = resolved(self._host, self.port)[1][0]
+            address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+            if self._tls is None:
                 self.port = server.add_insecure_port(address)
             else:
-                pair = (tls[1].read_bytes(), tls[0].read_bytes())
+                certificate, key = (file.read_bytes() for file in self._tls)
+                pair = (key, certificate)
                 self.port = server.add_secure_port(address, grpc.ssl_server_credentials((pair,)))
         except (RuntimeError, OSError, ValueError) as error:
             raise UsageError(
-                f"{self.settings.host} port {self.settings.port} can't be used by gRPC: {one_line(error)}",
+                f"{self._host} port {self.port} can't be used by gRPC: {one_line(error)}",
                 remedy="Choose another --host or --grpc-port",
             ) from error
         await server.start()
@@ -164,8 +154,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         finally:
             self.state.memory.release(len(data))
         response.parameters["triton_final_response"].bool_param = True
-        answer: bytes = classes()["ModelStreamInferResponse"](infer_response=response).SerializeToString()
-        return answer
+        return bytes(classes()["ModelStreamInferResponse"](infer_response=response).SerializeToString())
 
     async def _next(self, context: Any) -> bytes | None:
         """Return the next message of a stream; None at its end or if the server closes."""
@@ -185,7 +174,6 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         return data if isinstance(data, bytes) else None
 
     async def _watch(self, _messages: Any, context: Any) -> None:
-        """Answer the health service's Watch."""
         self._watching += 1
         try:
             if self._watching > _MOST_WATCHERS:
@@ -228,9 +216,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         except BnexportError as error:
             code, answer = code_of(error), error
         except Exception as error:
-            state.log.event("fault", id=call.id, path=call.path, error=f"{type(error).__name__}: {one_line(error)}")
-            code = grpc.StatusCode.INTERNAL
-            answer = NotServing("the server failed", remedy="The server's log contains the error", status=500)
+            code, answer = grpc.StatusCode.INTERNAL, state.fault(call, error)
         finally:
             state.active -= 1
             state.calls_active -= 1
@@ -253,8 +239,7 @@ def _failed(call: Call, error: BnexportError) -> bytes:
     """Return the error answer to a request of a stream, with the request's id as Triton does."""
     message = classes()["ModelStreamInferResponse"](error_message=sentence_of(error))
     message.infer_response.id = call.message_id
-    data: bytes = message.SerializeToString()
-    return data
+    return bytes(message.SerializeToString())
 
 
 def _stopping() -> NotServing:

@@ -14,11 +14,8 @@ from google.protobuf.message import DecodeError
 
 from bnexport.errors import RequestError
 from bnexport.proto_messages import HEALTH, INFERENCE
-from bnexport.serving import metadata
-from bnexport.serving.grpc.call import Call, classes, read_message
-from bnexport.serving.grpc.inference import infer
-from bnexport.serving.repository import READY
-from bnexport.serving.state import ServerState
+from bnexport.serving.grpc.inference import Call, classes, infer, read_message
+from bnexport.serving.state import SERVER_METADATA, ServerState
 from bnexport.validation.limits import shown
 
 #: Name of a service's state -> its number.
@@ -32,9 +29,9 @@ _LOOK = 0.1
 def status_of_service(state: ServerState, service: str) -> int:
     """Return a service's state, a value of STATUSES."""
     if service in _SERVER:
-        return STATUSES["NOT_SERVING" if metadata.why_not_ready(state) else "SERVING"]
+        return STATUSES["NOT_SERVING" if state.why_not_ready() else "SERVING"]
     try:
-        reason = metadata.why_model_not_ready(state, service)
+        reason = state.why_model_not_ready(service)
     except RequestError:
         return STATUSES["SERVICE_UNKNOWN"]
     return STATUSES["NOT_SERVING" if reason else "SERVING"]
@@ -79,12 +76,9 @@ class Method(NamedTuple):
 
     async def answer(self, state: ServerState, call: Call, data: bytes) -> bytes:
         """Answer a message."""
-        if not self.request:
-            made = await self.handler(state, call, data)
-        else:
-            made = await self.handler(state, call, _parsed(self.request, data, state.settings.limits.header_json_bytes))
-        answer: bytes = made.SerializeToString()
-        return answer
+        limit = state.settings.limits.header_json_bytes
+        message = _parsed(self.request, data, limit) if self.request else data
+        return bytes((await self.handler(state, call, message)).SerializeToString())
 
 
 def _parsed(name: str, data: bytes, most: int) -> Any:
@@ -115,13 +109,13 @@ async def server_live(_state: ServerState, _call: Call, _request: Any) -> Any:
 
 async def server_ready(state: ServerState, _call: Call, _request: Any) -> Any:
     """Report if clients should send requests to this server."""
-    return classes()["ServerReadyResponse"](ready=not metadata.why_not_ready(state))
+    return classes()["ServerReadyResponse"](ready=not state.why_not_ready())
 
 
 async def model_ready(state: ServerState, _call: Call, request: Any) -> Any:
     """Report if a model answers; False for an unknown one."""
     try:
-        ready = not metadata.why_model_not_ready(state, request.name, request.version or None)
+        ready = not state.why_model_not_ready(request.name, request.version or None)
     except RequestError:
         ready = False
     return classes()["ModelReadyResponse"](ready=ready)
@@ -129,12 +123,12 @@ async def model_ready(state: ServerState, _call: Call, request: Any) -> Any:
 
 async def server_metadata(_state: ServerState, _call: Call, _request: Any) -> Any:
     """Return name, version and extensions."""
-    return _filled("ServerMetadataResponse", metadata.server_metadata())
+    return _filled("ServerMetadataResponse", SERVER_METADATA)
 
 
 async def model_metadata(state: ServerState, _call: Call, request: Any) -> Any:
     """Return inputs, outputs and versions."""
-    return _filled("ModelMetadataResponse", metadata.model_metadata(state, request.name, request.version or None))
+    return _filled("ModelMetadataResponse", state.model_metadata(request.name, request.version or None))
 
 
 async def model_config(state: ServerState, _call: Call, request: Any) -> Any:
@@ -145,14 +139,12 @@ async def model_config(state: ServerState, _call: Call, request: Any) -> Any:
 
 async def model_statistics(state: ServerState, _call: Call, request: Any) -> Any:
     """Return the counters of one model, or of all."""
-    found = metadata.statistics(state, request.name or None, request.version or None)
-    return _filled("ModelStatisticsResponse", found)
+    return _filled("ModelStatisticsResponse", state.statistics(request.name or None, request.version or None))
 
 
 async def repository_index(state: ServerState, _call: Call, request: Any) -> Any:
     """List every model version with its state, or only ready ones."""
-    models = [row for row in state.repository.index() if not request.ready or row["state"] == READY]
-    return _filled("RepositoryIndexResponse", {"models": models})
+    return _filled("RepositoryIndexResponse", {"models": state.repository.index(only_ready=request.ready)})
 
 
 async def load(state: ServerState, _call: Call, request: Any) -> Any:

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from bnexport.errors import BnexportError, NotServing
-from bnexport.optional import one_line
 from bnexport.serving.http.exchange import (
     Disconnected,
     Exchange,
@@ -72,10 +71,7 @@ class App:
         """Return the reply to an error; log an unexpected one."""
         if isinstance(error, BnexportError):
             return error_reply(error)
-        self.state.log.event(
-            "fault", id=exchange.id, path=exchange.path[:200], error=f"{type(error).__name__}: {one_line(error)}"
-        )
-        return error_reply(NotServing("the server failed", remedy="The server's log contains the error", status=500))
+        return error_reply(self.state.fault(exchange, error))
 
     def let_in(self, headers: dict[bytes, bytes]) -> None:
         """Check the token, and record the time of the request."""

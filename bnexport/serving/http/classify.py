@@ -72,7 +72,6 @@ def _parts(body: bytes, content_type: bytes, most: int) -> list[Picture]:
 
 
 def _part(piece: bytes, index: int) -> Picture:
-    """Parse one part: the bytes after its boundary."""
     head, gap, content = piece.partition(b"\r\n\r\n")
     if not head.startswith(b"\r\n") or not gap or len(head) > _PART_HEADERS:
         raise RequestError(f"part {index} of the multipart data has no headers", remedy=_AGAIN)

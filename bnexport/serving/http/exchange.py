@@ -44,16 +44,7 @@ class Disconnected(Exception):
 
 
 class Exchange(RequestContext):
-    """One request over HTTP.
-
-    Attributes:
-        method: "GET", "POST".
-        headers: Lower-case name -> value.
-        receive: ASGI's.
-        client: The client's address.
-        read: True if the body was read to its end.
-        arrived_ns: Time of the last part of the body; 0 before.
-    """
+    """One request over HTTP."""
 
     __slots__ = ("arrived_ns", "client", "headers", "method", "read", "receive")
 
@@ -61,9 +52,10 @@ class Exchange(RequestContext):
         self, method: str, path: str, headers: dict[bytes, bytes], receive: Receive, request_id: str, client: str
     ) -> None:
         super().__init__(path, request_id)
-        self.method, self.headers, self.receive, self.client = method, headers, receive, client
-        self.read = False
-        self.arrived_ns = 0
+        self.method, self.receive, self.client = method, receive, client
+        self.headers = headers  # Lower-case name -> value
+        self.read = False  # True if the body was read to its end
+        self.arrived_ns = 0  # Time of the last part of the body
 
     def origin(self) -> tuple[str, str, str]:
         """Return the method, the client's address, and ``traceparent`` or ""."""
@@ -111,7 +103,6 @@ async def read_body(state: ServerState, exchange: Exchange) -> bytes:
 
 
 async def _rest(state: ServerState, exchange: Exchange, start: bytes) -> bytes:
-    """Return the body that begins with ``start``."""
     limits, chunks, size, more = state.settings.limits, [start], len(start), True
     try:
         while more:

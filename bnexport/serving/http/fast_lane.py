@@ -118,15 +118,7 @@ class _NoEvent:
 
 
 class FastCall(Exchange):
-    """One request with the attributes that uvicorn reads, and the batcher's Waiter.
-
-    Attributes:
-        body: Received part of the body.
-        keep_alive: Keep the connection open afterwards; uvicorn clears it when it stops.
-        disconnected: True if the client disconnected.
-        response_started: True if the answer was written.
-        response_complete: The same: the answer is written at once.
-    """
+    """One request with the attributes that uvicorn reads, and the batcher's Waiter."""
 
     __slots__ = (
         "_connection",
@@ -145,14 +137,14 @@ class FastCall(Exchange):
         client = connection.client[0] if connection.client else ""
         super().__init__("POST", head.path, head.headers, _no_more, lane.app.id_of(head.headers), client)
         self._connection, self._lane, self._route = connection, lane, head.found
-        self.body = b""
-        self.keep_alive = True
+        self.body = b""  # Received part
+        self.keep_alive = True  # uvicorn clears it when it stops
         self.disconnected = self.response_complete = False
         lane.app.state.active += 1
 
     @property
     def response_started(self) -> bool:
-        """True if the answer was written."""
+        """True if the answer was written, which happens at once."""
         return self.response_complete
 
     def begin(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import importlib
 import socket
 import sys
@@ -24,7 +23,7 @@ from bnexport.serving.batcher import THREADS
 from bnexport.serving.counters import Share
 from bnexport.serving.http.app import App
 from bnexport.serving.http.fast_lane import FastLane
-from bnexport.serving.http.uvicorn_adapter import DrainingServer, configured, limited, missing_part, nothing
+from bnexport.serving.http.uvicorn_adapter import DrainingServer, configured, limited, missing_part
 from bnexport.serving.listener import bound, free_port
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
@@ -81,7 +80,7 @@ def serve_on(
     *,
     announce: Callable[[str], None],
     share: Share | None = None,
-    stopping: Callable[[], None] = nothing,
+    stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve on a bound socket until SIGTERM or Ctrl-C; ``stopping`` is called at the first signal."""
     token = None if settings.token_file is None else read_token(settings.token_file)
@@ -97,10 +96,17 @@ def serve_on(
             repository, AppSettings(settings.models.limits, token, settings.allow_load), log, share=share
         )
         app = App(state)
-        grpc_server = None if settings.grpc_port is None else _grpc_server(state, settings, settings.grpc_port)
-        server = DrainingServer(_config(app, settings), state, grpc_server, grace=settings.grace, poll=settings.poll)
-        summary = functools.partial(_summary, repository, listener, grpc_server, settings)
-        server.run([listener], on_start=lambda: announce(summary()), on_stop=stopping)
+        grpc_server: GrpcServer | None = None
+        if settings.grpc_port is not None:
+            from bnexport.serving.grpc.grpc_server import GrpcServer
+
+            grpc_server = GrpcServer(
+                state, settings.host, settings.grpc_port, settings.tls, reuse_port=settings.reuse_port
+            )
+        DrainingServer(
+            _config(app, settings), state, grpc_server, grace=settings.grace, poll=settings.poll,
+            on_start=lambda: announce(_summary(repository, listener, grpc_server, settings)), on_stop=stopping,
+        ).run([listener])  # fmt: skip
     finally:
         log.close()
 
@@ -116,12 +122,8 @@ def _allow_files(wanted: int, log: JsonLog) -> None:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < wanted:
-        log.event(
-            "few files",
-            allowed=hard,
-            wanted=wanted,
-            reason="connections are reset before the server's limit is reached",
-        )
+        reason = "connections are reset before the server's limit is reached"
+        log.event("few files", allowed=hard, wanted=wanted, reason=reason)
 
 
 def leave_engines() -> None:
@@ -138,12 +140,6 @@ def _summary(
     names = ", ".join(f"{name} {version} ({entry.state.lower()})" for name, version, entry in repository.each())
     also = "" if grpc_server is None else f"grpc://{shown}:{grpc_server.port} and "
     return f"Serving {names} on {also}{'http' if settings.tls is None else 'https'}://{shown}:{port}"
-
-
-def _grpc_server(state: ServerState, settings: ServerSettings, port: int) -> GrpcServer:
-    from bnexport.serving.grpc.grpc_server import GrpcServer, GrpcSettings
-
-    return GrpcServer(state, GrpcSettings(settings.host, port, settings.reuse_port, settings.tls))
 
 
 def _wrapped(app: Any, middleware: str | None) -> Any:

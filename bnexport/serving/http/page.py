@@ -16,7 +16,6 @@ from bnexport.optional import one_line
 from bnexport.serving.http.exchange import Exchange, Reply, json_reply
 from bnexport.serving.repository import Version
 from bnexport.serving.state import ServerState
-from bnexport.tensors import TensorSpec
 
 HTML = b"text/html; charset=utf-8"
 #: Headers of all pages: browsers guess no types, send no referrer, and cache nothing.
@@ -65,23 +64,15 @@ async def models(state: ServerState, _exchange: Exchange) -> Reply:
 
 def _described(state: ServerState, name: str, version: str, entry: Version) -> dict[str, Any]:
     value: dict[str, Any] = {"name": name, "version": version, "state": entry.state, "reason": entry.reason}
-    value |= {
-        "newest": False,
-        "inputs": [],
-        "outputs": [],
-        "labels": None,
-        "image": None,
-        "verdict": None,
-        "report": False,
-    }
     served = entry.served
     if served is None:
-        return value
+        nothing = {"labels": None, "image": None, "verdict": None, "report": False}
+        return value | {"newest": False, "inputs": [], "outputs": []} | nothing
     metadata, image = served.metadata([version]), served.preprocessing
     return value | {
         "newest": state.repository.newest(name) is served,
         "inputs": [
-            {**tensor, "smallest": _smallest(spec)}
+            {**tensor, "smallest": [spec.smallest.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape]}
             for tensor, spec in zip(metadata["inputs"], served.signature.inputs, strict=True)
         ],
         "outputs": metadata["outputs"],
@@ -90,11 +81,6 @@ def _described(state: ServerState, name: str, version: str, entry: Version) -> d
         "verdict": _verdict(served.bundle),
         "report": REPORT in served.bundle.manifest.files,
     }
-
-
-def _smallest(spec: TensorSpec) -> list[int]:
-    """Return the smallest shape that the input takes."""
-    return [spec.smallest.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape]
 
 
 def _verdict(bundle: Bundle) -> dict[str, Any] | None:

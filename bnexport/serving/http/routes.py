@@ -11,18 +11,15 @@ import orjson
 
 from bnexport import __version__
 from bnexport.errors import RequestError
-from bnexport.serving import metadata
 from bnexport.serving.http.classify import classify
 from bnexport.serving.http.exchange import BINARY, JSON, TEXT, Exchange, Reply, header_length, json_reply, read_body
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.prometheus import render
 from bnexport.serving.protocol.decoding import load_json
-from bnexport.serving.protocol.encoding import encode_response
-from bnexport.serving.protocol.messages import InferRequest, InferResponse
-from bnexport.serving.repository import READY
+from bnexport.serving.protocol.messages import InferRequest, InferResponse, encode_response
 from bnexport.serving.served_model import ServedModel
 from bnexport.serving.serving_limits import BoundedCache
-from bnexport.serving.state import ServerState
+from bnexport.serving.state import SERVER_METADATA, ServerState
 from bnexport.validation.limits import shown
 
 Handler = Callable[..., Awaitable[Reply]]
@@ -47,7 +44,7 @@ async def live(_state: ServerState, _exchange: Exchange) -> Reply:
 
 async def ready(state: ServerState, _exchange: Exchange) -> Reply:
     """Report if clients should send requests to this server, and the reason if not."""
-    if reason := metadata.why_not_ready(state):
+    if reason := state.why_not_ready():
         return json_reply({"ready": False, "reason": reason}, 503)
     problems = state.repository.problems()
     return json_reply({"ready": True, "problems": problems} if problems else {"ready": True})
@@ -55,17 +52,17 @@ async def ready(state: ServerState, _exchange: Exchange) -> Reply:
 
 async def server_metadata(_state: ServerState, _exchange: Exchange) -> Reply:
     """Return the protocol's "Server Metadata"."""
-    return json_reply(metadata.server_metadata())
+    return json_reply(SERVER_METADATA)
 
 
 async def model_metadata(state: ServerState, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """Return the protocol's "Model Metadata"."""
-    return json_reply(metadata.model_metadata(state, name, version))
+    return json_reply(state.model_metadata(name, version))
 
 
 async def model_ready(state: ServerState, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """Report if a model answers; 404 for an unknown one."""
-    reason = metadata.why_model_not_ready(state, name, version)
+    reason = state.why_model_not_ready(name, version)
     value: dict[str, Any] = {"name": name, "ready": not reason}
     return json_reply(value | {"reason": reason}, 503) if reason else json_reply(value)
 
@@ -79,7 +76,7 @@ async def statistics(
     state: ServerState, _exchange: Exchange, name: str | None = None, version: str | None = None
 ) -> Reply:
     """Return the counters of one model, or of all."""
-    return json_reply(metadata.statistics(state, name, version))
+    return json_reply(state.statistics(name, version))
 
 
 async def infer(state: ServerState, exchange: Exchange, name: str, version: str | None = None) -> Reply:
@@ -129,7 +126,7 @@ async def repository_index(state: ServerState, exchange: Exchange) -> Reply:
     ready = (await _optional_object(state, exchange)).get("ready", False)
     if not isinstance(ready, bool):
         raise RequestError('"ready" is neither true nor false', remedy="Send true or false, or leave it out")
-    return json_reply([row for row in state.repository.index() if not ready or row["state"] == READY])
+    return json_reply(state.repository.index(only_ready=ready))
 
 
 async def load(state: ServerState, exchange: Exchange, name: str) -> Reply:

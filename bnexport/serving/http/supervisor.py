@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import FrameType
 
+from bnexport import interrupts
 from bnexport.errors import NotServing, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 from bnexport.runtimes.isolation import how_ended, import_path
@@ -57,8 +58,7 @@ class _Seat:
     listener: socket.socket | None = None  # Its socket; None while clients should not connect to it
     process: subprocess.Popen[bytes] | None = None  # The running process; None without one
     line: Connection | None = None  # Pipe to the process
-    # Start of serving, by ``time.monotonic``; None while it does not serve
-    ready_at: float | None = None
+    ready_at: float | None = None  # Start of serving, by ``time.monotonic``; None while it does not serve
     failures: int = 0  # Consecutive ends before it was sound
     failed_starts: int = 0  # Consecutive starts that never became ready
     start_at: float | None = None  # Time of the next start
@@ -185,19 +185,14 @@ class Supervisor:
             self._stop_seen += 1
             first = self._stop_seen == 1
             self._log.event("stopping", at_once=not first)
+            serving = signal.SIGTERM if first else signal.SIGINT
             self._deadline = min(self._deadline, time.monotonic() + self._settings.grace + PATIENCE)
             for seat in self._seats:
                 seat.start_at = None
                 # Each process closes its copy. If this copy stayed open, the system would still send connections to it.
                 self._close_listener(seat)
                 if seat.process is not None:
-                    seat.process.send_signal(self._signal(first=first))
-
-    def _signal(self, *, first: bool) -> signal.Signals:
-        """Return the signal that stops a process: SIGKILL before the announcement."""
-        if not self._announced:
-            return signal.SIGKILL
-        return signal.SIGTERM if first else signal.SIGINT
+                    seat.process.send_signal(serving if self._announced else signal.SIGKILL)
 
     def _start(self, seat: _Seat) -> None:
         """Start a process. A fork would inherit libraries; multiprocessing would import the user's script."""
@@ -211,7 +206,8 @@ class Supervisor:
         with theirs:
             # -P: files in the working directory must not replace packages. A separate group: only the supervisor gets Ctrl-C.
             try:
-                with _blocked():
+                # Processes receive blocked signals when they unblock them.
+                with interrupts.blocked(*BLOCKED):
                     seat.process = subprocess.Popen(
                         [sys.executable, "-P", "-m", _WORKER, str(theirs.fileno())],
                         stdin=subprocess.DEVNULL, pass_fds=descriptors, process_group=0,
@@ -316,7 +312,6 @@ class Supervisor:
                 seat.process.kill()
 
     def _kill_late(self) -> None:
-        """Kill processes that did not stop in time."""
         self._deadline = math.inf
         for seat in self._seats:
             if seat.process is not None:
@@ -332,23 +327,12 @@ class Supervisor:
             seat.listener = None
 
     def _clear(self) -> None:
-        """Close all sockets and kill all processes."""
         for seat in self._seats:
             self._close_listener(seat)
             if seat.process is not None:
                 seat.process.kill()
                 self._reaped(seat)
         os.close(self._memory)
-
-
-@contextlib.contextmanager
-def _blocked() -> Iterator[None]:
-    """Block the signals in ``BLOCKED``: processes that start meanwhile receive them when they unblock them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _pause(failures: int, *, served: bool) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import math
 import signal
@@ -85,8 +86,8 @@ class LimitedConnection(HttpToolsProtocol):
     """One connection. ``limits``, ``fast_lane`` and ``refused`` are set on a subclass by ``limited``."""
 
     limits: ServingLimits
-    fast_lane: FastLane | None = None
-    refused: Refused = staticmethod(lambda *_: None)
+    fast_lane: FastLane | None
+    refused: Refused
     known_head: Head | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -260,13 +261,9 @@ class LimitedConnection(HttpToolsProtocol):
         self._reason = f"the headers have more than {self.limits.head_bytes} bytes. Send shorter headers"
 
 
-def limited(
-    limits: ServingLimits, fast_lane: FastLane | None = None, refused: Refused | None = None
-) -> type[LimitedConnection]:
+def limited(limits: ServingLimits, fast_lane: FastLane | None, refused: Refused) -> type[LimitedConnection]:
     """Return a class of connections with these limits; without a fast lane, all requests go through the application."""
-    values: dict[str, Any] = {"limits": limits, "fast_lane": fast_lane}
-    if refused is not None:
-        values["refused"] = staticmethod(refused)
+    values = {"limits": limits, "fast_lane": fast_lane, "refused": staticmethod(refused)}
     return type("LimitedConnection", (LimitedConnection,), values)
 
 
@@ -275,19 +272,10 @@ def configured(
 ) -> uvicorn.Config:
     """Configure uvicorn for an application."""
     config = uvicorn.Config(
-        app,
-        http=kind,
-        ws="none",
-        lifespan="off",
-        interface="asgi3",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE,
+        app, http=kind, ws="none", lifespan="off", interface="asgi3", log_config=None, access_log=False,
+        server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE,
         **({} if tls is None else _tls_options(*tls)),
-    )
+    )  # fmt: skip
     try:
         config.load()
     except (OSError, ValueError) as error:
@@ -300,7 +288,6 @@ def configured(
 
 
 def _tls_options(certificate: Path, key: Path) -> dict[str, Any]:
-    """Return uvicorn's options for TLS."""
     try:  # a pipe can be read only once
         locked = key.is_file() and b"ENCRYPTED" in key.read_bytes()
     except OSError as error:
@@ -313,21 +300,10 @@ def _tls_options(certificate: Path, key: Path) -> dict[str, Any]:
     return {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
 
 
-def nothing() -> None:
-    """Do nothing: no-op callback."""
-
-
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, which at SIGTERM first reports that it is not ready, and serves until no more requests come.
 
     uvicorn itself closes its socket at once, before balancers can detect that the server is not ready.
-
-    Args:
-        config: uvicorn's configuration.
-        state: State of the application.
-        grpc_server: Started and stopped with this server; None without one.
-        grace: Seconds from the first signal until unanswered requests are abandoned.
-        poll: Seconds between polls for new versions; None never polls.
     """
 
     def __init__(
@@ -338,24 +314,17 @@ class DrainingServer(uvicorn.Server):
         *,
         grace: float,
         poll: float | None,
+        on_start: Callable[[], None],
+        on_stop: Callable[[], None],
     ) -> None:
         super().__init__(config)
-        self._state, self._grpc_server, self._grace, self._poll_seconds = state, grpc_server, grace, poll
+        self._state, self._grpc_server = state, grpc_server
+        self._grace, self._poll_seconds = grace, poll  # as in ServerSettings
+        self._on_start = on_start  # called once the socket accepts
+        self._on_stop = on_stop  # called at the first signal
         self._stop_at: float | None = None
         self._polled = time.monotonic()
         self._poll_task: asyncio.Task[None] | None = None
-        self._on_start = self._on_stop = nothing
-
-    def run(
-        self,
-        sockets: list[socket.socket] | None = None,
-        *,
-        on_start: Callable[[], None] = nothing,
-        on_stop: Callable[[], None] = nothing,
-    ) -> None:
-        """Serve until stopped; ``on_start`` is called once the socket accepts, ``on_stop`` at the first signal."""
-        self._on_start, self._on_stop = on_start, on_stop
-        super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
@@ -385,9 +354,8 @@ class DrainingServer(uvicorn.Server):
         """Check ten times a second: deadlines, slow clients, new versions, and the stop."""
         self._state.tick()
         now, loop_now = time.monotonic(), asyncio.get_running_loop().time()
-        for connection in list(self.server_state.connections):
-            if isinstance(connection, LimitedConnection):
-                connection.sweep(loop_now)
+        for connection in self._limited():
+            connection.sweep(loop_now)
         poll = self._poll_seconds
         if poll is not None and self._poll_task is None and now - self._polled >= poll and self._stop_at is None:
             self._poll_task = asyncio.create_task(self._poll())
@@ -442,11 +410,13 @@ class DrainingServer(uvicorn.Server):
         waiting = [client for listener in sockets for client in backlog(listener)]
         for server in self.servers:
             server.close()
+        kind: Any = self.config.http_protocol_class
+        made = functools.partial(kind, config=self.config, server_state=self.server_state, app_state={})
         for client in waiting:
             with contextlib.suppress(OSError):
-                await loop.connect_accepted_socket(self._connection, client, ssl=self.config.ssl)
+                await loop.connect_accepted_socket(made, client, ssl=self.config.ssl)
         end = loop.time() + QUIET
-        while loop.time() < end and not self.force_exit and any(map(_expected, self.server_state.connections)):
+        while loop.time() < end and not self.force_exit and any(each.expected for each in self._limited()):
             await asyncio.sleep(0.01)
 
     async def _close_grpc(self, grace: float | None) -> None:
@@ -459,17 +429,10 @@ class DrainingServer(uvicorn.Server):
             await self._grpc_server.stop(None)
         await stopping
 
-    def _connection(self) -> asyncio.Protocol:
-        kind: Any = self.config.http_protocol_class
-        protocol: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state={})
-        return protocol
+    def _limited(self) -> list[LimitedConnection]:
+        return [each for each in self.server_state.connections if isinstance(each, LimitedConnection)]
 
     async def _keep_expiring(self) -> None:
         while True:
             self._state.tick()
             await asyncio.sleep(0.1)
-
-
-def _expected(connection: object) -> bool:
-    """Return True if a connection waits for its first request, or for the rest of a request's headers."""
-    return isinstance(connection, LimitedConnection) and connection.expected

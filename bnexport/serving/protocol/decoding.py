@@ -14,18 +14,13 @@ import orjson
 
 from bnexport.errors import FeedError, RequestError
 from bnexport.optional import one_line
-from bnexport.serving.protocol.messages import DATATYPES, InferRequest, RequestedOutput
+from bnexport.serving.protocol.messages import DATATYPES, InferRequest, RequestedOutput, all_finite
 from bnexport.serving.serving_limits import BoundedCache, ServingLimits
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 from bnexport.validation.limits import shown
 
 #: Kind of numpy's element type -> Python types of JSON's values. (True is an int in Python, but not a number in JSON.)
-_VALUES: dict[str, frozenset[type]] = {
-    "f": frozenset((int, float)),
-    "i": frozenset((int,)),
-    "u": frozenset((int,)),
-    "b": frozenset((bool,)),
-}
+_VALUES: dict[str, set[type]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}}
 _WORDS = {"f": "numbers", "i": "whole numbers", "u": "whole numbers", "b": "true and false"}
 
 
@@ -76,11 +71,6 @@ def _flattened(data: list[Any], spec: TensorSpec, shape: tuple[int, ...]) -> lis
             )
         level = list(itertools.chain.from_iterable(level))
     return level
-
-
-def all_finite(array: Array) -> bool:
-    """Return True if no value is NaN or infinite, for one image in a third of the time of ``np.isfinite(array).all()``."""
-    return array.dtype.kind != "f" or b"\0" not in np.isfinite(array).tobytes()
 
 
 def check_finite(array: Array, name: str) -> None:
@@ -180,19 +170,14 @@ class Decoder:
         spans: Sequence[tuple[int, int]],
         *,
         describe: Callable[[], Mapping[str, Any]],
-        key: bytes = b"",
-        request_id: str = "",
-        patience: float | None = None,
+        key: bytes,
+        request_id: str,
+        patience: float | None,
     ) -> InferRequest:
-        """Decode a request with binary tensors of a protocol without JSON.
+        """Decode a request with binary tensors of a protocol without JSON; ``spans`` has start and size of each in ``body``.
 
-        Args:
-            body: Bytes that contain the tensors.
-            spans: Start and size of each input's tensor in ``body``.
-            describe: Returns the description of the request in the form of the protocol's JSON.
-            key: Bytes that determine the description; b"" if it must not be cached.
-            request_id: The client's id.
-            patience: Seconds that the client waits; None without a deadline.
+        ``describe`` returns the description of the request in the form of the protocol's JSON. ``key`` determines the
+        description; b"" if it must not be cached. The client waits for ``patience`` seconds.
         """
         plan = self._plans.get(key)
         if plan is None or [item.size for item in plan.inputs] != [size for _, size in spans]:

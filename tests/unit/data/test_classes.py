@@ -16,8 +16,7 @@ def shares(n: int, classes: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("n", "classes", "found"),
-    [(5, 6, None), (17, 6, None), (18, 6, 1 / 6), (480, 6, 1 / 6), (4, 2, None), (5, 2, 0.5)],
+    ("n", "classes", "found"), [(5, 6, None), (17, 6, None), (18, 6, 1 / 6), (480, 6, 1 / 6), (4, 2, None), (5, 2, 0.5)]
 )
 def test_no_right_label_is_at_chance_where_there_are_enough_samples(n: int, classes: int, found: float | None) -> None:
     truth = shares(n, classes)
@@ -35,7 +34,7 @@ def test_one_answer_for_every_sample_is_at_chance() -> None:
     mostly = np.repeat([0, 1], [900, 100])
     assert at_chance(mostly, np.zeros(1000, np.int64), 2) == pytest.approx(0.9)
     few = np.repeat([0, 1], [90, 10])
-    assert at_chance(few, np.zeros(100, np.int64), 2) is None, "too few of the second class to tell"
+    assert at_chance(few, np.zeros(100, np.int64), 2) is None, "too few of the second class for a decision"
 
 
 def test_samples_of_one_class_that_are_right_are_not_at_chance() -> None:

@@ -1,4 +1,4 @@
-"""Pictures are decoded once, by whoever comes first, whole or not at all, and to what prediction makes of them."""
+"""Pictures are decoded once, by the first process, whole or not at all, to the same pixels as for prediction."""
 
 import os
 

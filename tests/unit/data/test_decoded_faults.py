@@ -3,35 +3,23 @@
 import contextlib
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.decoding import left, load, one_by_one
-from support.pictures import GREY, png, random_picture, write_parts, write_picture
+from support.pictures import GREY, bomb, png, random_picture, write_parts, write_picture
 
 from bnexport.data import decoded
 from bnexport.errors import DataError, MissingDependency, OutputError
 from bnexport.optional import no_warnings
 
 # Pictures that can't be read
-
-
-def bomb(side):
-    """A PNG whose header promises side x side pixels."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
 BAD = {

@@ -7,7 +7,7 @@ from bnexport.data import digits
 
 
 def test_the_drawings_are_pinned():
-    """Every machine draws the same bytes; whoever changes a stroke changes the data set and this number."""
+    """Every machine draws the same bytes; a changed stroke changes the data set and this number."""
     images, labels = digits.draw(100, seed=1)
     assert labels.tolist() == list(range(10)) * 10
     assert images.dtype == np.uint8

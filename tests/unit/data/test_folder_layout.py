@@ -1,4 +1,4 @@
-"""What is found in a folder of images, and what is refused with one sentence."""
+"""Layouts of folders of images: those that are found, and those that are refused with one sentence."""
 
 import os
 import shutil

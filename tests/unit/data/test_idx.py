@@ -3,14 +3,10 @@ import struct
 
 import numpy as np
 import pytest
+from support.pictures import idx
 
 from bnexport.data.images import IDX_TYPES, read_idx
 from bnexport.errors import DataError
-
-
-def idx(array, code=8):
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.tobytes()
-
 
 IMAGES = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
 

@@ -2,11 +2,11 @@ import gzip
 import io
 import struct
 import sys
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.pictures import bomb, idx, png
 
 from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing
@@ -110,19 +110,8 @@ def test_npy_of_a_stack(tmp_path, shape):
 def test_idx(tmp_path, pack):
     pixels = picture(3, 28, 28)
     file = tmp_path / "t10k"
-    file.write_bytes(pack(struct.pack(">4B3I", 0, 0, 8, 3, *pixels.shape) + pixels.tobytes()))
+    file.write_bytes(pack(idx(pixels)))
     assert np.array_equal(np.stack([image for _, image in load_images(file)]), pixels)
-
-
-def bomb(side=60_000):
-    """A PNG whose header promises side x side pixels."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(10_000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def gif_bomb(side=60_000):
@@ -143,12 +132,6 @@ def webp_bomb(side=16_384):
     return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
 
 
-def png(array):
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def npy(array, **options):
     stream = io.BytesIO()
     np.save(stream, array, **options)
@@ -161,7 +144,7 @@ def npy(array, **options):
         (None, "does not exist"),
         (b"", "is empty"),
         (b"hello, this is text", "not a PNG, JPEG, BMP, WebP, GIF, .npy or IDX"),
-        (png(picture(28, 28))[:200], "can't be read as an image"),
+        (png(Image.fromarray(picture(28, 28)))[:200], "can't be read as an image"),
         (bomb(), "can't be read as an image"),
         (bomb(9000), "pixels, but the limit is"),
         (gif_bomb(), "can't be read as an image"),

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bnexport.data.images import load_images
-from bnexport.data.prepare import prepared
+from bnexport.data.images import load_images, prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
 
@@ -21,7 +20,7 @@ def pixels(*shape, seed=0):
 
 
 def from_files(folder, images, preprocessing):
-    """What prediction makes of (n, H, W) or (n, C, H, W), each stored as a PNG."""
+    """Return the pixels that prediction reads from (n, H, W) or (n, C, H, W), each image stored as a PNG."""
     rows = []
     for index, image in enumerate(images):
         picture = image if image.ndim == 2 else image[0] if len(image) == 1 else image.transpose(1, 2, 0)

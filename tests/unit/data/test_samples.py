@@ -180,7 +180,7 @@ def test_unscaled_pixels_are_mentioned(tmp_path: Path) -> None:
 
 class Evil:
     def __reduce__(self) -> tuple[object, ...]:
-        return exec, ("raise SystemExit('code of a stranger ran')",)
+        return exec, ("raise SystemExit('code of the file ran')",)
 
 
 def npz(**arrays: object) -> Callable[[Path], Path]:

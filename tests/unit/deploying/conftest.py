@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal, write_golden
 from bnexport.tensors import Signature, TensorSpec
 
-#: Two inputs, one of them a single value per sample, and two outputs: a file that somebody else has exported.
+#: Two inputs, of which one is a single value per sample, and two outputs: a file of another exporter.
 FOREIGN = Signature(
     (TensorSpec("tokens", "float32", ("batch", 6)), TensorSpec("scale", "float32", ("batch",))),
     (TensorSpec("scores", "float32", ("batch", 6)), TensorSpec("total", "float32", ("batch",))),
@@ -18,12 +18,12 @@ FOREIGN = Signature(
 
 
 def fixed(signature: Signature, batch: int) -> Signature:
-    """The same with a batch that does not vary."""
-
-    def one(spec: TensorSpec) -> TensorSpec:
-        return TensorSpec(spec.name, spec.dtype, (batch, *spec.shape[1:]))
-
-    return Signature(tuple(map(one, signature.inputs)), tuple(map(one, signature.outputs)))
+    """Return the signature with a batch that does not vary."""
+    inputs, outputs = (
+        tuple(TensorSpec(spec.name, spec.dtype, (batch, *spec.shape[1:])) for spec in side)
+        for side in (signature.inputs, signature.outputs)
+    )
+    return Signature(inputs, outputs)
 
 
 def foreign_model(signature: Signature, *, opset: int = 17, ir_version: int = 8) -> bytes:

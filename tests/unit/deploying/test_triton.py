@@ -51,7 +51,7 @@ def test_a_repository_of_the_reference_model(bundle: Bundle, tmp_path: Path) -> 
 
 
 def test_the_committed_configuration_reads_the_same_way() -> None:
-    """models/ is a repository already: what is deployed adds the device and the labels, and changes nothing."""
+    """models/ is a repository already. A deployment adds the device and the labels, and changes nothing else."""
     reference = ROOT / "models" / "bn_lenet"
     config = read_config((reference / CONFIG).read_text())
     signature = Bundle.open(reference / "1").manifest.signature
@@ -96,7 +96,7 @@ def test_a_batch_that_does_not_vary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [("other", 2), ("batch", "batch"), (1, 2)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_output_without_the_batch_axis_of_the_inputs(device: str, shape: tuple[Dim, ...]) -> None:
-    """Triton would run several requests together, and cut such an output among them."""
+    """Triton would run several requests together, and divide such an output among them."""
     signature = Signature((TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", shape),))
     assert not signature.batched
     text = triton_config("m", signature, more=device_blocks(signature, device=device, instances=1, max_batch_size=64))
@@ -111,7 +111,7 @@ def test_an_output_without_the_batch_axis_of_the_inputs(device: str, shape: tupl
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_names_that_need_care(device: str) -> None:
-    """Of tensors: quotes, line ends, letters of every plane."""
+    """Names of tensors may have quotes, line ends, and letters of every Unicode plane."""
     name = 'in "put"/0:\n\u00e9\\ \U0001f600'
     signature = Signature((TensorSpec(name, "float16", ("batch", 3)),), (TensorSpec("\t", "bool", ("batch", 2)),))
     text = triton_config("m", signature, more=device_blocks(signature, device=device, instances=1, max_batch_size=64))
@@ -142,7 +142,7 @@ def test_an_existing_folder_stays_without_force(bundle: Bundle, tmp_path: Path) 
 
 
 def test_force_replaces_a_deployment_and_nothing_else(bundle: Bundle, tmp_path: Path) -> None:
-    """Neither the bundle that is deployed, which may lie in the folder, nor what others put there."""
+    """--force replaces neither the deployed bundle, which may be in the folder, nor other files there."""
     mine = copy_bundle(bundle, tmp_path / "models" / "bn_lenet" / "1")
     before = sorted(tmp_path.rglob("*"))
     for out, relation in ((tmp_path / "models", "contains"), (mine, "is"), (tmp_path, "contains")):
@@ -161,7 +161,7 @@ def test_force_replaces_a_deployment_and_nothing_else(bundle: Bundle, tmp_path: 
 
 
 def test_the_command_line_is_one_for_a_shell(bundle: Bundle, tmp_path: Path) -> None:
-    """Whatever the folder's name, and only this machine can reach the ports."""
+    """The command works with any folder name, and only this machine can reach the ports."""
     out = tmp_path / "it's a:folder; touch taken"
     (command,) = deploy_triton(bundle, out).next_steps
     words = shlex.split(command)
@@ -172,7 +172,7 @@ def test_the_command_line_is_one_for_a_shell(bundle: Bundle, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("inside", [".", "1", "1/below/out", "link/1"])
 def test_what_is_deployed_is_not_written_over(bundle: Bundle, tmp_path: Path, inside: str) -> None:
-    """With --force the bundle would be gone, without it the bundle would hold a file that its manifest does not."""
+    """Otherwise, --force would delete the bundle, or the bundle would have a file that its manifest does not list."""
     mine = Bundle.open(copy_bundle(bundle, tmp_path / "models" / "1"))
     (tmp_path / "models" / "link").symlink_to(".")
     for deploy in (deploy_triton, deploy_docker):
@@ -200,9 +200,7 @@ def test_a_changed_bundle_and_an_old_release_are_refused(bundle: Bundle, tmp_pat
     new = foreign_bundle(tmp_path / "new" / "1", opset=22, ir_version=10)
     with pytest.raises(ExportError, match="operator set 22") as caught:
         deploy_triton(new, tmp_path / "out", DeployRequest(triton="24.05"))
-    assert "--opset" not in caught.value.remedy, (
-        "which fold-and-export refuses for an ONNX file, as this one's source is"
-    )
+    assert "--opset" not in caught.value.remedy, "fold-and-export refuses it for an ONNX source"
     assert "operator set 21" in caught.value.remedy
     assert not (tmp_path / "out").exists()
 

@@ -11,6 +11,7 @@ import timm
 import torch
 import torchvision
 from cases import randomise
+from module_fold_models import same, state, tensors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -41,9 +42,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
     make: Callable[..., nn.Module] = torchvision.models.get_model if zoo == "torchvision" else timm.create_model
     torch.manual_seed(seed)
     model = randomise(make(short, **options), seed).eval()
-    for (
-        module
-    ) in model.modules():  # a network of many layers with tiny variances multiplies its input beyond every type
+    for module in model.modules():
+        # A network of many layers with tiny variances multiplies its input beyond every type.
         if isinstance(getattr(module, "running_var", None), Tensor):
             module.running_var.clamp_(min=0.2)
     return model
@@ -51,7 +51,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return [item for item in pytree.tree_leaves(model(x)) if isinstance(item, Tensor)]
+        return tensors(model(x))
 
 
 def worst(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -71,13 +71,12 @@ def rounding(model: nn.Module, x: Tensor, reference: list[Tensor]) -> float:
 def test_a_network_keeps_its_class_and_names_and_computes_the_same(name: str) -> None:
     size, expected = NETWORKS[name]
     model = build(name)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = state(model)
     result = bnexport.fold_modules(model, torch.randn(2, 3, size, size))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert same(state(model), before)
     assert type(result.model) is type(model)
     assert Counter(row.outcome for row in result.report.rows) == expected
     assert all(row.reason for row in result.report.rows if not row.gone)
-    assert result.report.error is not None
     assert result.report.error <= 1e-12
     gone = {row.module for row in result.report.rows if row.gone}
     after = result.model.state_dict()

@@ -32,8 +32,8 @@ def test_the_record_loads_nothing_heavy():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_is_not_installed_is_left_out(monkeypatch):
-    have = {"onnxruntime": "1.30", "numpy": "2.1"}
+def install(monkeypatch, have):
+    """Replace the installed distributions by these versions."""
 
     def version(name):
         if name not in have:
@@ -41,6 +41,11 @@ def test_what_is_not_installed_is_left_out(monkeypatch):
         return have[name]
 
     monkeypatch.setattr(module.metadata, "version", version)
+
+
+def test_what_is_not_installed_is_left_out(monkeypatch):
+    have = {"onnxruntime": "1.30", "numpy": "2.1"}
+    install(monkeypatch, have)
     assert versions() == {"onnxruntime": "1.30", "numpy": "2.1"}
     have["onnxruntime-gpu"] = "1.31"
     assert versions() == {"onnxruntime-gpu": "1.31", "numpy": "2.1"}
@@ -126,13 +131,7 @@ def test_without_torch_the_driver_names_the_gpu(monkeypatch, tmp_path):
 
 def test_the_distribution_for_serving_machines_is_recognised(monkeypatch):
     have = {"bnexport-runtime": "2.0"}
-
-    def version(name):
-        if name not in have:
-            raise metadata.PackageNotFoundError(name)
-        return have[name]
-
-    monkeypatch.setattr(module.metadata, "version", version)
+    install(monkeypatch, have)
     assert versions() == {"bnexport-runtime": "2.0"}
     assert runtime_only()
     record = {"python": "3", "cpu": "c", "cores": 1, "packages": {**versions(), "numpy": "2"}}

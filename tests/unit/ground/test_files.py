@@ -25,6 +25,11 @@ def content_of(folder: Path) -> dict[str, str]:
     }
 
 
+def old_folder(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "a").write_text("old")
+
+
 @pytest.fixture(params=[0o022, 0o077, 0o002])
 def umask(request):
     before = os.umask(request.param)
@@ -101,8 +106,7 @@ def test_a_staged_folder_appears_at_the_end(tmp_path):
 @pytest.mark.parametrize("force", [False, True])
 def test_an_exception_in_the_block_leaves_nothing(tmp_path, error, force):
     if force:
-        (tmp_path / "1").mkdir()
-        (tmp_path / "1" / "a").write_text("old")
+        old_folder(tmp_path)
     raised = error("odd", remedy="") if error is DataError else error("odd")
 
     def write():
@@ -120,8 +124,7 @@ def test_an_exception_in_the_block_leaves_nothing(tmp_path, error, force):
 @pytest.mark.parametrize("force", [False, True])
 def test_a_full_disk_leaves_no_staged_folder(tmp_path, monkeypatch, step, force):
     if force:
-        (tmp_path / "1").mkdir()
-        (tmp_path / "1" / "a").write_text("old")
+        old_folder(tmp_path)
 
     def write():
         with staged_directory(tmp_path / "1", force=force) as stage:
@@ -141,8 +144,7 @@ def test_the_block_s_own_system_errors_become_one_sentence(tmp_path):
 
 
 def test_an_existing_folder_needs_force(tmp_path):
-    (tmp_path / "1").mkdir()
-    (tmp_path / "1" / "a").write_text("old")
+    old_folder(tmp_path)
     with pytest.raises(OutputError, match="exists already") as caught, staged_directory(tmp_path / "1"):
         pytest.fail("the block must not run")
     assert "--force" in caught.value.remedy
@@ -162,8 +164,7 @@ def test_force_replaces_the_whole_folder(tmp_path):
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_failed_swap_keeps_the_old_folder(tmp_path, monkeypatch, error, failing):
     """The first rename moves the old folder aside, the second moves the new one in."""
-    (tmp_path / "1").mkdir()
-    (tmp_path / "1" / "a").write_text("old")
+    old_folder(tmp_path)
     rename, calls = Path.rename, []
 
     def flaky(self, target):
@@ -208,11 +209,11 @@ def test_a_folder_that_appeared_meanwhile_is_not_replaced_without_force(tmp_path
         with staged_directory(tmp_path / "1") as stage:
             (stage / "a").write_text("mine")
             (tmp_path / "1").mkdir()
-            (tmp_path / "1" / "a").write_text("somebody else's")
+            (tmp_path / "1" / "a").write_text("another user's")
 
     with pytest.raises(OutputError, match="exists already"):
         write()
-    assert content_of(tmp_path) == {"1/a": "somebody else's"}
+    assert content_of(tmp_path) == {"1/a": "another user's"}
 
 
 def test_force_replaces_folders_alone(tmp_path):

@@ -26,7 +26,7 @@ def test_a_lost_interrupt_keeps_files_from_appearing(tmp_path: Path) -> None:
         lose_an_interrupt()
         with pytest.raises(KeyboardInterrupt):
             write_atomically(tmp_path / "file", b"content")
-        write_atomically(tmp_path / "later", b"asked about once")
+        write_atomically(tmp_path / "later", b"raised once")
     assert [item.name for item in tmp_path.iterdir()] == ["later"]
 
 

@@ -111,7 +111,7 @@ def test_installed_imports_nothing(tmp_path, monkeypatch):
     assert installed("bnexport_broken_example")
     assert installed("sys")
     assert not installed("no_such_package_of_bnexport")
-    assert not installed("bnexport_bare_folder"), "a folder of that name is no package"
+    assert not installed("bnexport_bare_folder"), "a folder of that name is not a package"
     monkeypatch.setitem(sys.modules, "json", None)
     assert not installed("json")
     monkeypatch.setitem(sys.modules, "bnexport_broken_example", logging)

@@ -61,7 +61,7 @@ def statements(text: str) -> Iterator[re.Match[str]]:
     at = 0
     while at < len(text):
         found = STATEMENT.match(text, at)
-        assert found is not None, f"this test does not know {text[at : at + 60]!r}"
+        assert found is not None, f"this test does not read {text[at : at + 60]!r}"
         yield found
         at = re.compile(r"\s*").match(text, found.end()).end()
 
@@ -97,7 +97,7 @@ def kind_of(field: descriptor_pb2.FieldDescriptorProto) -> str:
 
 
 def described(file: descriptor_pb2.FileDescriptorProto) -> set[tuple[Any, ...]]:
-    """What ``declared`` gives, from a descriptor."""
+    """Return the result of ``declared``, from a descriptor."""
     found: set[tuple[Any, ...]] = set()
 
     def enumeration(inside: str, item: descriptor_pb2.EnumDescriptorProto) -> None:

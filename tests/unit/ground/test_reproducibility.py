@@ -182,7 +182,7 @@ def test_the_driver_s_variable_goes_before_settings(monkeypatch, value, precisio
     assert found is None if message is None else message in found
 
 
-#: What a user may have done with the older flags before; each in a process of its own, since torch does not forget it.
+#: Changes of the older flags before; each in a separate process, since torch keeps them.
 OLDER = (
     "pass",
     "b.cuda.matmul.allow_tf32 = True",

@@ -50,10 +50,7 @@ WRONG = {
     "rank": ({"tokens": np.zeros(3, np.int64)}, "input 'tokens' has shape 3, expected batchx3"),
     "scalar": ({"tokens": np.array(3, np.int64)}, "input 'tokens' has shape scalar, expected batchx3"),
     "list": ({"tokens": [[1, 2, 3]]}, "input 'tokens' is a list, expected a numpy array"),
-    "small": (
-        {"image": np.zeros((2, 1, 4, 4), np.float32)},
-        "input 'image' has width = 4, the model needs at least 5",
-    ),
+    "small": ({"image": np.zeros((2, 1, 4, 4), np.float32)}, "input 'image' has width = 4, the model needs at least 5"),
     "unequal batch": (
         {"tokens": np.zeros((3, 3), np.int64)},
         "input 'tokens' has batch = 3, but another input has batch = 2",

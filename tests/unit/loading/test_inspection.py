@@ -14,7 +14,7 @@ from bnexport.errors import BundleError, ModelError
 from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
 from bnexport.loading.inspection import inspect_path
 from bnexport.nn.lenet import bn_lenet
-from bnexport.nn.statistics import layer_statistics
+from bnexport.nn.statistics import eps_of, layer_statistics
 from bnexport.tensors import Signature, TensorSpec
 
 NAMES = ["bn1", "bn2", "bn3", "bn4"]
@@ -57,6 +57,22 @@ def test_of_plain_weights_and_a_user_s_network_eps_is_assumed(tmp_path):
         found = inspect_path(tmp_path / f"{name}.safetensors")
         assert [layer.name for layer in found.layers] == ["1"]
         assert found.note.startswith("eps is not in this file: 1e-05 is assumed; the layers are sorted by name")
+
+
+def test_eps_and_order_are_those_that_a_checkpoint_states(tmp_path):
+    layers = {name: nn.BatchNorm2d(3, eps=eps) for name, eps in (("stem", 1e-3), ("block10", 1e-2), ("block9", 0.5))}
+    network = randomise(nn.ModuleDict(layers))
+    stated = {name: layer.eps for name, layer in network.items()}
+    file = tmp_path / "user.safetensors"
+    facts = {"network": {"source": "net.py:make"}, "eps": eps_of(network)}
+    save_checkpoint(file, Checkpoint(network.state_dict(), facts))
+    found = inspect_path(file)
+    assert {layer.name: layer.eps for layer in found.layers} == stated
+    assert [layer.name for layer in found.layers] == list(layers)
+    assert found.note == ""
+    for odd in ({"stem": "x"}, {"stem": True}, [1], {}):
+        save_checkpoint(file, Checkpoint(network.state_dict(), {**facts, "eps": odd}))
+        assert "1e-05 is assumed" in inspect_path(file).note
 
 
 def test_layers_are_in_order(tmp_path):

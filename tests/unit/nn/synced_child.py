@@ -85,7 +85,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         module = synchronised(module)
         results[case] = computed(module, X, grad)
         assert list(module.state_dict()) == names
-        # In eval mode nobody is asked: with this process alone calling it, it would wait for ever.
+        # In eval mode no process is contacted: called by this process alone, the layer would wait for ever.
         if rank == 0:
             plain = network(case)
             plain.load_state_dict(module.state_dict())

@@ -1,4 +1,4 @@
-"""The batch that a forward loses, or asks for: found before anything is exported, with the line and what helps."""
+"""A forward that loses the batch, or depends on its size, is found before the export, with the line and a remedy."""
 
 from __future__ import annotations
 

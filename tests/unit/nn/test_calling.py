@@ -37,7 +37,7 @@ def test_the_line_is_the_users() -> None:
     assert problem.startswith(f"at test_calling.py:{line}: mat1 and mat2")
     assert place_of(None, Fails()) == f" at test_calling.py:{line - 1}"
     assert place_of(ValueError("no traceback")) == ""
-    assert place_of(None, nn.Linear(1, 1)) == ""  # torch's own forward is nobody's fault
+    assert place_of(None, nn.Linear(1, 1)) == ""  # torch's own forward is not the user's code
 
 
 def test_the_module_and_the_inputs_stay() -> None:

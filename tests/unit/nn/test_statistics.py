@@ -11,7 +11,7 @@ from torch import nn
 from bnexport.errors import ModelError
 from bnexport.nn.batch_norm import BatchNorm
 from bnexport.nn.lenet import bn_lenet, convert_weights
-from bnexport.nn.statistics import DEFAULT_EPS, layer_statistics
+from bnexport.nn.statistics import DEFAULT_EPS, eps_of, layer_statistics
 
 
 def state(gamma, var, *, beta=None, mean=None, prefix="bn."):
@@ -105,12 +105,18 @@ def test_eps_comes_from_the_module():
     with torch.no_grad():
         for norm in (network[0], network[1][0], network[2]):
             norm.running_var.copy_(torch.tensor([1.0, 2.0]))
-    layers = layer_statistics(network.state_dict(), module=network)
+    layers = layer_statistics(network.state_dict(), eps=eps_of(network))
     assert [(layer.name, layer.eps) for layer in layers] == [("0", 0.5), ("1.0", 0.25), ("2", 1e-5)]
     assert layers[0].channels[0].scale == pytest.approx(1 / math.sqrt(1.5))
-    (alone,) = layer_statistics(network[0].state_dict(), module=network[0])
+    (alone,) = layer_statistics(network[0].state_dict(), eps=eps_of(network[0]))
     assert (alone.name, alone.eps) == ("", 0.5)
     assert {layer.eps for layer in layer_statistics(network.state_dict())} == {DEFAULT_EPS}
+
+
+def test_a_shared_layer_has_its_eps_under_each_name():
+    norm = nn.BatchNorm1d(2, eps=0.5)
+    network = nn.ModuleDict({"a": norm, "b": norm})
+    assert eps_of(network) == {"a": 0.5, "b": 0.5}
 
 
 def test_tensors_that_differ_in_size_are_refused():

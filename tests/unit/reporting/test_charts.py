@@ -140,7 +140,7 @@ def test_maps_are_drawn_of_known_runs_alone() -> None:
     report = full_report()
     known = {
         **report.samples,
-        "somebody else": report.samples["torch-cpu"],
+        "another run": report.samples["torch-cpu"],
         "torchscript-cpu": (np.zeros(0), np.zeros(0)),
     }
     assert [name for name, _ in maps(runs(report), known)] == [
@@ -168,10 +168,7 @@ def test_charts_hold_no_name() -> None:
 
 
 def test_the_picture_holds_its_curves_and_escapes_names() -> None:
-    curves = [
-        SpeedCurve("A <b> & co", 0, 1, ((0.05, 2e4), (7.0, 1e5))),
-        SpeedCurve("x" * 100, 1, 0, ((1.0, 300.0),)),
-    ]
+    curves = [SpeedCurve("A <b> & co", 0, 1, ((0.05, 2e4), (7.0, 1e5))), SpeedCurve("x" * 100, 1, 0, ((1.0, 300.0),))]
     root = ElementTree.fromstring(str(speeds(curves)))
     texts = [item.text for item in root.iter() if item.tag.endswith("text")]
     assert "A <b> & co" in texts

@@ -92,7 +92,7 @@ def check(element: ElementTree.Element) -> None:
     assert order == sorted(order), f"children of {element.tag} in another order"
     for key in {"tests", "failures", "errors", "skipped"} & set(element.keys()):
         assert int(element.get(key, "")) >= 0
-    if "time" in element.keys():  # noqa: SIM118 -- an element is no mapping
+    if "time" in element.keys():  # noqa: SIM118 -- an element is not a mapping
         assert float(element.get("time", "")) >= 0
     for child in element:
         check(child)
@@ -114,7 +114,7 @@ def test_every_report_is_junit(report: VerificationReport) -> None:
     assert (suite.get("failures") == "0") is report.passed
     assert all(len(case.findall("failure")) + len(case.findall("skipped")) <= 1 for case in cases)
     named = Counter((case.get("classname"), case.get("name")) for case in cases)
-    assert max(named.values()) == 1, "CI systems tell cases apart by their names"
+    assert max(named.values()) == 1, "CI systems distinguish cases by their names"
 
 
 def test_everything_that_was_found_is_a_case() -> None:

@@ -4,10 +4,10 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 from support.reports import full_report, large_report
 
 from bnexport.environment import environment
@@ -27,28 +27,26 @@ WHAT_BECAME = "4 of 7 BatchNorm calls folded, 1 became an affine layer, 2 were k
 ENCODINGS = ("utf-8", "ascii", "latin-1")
 
 
-def console_with(encoding: str, width: int = 80) -> tuple[Console, io.BytesIO]:
+def printed(show: Callable[..., None], value: object, encoding: str = "ascii", width: int = 80) -> str:
+    """Return the text that a function prints on a console of this encoding."""
     raw = io.BytesIO()
     console = make_console()
     console.file = io.TextIOWrapper(raw, encoding=encoding, errors="strict", write_through=True)
     console.width = width
-    return console, raw
+    show(value, console)
+    return raw.getvalue().decode(encoding)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_fold_report_fits_80_columns_and_any_encoding(fold: FoldReport, encoding: str) -> None:
-    console, raw = console_with(encoding)
-    print_fold_report(fold, console)
-    text = raw.getvalue().decode(encoding)
+    text = printed(print_fold_report, fold, encoding)
     lines = text.splitlines()
     assert max(map(len, lines[1:])) <= 80
     assert "the weights are 1.25 times as large as before: shared ones had to be cloned" in lines
     assert lines[0].startswith(WHAT_BECAME)
     assert "backward, forward, through, merged: gone, now part of other layers' weights" in lines
     assert "affine: left as one scale and one shift per channel" in lines
-    console, raw = console_with(encoding, width=200)
-    print_fold_report(fold, console)
-    text = raw.getvalue().decode(encoding)
+    text = printed(print_fold_report, fold, encoding, width=200)
     assert "0; 1 dead channel" in text
     assert "would go with: gammas of one sign" in text
     assert "0.25..3.2" in text
@@ -60,9 +58,7 @@ def test_fold_report_fits_80_columns_and_any_encoding(fold: FoldReport, encoding
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_of_many_calls_those_that_are_gone_are_counted(large: FoldReport, encoding: str) -> None:
-    console, raw = console_with(encoding)
-    print_fold_report(large, console)
-    text = raw.getvalue().decode(encoding)
+    text = printed(print_fold_report, large, encoding)
     lines = text.splitlines()
     assert max(map(len, lines[1:])) <= 80
     assert len(lines) < 60
@@ -74,9 +70,7 @@ def test_of_many_calls_those_that_are_gone_are_counted(large: FoldReport, encodi
 
 def test_thirty_calls_are_listed_one_by_one(large: FoldReport) -> None:
     for count, listed in ((30, 30), (31, 0)):
-        console, raw = console_with("ascii", width=120)
-        print_fold_report(FoldReport(large.rows[:count], 0), console)
-        assert raw.getvalue().decode().count("block") == listed
+        assert printed(print_fold_report, FoldReport(large.rows[:count], 0), width=120).count("block") == listed
 
 
 def test_a_long_reason_is_short_in_the_table_and_whole_in_the_json() -> None:
@@ -85,9 +79,7 @@ def test_a_long_reason_is_short_in_the_table_and_whole_in_the_json() -> None:
     row = FoldRow("norm1", "BatchNorm2d", "affine", reason=f"{before}; {after}", hint="--clamps", channels=64)
     shift = replace(row, module="norm2", rule="scale after, one addition stays")
     report = FoldReport((row, shift, replace(row, outcome="backward", reason="", hint="", into="conv", rule="r")), 1)
-    console, raw = console_with("ascii")
-    print_fold_report(report, console)
-    text = raw.getvalue().decode()
+    text = printed(print_fold_report, report)
     assert max(map(len, text.splitlines()[1:])) <= 80
     assert len(text.splitlines()) <= 20
     assert "second" in text
@@ -98,9 +90,7 @@ def test_a_long_reason_is_short_in_the_table_and_whole_in_the_json() -> None:
 
 
 def test_warnings_come_first(fold: FoldReport) -> None:
-    console, raw = console_with("ascii", width=200)
-    print_fold_report(fold, console)
-    line = raw.getvalue().decode().splitlines()[1]
+    line = printed(print_fold_report, fold, width=200).splitlines()[1]
     assert line.startswith("WARNING: </td><script>")
     assert "a fold failed its proof and was rolled back" in line
 
@@ -111,9 +101,7 @@ def test_every_outcome_has_a_colour() -> None:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_verdict_is_a_word_on_the_first_line(passing: VerificationReport, encoding: str) -> None:
-    console, raw = console_with(encoding)
-    print_verification(passing, console)
-    lines = raw.getvalue().decode(encoding).splitlines()
+    lines = printed(print_verification, passing, encoding).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == passing.summary() == "PASS: 8 comparisons on 1000 test images"
     runs = [line.replace("|", " ").split() for line in lines if "PASS" in line and "-cpu" in line]
@@ -130,16 +118,14 @@ def test_verdict_is_a_word_on_the_first_line(passing: VerificationReport, encodi
 
 
 def test_failures_are_named_with_their_reasons(failing: VerificationReport) -> None:
-    console, raw = console_with("ascii", width=200)
-    print_verification(failing, console)
-    lines = raw.getvalue().decode("ascii").splitlines()
+    lines = printed(print_verification, failing, width=200).splitlines()
     assert lines[0].startswith("FAIL: 2 of 10 comparisons failed")
     assert "FAIL strict, onnxruntime-cpu, ones: 12 values are not finite" in lines
     assert any(line.startswith("FAIL strict, torch-cpu, zeros: </td><script>") for line in lines)
     assert all(line.startswith("FAIL ") for line in lines[1:3]), "the causes follow the verdict"
     table = [line.strip("|").split() for line in lines if line.startswith("|FAIL")]
     assert [row[0] for row in table] == ["FAIL", "FAIL"]
-    assert all("FAIL" in row[2:] for row in table), "the stage that failed says so"
+    assert all("FAIL" in row[2:] for row in table), "the stage that failed shows it"
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -147,9 +133,7 @@ def test_failures_are_named_with_their_reasons(failing: VerificationReport) -> N
     "report", [full_report(), full_report(passed=True), large_report()], ids=["fail", "pass", "large"]
 )
 def test_every_report_fits_80_columns(report: VerificationReport, encoding: str) -> None:
-    console, raw = console_with(encoding)
-    print_verification(report, console)
-    lines = raw.getvalue().decode(encoding).splitlines()
+    lines = printed(print_verification, report, encoding).splitlines()
     # Only the verdict is longer: a program reads it as one line.
     assert max(map(len, lines[1:])) <= 80
     assert lines[0] == "".join(char if char.isprintable() else "?" for char in report.summary())
@@ -157,9 +141,7 @@ def test_every_report_fits_80_columns(report: VerificationReport, encoding: str)
 
 
 def words_of(report: VerificationReport) -> str:
-    console, raw = console_with("utf-8", width=200)
-    print_verification(report, console)
-    return " ".join(raw.getvalue().decode().split())
+    return " ".join(printed(print_verification, report, "utf-8", width=200).split())
 
 
 def test_everything_that_was_found_is_shown_in_short() -> None:
@@ -221,9 +203,8 @@ def test_runtimes_that_were_not_run_for_one_cause_are_one_line() -> None:
 def test_no_cell_of_the_fold_table_has_more_than_five_lines() -> None:
     path = "features.denseblock1.denselayer1.norm1"
     reason = "before: " + "the output of this operation is needed by another one as it is " * 8
-    console, raw = console_with("ascii")
-    print_fold_report(FoldReport((FoldRow(path, "BatchNorm2d", "affine", reason=reason, channels=1024),), 1), console)
-    lines = [line for line in raw.getvalue().decode().splitlines() if line.startswith("|")]
+    report = FoldReport((FoldRow(path, "BatchNorm2d", "affine", reason=reason, channels=1024),), 1)
+    lines = [line for line in printed(print_fold_report, report).splitlines() if line.startswith("|")]
     assert len(lines) <= 7  # with the head
 
 
@@ -241,17 +222,12 @@ def test_no_picture_is_made_for_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_empty_report_fails_and_prints() -> None:
-    console, raw = console_with("ascii")
-    print_verification(VerificationReport(()), console)
-    assert raw.getvalue().decode().startswith("FAIL: nothing was checked")
-    print_fold_report(FoldReport((), 0), console)
-    assert "no BatchNorm call found, nothing to fold" in raw.getvalue().decode()
+    assert printed(print_verification, VerificationReport(())).startswith("FAIL: nothing was checked")
+    assert "no BatchNorm call found, nothing to fold" in printed(print_fold_report, FoldReport((), 0))
 
 
 def test_environment_shows_versions() -> None:
-    console, raw = console_with("ascii", width=1000)
-    print_environment(environment(), console)
-    assert f"Python {sys.version.split()[0]}" in raw.getvalue().decode()
+    assert f"Python {sys.version.split()[0]}" in printed(print_environment, environment(), width=1000)
 
 
 def test_stdout_in_ascii_does_not_crash() -> None:

@@ -116,6 +116,6 @@ def test_a_name_that_is_not_utf8_does_not_stop_a_line() -> None:
 def test_lines_are_json_in_any_encoding(encoding: str) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace")
     log = JsonLog(stream)
-    log.event("asked", path="/v2/models/caf\u00e9\U0001f600")
+    log.event("request", path="/v2/models/caf\u00e9\U0001f600")
     log.close()
     assert json.loads(stream.buffer.getvalue())["path"] == "/v2/models/caf\u00e9\U0001f600"  # type: ignore[attr-defined]

@@ -10,31 +10,15 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.serving.conftest import LIMITS, TWO, of, sample
 
 from bnexport.errors import RequestError
-from bnexport.serving.grpc.call import classes
-from bnexport.serving.grpc.inference import CONTENTS, decode, encoded, split
+from bnexport.serving.grpc.inference import CONTENTS, classes, decode, encoded, split
 from bnexport.serving.protocol.decoding import Decoder
-from bnexport.serving.protocol.encoding import answer
-from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
-from bnexport.serving.serving_limits import ServingLimits
-from bnexport.tensors import DTYPES, Signature, TensorSpec
+from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse, answer
+from bnexport.tensors import DTYPES
 
-LIMITS = ServingLimits()
 MOST = 2**20
-TWO = Signature(
-    (TensorSpec("x", "float32", ("batch", 3)), TensorSpec("mask", "bool", ("batch", "length"))),
-    (TensorSpec("y", "float32", ("batch", 3)), TensorSpec("n", "int64", ("batch",))),
-)
-
-
-def of(dtype: str) -> Signature:
-    return Signature((TensorSpec("x", dtype, ("batch", 4)),), (TensorSpec("y", dtype, ("batch", 4)),))
-
-
-def sample(dtype: str) -> np.ndarray:
-    values = np.array([[0, 1, 2, 3], [4, 5, 6, 7]])
-    return (values % 2 if dtype == "bool" else values / (2 if dtype.startswith("float") else 1)).astype(dtype)
 
 
 def request_of(*tensors: tuple[str, np.ndarray], typed: bool = False, **fields: Any) -> Any:
@@ -169,7 +153,7 @@ def test_a_message_taken_apart_is_what_protobuf_reads(data: bytes) -> None:
         parts = split(data, most=MOST)
         rest = kind.FromString(parts.header)
     except (RequestError, DecodeError):
-        # Groups, which no client writes any more, are all that is refused here and not by protobuf; as unknown fields.
+        # Only groups, which current clients do not write, are refused here and not by protobuf (as unknown fields).
         assert whole is None or _has_group(data)
         return
     assert whole is not None

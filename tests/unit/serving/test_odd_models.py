@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import os
@@ -17,8 +16,9 @@ import orjson
 import pyarrow.parquet as pq
 import pytest
 from onnx import helper, numpy_helper
-from PIL import Image
 from support.connections import House, quiet
+from support.pictures import png
+from unit.serving.conftest import loaded
 
 from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
 from bnexport.data.preprocessing import Preprocessing
@@ -93,9 +93,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("models")
     for name, model in MODELS.items():
         model.write(folder / name / "1", preprocessing=SMALL.to_json() if name == "image" else None)
-    opened = Repository(folder, ServingSettings(), lambda *_, **__: None)
-    opened.load()
-    return opened
+    return loaded(folder)
 
 
 def item(name: str, array: np.ndarray) -> dict[str, Any]:
@@ -128,54 +126,46 @@ REQUESTS: dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_clients_at_the_same_time_do_not_change_the_answer(repository: Repository, name: str) -> None:
+async def test_clients_at_the_same_time_do_not_change_the_answer(repository: Repository, name: str) -> None:
     feeds, expected = REQUESTS[name]
 
-    async def main() -> None:
-        house = House(repository)
-        clients = [house.connect() for _ in range(4)]
-        for connection, _ in clients:
-            connection.data_received(request(name, feeds))
-        await quiet(house)
-        for connection, wire in clients:
-            got = outputs_of(wire.written)
-            assert got.keys() == expected.keys()
-            for output, values in expected.items():
-                assert np.array_equal(got[output], values), output
-            connection.connection_lost(None)
-
-    asyncio.run(asyncio.wait_for(main(), 240))
+    house = House(repository)
+    clients = [house.connect() for _ in range(4)]
+    for connection, _ in clients:
+        connection.data_received(request(name, feeds))
+    await quiet(house)
+    for connection, wire in clients:
+        got = outputs_of(wire.written)
+        assert got.keys() == expected.keys()
+        for output, values in expected.items():
+            assert np.array_equal(got[output], values), output
+        connection.connection_lost(None)
 
 
-@pytest.mark.parametrize(("name", "largest"), [("four", 0), ("sum", 0), ("pairs", 0), ("factor", 0)])
-def test_the_configuration_of_models_without_batch(repository: Repository, name: str, largest: int) -> None:
+@pytest.mark.parametrize("name", ["four", "sum", "pairs", "factor"])
+def test_the_configuration_of_models_without_batch(repository: Repository, name: str) -> None:
     config = repository.resolve(name).config()
-    assert (config["max_batch_size"], "dynamic_batching" in config) == (largest, False)
+    assert (config["max_batch_size"], "dynamic_batching" in config) == (0, False)
     dims = [[-1 if isinstance(dim, str) else dim for dim in spec.shape] for spec in MODELS[name].signature.inputs]
     assert [tensor["dims"] for tensor in config["input"]] == dims
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])
-def test_pictures_for_a_batch_that_does_not_vary(repository: Repository, count: int) -> None:
+async def test_pictures_for_a_batch_that_does_not_vary(repository: Repository, count: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4), np.uint8)
 
-    async def main() -> None:
-        model = repository.resolve("image")
-        expected = SMALL.apply(pixels).reshape(count, 16)
-        assert np.array_equal(await model.logits(pixels), expected)
-        with Predictor(model.bundle) as predictor:
-            assert np.array_equal(predictor.logits(pixels), expected)
-        house = House(repository)
-        parts = b"".join(b'--b\r\ncontent-disposition: form-data; name="i"\r\n\r\n%s\r\n' % png(one) for one in pixels)
-        body = parts + b"--b--\r\n"
-        head = (
-            "POST /v2/models/image/classify HTTP/1.1\r\nhost: here\r\ncontent-type: multipart/form-data; boundary=b\r\n"
-        )
-        answer = await house.ask(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        found = json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"]
-        assert [row["index"] for row in found] == pixels.reshape(count, 16).argmax(1).tolist()
-
-    asyncio.run(asyncio.wait_for(main(), 240))
+    model = repository.resolve("image")
+    expected = SMALL.apply(pixels).reshape(count, 16)
+    assert np.array_equal(await model.logits(pixels), expected)
+    with Predictor(model.bundle) as predictor:
+        assert np.array_equal(predictor.logits(pixels), expected)
+    house = House(repository)
+    parts = b"".join(b'--b\r\ncontent-disposition: form-data; name="i"\r\n\r\n%s\r\n' % png(one) for one in pixels)
+    body = parts + b"--b--\r\n"
+    head = "POST /v2/models/image/classify HTTP/1.1\r\nhost: here\r\ncontent-type: multipart/form-data; boundary=b\r\n"
+    answer = await house.ask(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    found = json.loads(answer.partition(b"\r\n\r\n")[2])["predictions"]
+    assert [row["index"] for row in found] == pixels.reshape(count, 16).argmax(1).tolist()
 
 
 def test_many_pictures_for_a_batch_that_does_not_vary(repository: Repository, tmp_path: Path) -> None:
@@ -188,12 +178,7 @@ def test_many_pictures_for_a_batch_that_does_not_vary(repository: Repository, tm
     assert np.array_equal(logits.astype(np.float32), SMALL.apply(pixels).reshape(11, 16))
 
 
-def png(pixels: np.ndarray) -> bytes:
-    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
-
-
-def test_a_fault_with_one_bundle_keeps_no_other_from_being_served(
+def test_a_fault_with_one_bundle_does_not_keep_the_others_from_being_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bnexport.serving import repository as module
@@ -207,8 +192,7 @@ def test_a_fault_with_one_bundle_keeps_no_other_from_being_served(
     for name in ("bad", "good"):
         MODELS["four"].write(tmp_path / name / "1")
     monkeypatch.setattr(module, "open_served", opened)
-    repository = Repository(tmp_path, ServingSettings(), lambda *_, **__: None)
-    repository.load()
+    repository = loaded(tmp_path)
     assert [name for name, _, entry in repository.each() if entry.served is not None] == ["good"]
     assert repository.problems() == {"bad/1": "ZeroDivisionError: on purpose"}
 
@@ -218,25 +202,23 @@ def test_a_file_whose_name_is_not_utf8_is_reported(tmp_path: Path) -> None:
         MODELS["four"].write(tmp_path / name / "1")
     os.close(os.open(os.fsencode(tmp_path / "bad" / "1") + b"/b\xffd", os.O_CREAT))
     log = JsonLog(stream := io.StringIO())
-    repository = Repository(tmp_path, ServingSettings(), log.event)
-    repository.load()
+    repository = loaded(tmp_path, log.event)
     log.close()
     assert [name for name, _, entry in repository.each() if entry.served is not None] == ["good"]
     orjson.dumps(repository.index())
     assert "b?d is not in the manifest" in json.loads(stream.getvalue().splitlines()[0])["reason"]
 
 
-def test_a_file_that_is_written_over_with_its_old_time_is_noticed(tmp_path: Path) -> None:
+async def test_a_file_that_is_written_over_with_its_old_time_is_noticed(tmp_path: Path) -> None:
     MODELS["four"].write(tmp_path / "four" / "1")
-    repository = Repository(tmp_path, ServingSettings(), lambda *_, **__: None)
-    repository.load()
+    repository = loaded(tmp_path)
     file = tmp_path / "four" / "1" / MODEL_ONNX
     content, times = bytearray(file.read_bytes()), file.stat()
     content[-1] ^= 1
     with file.open("r+b") as opened:
         opened.write(content)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    asyncio.run(repository.poll())
+    await repository.poll()
     assert "was changed" in repository.problems()["four/1"]
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import subprocess
@@ -210,7 +209,7 @@ TUNED: list[tuple[dict[str, object], dict[str, object], tuple[int, int, int], st
 
 
 @pytest.mark.parametrize(("changes", "options", "expected", "line"), TUNED)
-def test_a_tuning_sets_sessions_threads_and_batch_of_a_server(
+async def test_a_tuning_sets_sessions_threads_and_batch_of_a_server(
     bundle: Bundle,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -219,15 +218,11 @@ def test_a_tuning_sets_sessions_threads_and_batch_of_a_server(
     expected: tuple[int, int, int],
     line: str | None,
 ) -> None:
-    monkeypatch.setattr(served_model, "INLINE_SECONDS", 0.0)  # as a model that is too slow for the event loop
+    monkeypatch.setattr(served_model, "INLINE_SECONDS", 0.0)  # as for a model that is too slow for the event loop
     monkeypatch.setattr(served_model, "available_cores", lambda: 1)
     mine = tuned_copy(bundle, tmp_path / "tuned", **changes)
     events: list[tuple[str, Any]] = []
-    repository = Repository(
-        mine.path,
-        ServingSettings(**options),
-        lambda what, **fields: events.append((what, fields)),  # type: ignore[arg-type]
-    )
+    repository = Repository(mine.path, ServingSettings(**options), lambda what, **found: events.append((what, found)))
     repository.load()
     served = repository.resolve("bn_lenet")
     try:
@@ -235,19 +230,19 @@ def test_a_tuning_sets_sessions_threads_and_batch_of_a_server(
         assert served.config()["parameters"] == {"intra_op_thread_count": {"string_value": str(expected[1])}}
         assert [fields["result"] for what, fields in events if what == "tuning"] == ([] if line is None else [line])
     finally:
-        asyncio.run(served.close())
+        await served.close()
 
 
-def test_a_tuned_model_on_the_event_loop_keeps_one_session(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tuned", "line"), [(True, "tuned: 1 session x 2 threads, batch 32"), (False, None)])
+async def test_a_model_on_the_event_loop_keeps_one_session(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuned: bool, line: str | None
 ) -> None:
-    monkeypatch.setattr(served_model, "INLINE_SECONDS", 1e9)
-    served = open_served("lenet", "1", tuned_copy(bundle, tmp_path / "tuned").path, ServingSettings())
-    assert (served.batcher.workers, served.tuning) == (1, "tuned: 1 session x 2 threads, batch 32")
-    asyncio.run(served.close())
-
-
-def test_without_a_tuning_a_server_is_as_before(bundle: Bundle) -> None:
-    served = open_served("lenet", "1", bundle.path, ServingSettings(workers=1))
-    assert (served.threads, served.tuning, served.batcher.limits.rows) == (1, None, 64)
-    asyncio.run(served.close())
+    """The cost is compared once at the start, and no further session is opened and measured."""
+    mine = tuned_copy(bundle, tmp_path / "tuned") if tuned else bundle
+    monkeypatch.setattr(served_model, "add_workers", lambda *_, **__: pytest.fail("not needed"))
+    for seconds, settings in ((1e9, ServingSettings()), (0.0, ServingSettings(workers=1))):
+        monkeypatch.setattr(served_model, "INLINE_SECONDS", seconds)
+        served = open_served("lenet", "1", mine.path, settings)
+        assert (served.batcher.workers, served.tuning) == (1, line if settings.workers is None else None)
+        await served.close()
+    assert (served.threads, served.batcher.limits.rows) == (1, 64)

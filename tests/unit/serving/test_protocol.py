@@ -11,30 +11,23 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.serving.conftest import LIMITS, TWO, of, sample
 
 from bnexport.errors import RequestError
-from bnexport.serving.protocol.decoding import Decoder, load_json
-from bnexport.serving.protocol.encoding import answer, classify, encode_response
-from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse, RequestedOutput
-from bnexport.serving.serving_limits import ServingLimits, limits_from, rows
+from bnexport.serving.protocol.decoding import Decoder, array_from_json, load_json
+from bnexport.serving.protocol.messages import (
+    DATATYPES,
+    InferRequest,
+    InferResponse,
+    RequestedOutput,
+    answer,
+    classify,
+    encode_response,
+)
+from bnexport.serving.serving_limits import BoundedCache, ServingLimits, limits_from, rows
 from bnexport.tensors import DTYPES, Signature, TensorSpec
 
-LIMITS = ServingLimits()
 KEYS = ("inputs", "outputs", "parameters", "id", "name", "shape", "datatype", "data", "binary_data_size", "timeout")
-TWO = Signature(
-    (TensorSpec("x", "float32", ("batch", 3)), TensorSpec("mask", "bool", ("batch", "length"))),
-    (TensorSpec("y", "float32", ("batch", 3)), TensorSpec("n", "int64", ("batch",))),
-)
-
-
-def of(dtype: str) -> Signature:
-    spec = TensorSpec("x", dtype, ("batch", 4))
-    return Signature((spec,), (TensorSpec("y", dtype, ("batch", 4)),))
-
-
-def sample(dtype: str) -> np.ndarray:
-    values = np.array([[0, 1, 2, 3], [4, 5, 6, 7]])
-    return (values % 2 if dtype == "bool" else values / (2 if dtype.startswith("float") else 1)).astype(dtype)
 
 
 def message(array: np.ndarray, datatype: str, *, binary: bool) -> tuple[bytes, int | None]:
@@ -48,7 +41,7 @@ def message(array: np.ndarray, datatype: str, *, binary: bool) -> tuple[bytes, i
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_a_tensor_below_the_smallest_size_is_refused(binary: bool) -> None:
-    """The engine would make numbers of it; requests that fit skip the runner's own check."""
+    """The engine would compute something; requests that fit skip the runner's check."""
     spec = TensorSpec("x", "float32", ("batch", 2, "height"), {"height": 5})
     decoder = Decoder(Signature((spec,), (spec,)), LIMITS)
     fitting = np.ones((1, 2, 5), np.float32)
@@ -81,26 +74,16 @@ def test_every_element_type_there_and_back(dtype: str, binary: bool) -> None:
     assert np.array_equal(got.reshape(2, 4), array)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "value"),
-    [
-        ("uint8", 256),
-        ("uint8", -1),
-        ("int8", 128),
-        ("int64", 2**63),
-        ("int32", 1.5),
-        ("bool", 1),
-        ("float16", 70000),
-        ("float32", -4e38),
-    ],
-)
+TOO_LARGE = [
+    ("uint8", 256), ("uint8", -1), ("int8", 128), ("int64", 2**63), ("int32", 1.5), ("bool", 1), ("float16", 70000),
+    ("float32", -4e38),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "value"), TOO_LARGE)
 def test_numbers_that_the_type_can_not_hold(dtype: str, value: float) -> None:
-    item = {
-        "name": "x",
-        "shape": [1, 4],
-        "datatype": DATATYPES[dtype],
-        "data": [0 if dtype != "bool" else False] * 3 + [value],
-    }
+    data = [0 if dtype != "bool" else False] * 3 + [value]
+    item = {"name": "x", "shape": [1, 4], "datatype": DATATYPES[dtype], "data": data}
     with pytest.raises(RequestError):
         Decoder(of(dtype), LIMITS).decode(json.dumps({"inputs": [item]}).encode())
 
@@ -178,7 +161,7 @@ JSON = st.recursive(
 @settings(max_examples=400, deadline=None)
 @given(value=JSON, key=st.sampled_from(KEYS), place=st.integers(0, 3), tail=st.binary(max_size=20))
 def test_no_json_gets_beyond_a_refusal(value: Any, key: str, place: int, tail: bytes) -> None:
-    """Anything instead of one value of a good request: decoded or refused, nothing else."""
+    """With any value in place of one value of a good request, the request is decoded or refused."""
     request: dict[str, Any] = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0.0] * 4}]}
     places: list[dict[str, Any]] = [request, request["inputs"][0], request["inputs"][0], {}]
     places[place][key] = value
@@ -241,7 +224,66 @@ def test_answers_keep_every_bit_in_json() -> None:
     assert np.array_equal(np.array(orjson.loads(body)["outputs"][0]["data"], np.float32).reshape(4, 4), array)
 
 
+def test_a_full_cache_is_emptied_before_it_grows() -> None:
+    cache: BoundedCache[int, str] = BoundedCache(3)
+    for key in range(3):
+        cache[key] = str(key)
+    assert dict(cache) == {0: "0", 1: "1", 2: "2"}
+    cache[1] = "again"
+    assert dict(cache) == {0: "0", 1: "again", 2: "2"}, "a known key needs no room"
+    cache[3] = "3"
+    assert dict(cache) == {3: "3"}
+    for key in range(1000):
+        cache[key] = "x"
+        assert len(cache) <= 3
+
+
 def test_limits_are_read_by_name() -> None:
     limits = limits_from(["batch=7", "deadline=0.5"])
     assert (limits.batch, limits.deadline, limits.queue) == (7, 0.5, ServingLimits().queue)
     assert all(value > 0 and what and reason for _, value, what, reason in rows())
+
+
+#: The fast conversion of JSON's numbers and the careful one agree, bit by bit and in what they refuse.
+NUMBERS = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(width=16, allow_nan=False, allow_infinity=False),
+    st.integers(-(2**63), 2**64 - 1),
+)
+
+
+def outcome(data: list[Any], dtype: str, *, booleans: bool) -> bytes | str:
+    try:
+        array = array_from_json(data, TensorSpec("x", dtype, ("batch", "n")), (1, len(data)), booleans=booleans)
+    except RequestError as error:
+        return str(error)
+    assert (array.dtype, array.shape) == (np.dtype(dtype), (1, len(data)))
+    return array.tobytes()
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=20), st.sampled_from(("float16", "float32", "float64")))
+def test_both_conversions_give_the_same(data: list[Any], dtype: str) -> None:
+    read = orjson.loads(orjson.dumps(data))
+    assert outcome(read, dtype, booleans=False) == outcome(read, dtype, booleans=True)
+
+
+@pytest.mark.parametrize("value", ["1", None, {}, [1.0]], ids=str)
+@pytest.mark.parametrize("booleans", [False, True])
+def test_other_values_than_numbers_are_refused(value: Any, booleans: bool) -> None:
+    message = outcome([1.0, value, 2.0], "float32", booleans=booleans)
+    assert isinstance(message, str)
+    assert "contains other values than numbers" in message
+
+
+@pytest.mark.parametrize("word", ["true", "false"])
+def test_a_boolean_is_not_a_number(word: str) -> None:
+    text = '{"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1.5, 2, 3, %s]}]}' % word  # noqa: UP031
+    with pytest.raises(RequestError, match="contains other values than numbers"):
+        Decoder(of("float32"), LIMITS).decode(text.encode())
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "uint8"])
+def test_values_of_other_types_are_checked_one_by_one(dtype: str) -> None:
+    wrong = [0, 1.5] if dtype != "bool" else [True, 1]
+    for booleans in (False, True):
+        assert "contains other values" in str(outcome(wrong, dtype, booleans=booleans))

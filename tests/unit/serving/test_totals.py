@@ -108,7 +108,7 @@ def test_sums_leave_the_counters_of_each_process_alone(memory: int) -> None:
         assert sum(together.calls.values()) == 20
         assert (together.active, together.calls_active, together.processes) == (6, 4, {0: os.getpid(), 1: os.getpid()})
         found = together.models[KEY]
-        assert (found.ready, found.waiting, found.sessions) == (False, 3, 2), "ready is what all are"
+        assert (found.ready, found.waiting, found.sessions) == (False, 3, 2), "ready if all are"
         assert found.statistics is not None
         assert (found.statistics.rows, found.statistics.success.count, found.statistics.fail.count) == (30, 10, 2)
         assert sum(found.statistics.seconds.counts) == 10
@@ -134,7 +134,7 @@ def test_a_successor_continues_the_counters(memory: int) -> None:
         assert (left.models[KEY].ready, left.models[KEY].waiting, left.models[KEY].sessions) == (None, 0, 0)
         assert left.requests["v2", 200] == 2 * start
     seen = Share(records, 1, 2).together(totals(1))
-    assert seen.models[KEY].ready is True, "who has ended has no say"
+    assert seen.models[KEY].ready is True, "ended processes do not count"
     assert seen.models[KEY].statistics.rows == 21  # type: ignore[union-attr]
 
 

@@ -26,7 +26,7 @@ from bnexport.training.listeners import TrainingListener
 from bnexport.training.training_run import train
 
 EPOCHS, BATCHES, KILLS = 3, 4, 20
-#: Random layers of its own kind: dropout by torch, noise by numpy and by Python.
+#: Several kinds of random layers: dropout by torch, noise by numpy and by Python.
 NETWORK = """
 import random
 import numpy as np
@@ -77,7 +77,7 @@ class Teller(TrainingListener):
 
 
 def tell_of_renames(pipe: int) -> None:
-    """A letter when a file is whole beside its place, and one when it is there; slowly, so that both can be hit."""
+    """Print a letter when a file is whole next to its place, and one after its renaming; slowly, so that both can be hit."""
     replace = Path.replace
 
     def slow(self: Path, target: Path) -> Path:

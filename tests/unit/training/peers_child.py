@@ -22,7 +22,7 @@ def main(way: str, folder: Path) -> None:
         with processes.watched(rank, size):
             (folder / str(rank)).touch()
             if way == "all fail" or (way == "one fails" and rank == 1):
-                raise KeyError("an error of its own")
+                raise KeyError("another error")
             if way in ("one is killed", "one fails"):
                 time.sleep(250)
             dist.all_reduce(torch.zeros(1))

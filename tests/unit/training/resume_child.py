@@ -1,4 +1,4 @@
-"""A process of test_processes: ``resume_child.py RUN`` goes on with it for one more epoch."""
+"""A process of test_processes: ``resume_child.py RUN`` resumes it for one more epoch."""
 
 import sys
 from dataclasses import replace
@@ -14,7 +14,7 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     checkpoint = load_checkpoint(out / "checkpoint.safetensors")
     epochs = checkpoint.metadata["training"]["epoch"]
-    # The run was started for more: as if it had been asked for one more than it has.
+    # As if the run had been started for one more epoch than it has.
     checkpoint.metadata["training"]["config"]["epochs"] = epochs
     if asked_rank() == 0:
         save_checkpoint(out / "checkpoint.safetensors", checkpoint)

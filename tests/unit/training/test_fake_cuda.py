@@ -70,7 +70,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
 
 
 RIGHT = [name for name in CASES if not name.startswith("planted")]
-#: A planted fault -> what is said about it.
+#: A planted fault -> part of the message about it.
 PLANTED = {
     "constant_on_the_cpu": ("two", "devices", "cuda", "cpu"),
     "statistics_on_the_cpu": ("two", "devices", "cuda", "cpu"),

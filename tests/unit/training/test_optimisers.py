@@ -13,10 +13,7 @@ from bnexport.training.optimisers import make_optimizer, optimizer_tensors, rest
 from bnexport.training.step import Step, Sums
 
 CPU = torch.device("cpu")
-OPTIMISERS = {
-    "sgd with momentum": {"momentum": 0.9, "lr": 0.25},
-    "adamw": {"optimizer": "adamw", "lr": 0.25},
-}
+OPTIMISERS = {"sgd with momentum": {"momentum": 0.9, "lr": 0.25}, "adamw": {"optimizer": "adamw", "lr": 0.25}}
 
 
 @pytest.fixture

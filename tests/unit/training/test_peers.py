@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_processes import HERE, ROOT, environment, free_port
-from test_reliability import wait_until
+from test_processes import free_port
+from test_reliability import HERE, ROOT, environment, wait_until
 
 SIZE = 3
 
@@ -16,12 +16,7 @@ SIZE = 3
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("way", "codes"),
-    [
-        ("one is killed", [3, -9, 3]),
-        ("all leave", [0, 0, 0]),
-        ("one fails", [3, 2, 3]),
-        ("all fail", [2, 2, 2]),
-    ],
+    [("one is killed", [3, -9, 3]), ("all leave", [0, 0, 0]), ("one fails", [3, 2, 3]), ("all fail", [2, 2, 2])],
 )
 def test_every_process_ends(tmp_path: Path, way: str, codes: list[int]) -> None:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(SIZE)}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes_child import COUNT, RUNS, small_dataset
-from test_reliability import wait_until
+from test_reliability import HERE, ROOT, environment, wait_until
 
 from bnexport.cli.main import main
 from bnexport.errors import DataError, UsageError
@@ -23,14 +23,6 @@ from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.training.loop import epoch_order
 from bnexport.training.processes import World, open_world
 from bnexport.training.training_run import train
-
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
-
-
-def environment(**more):
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, paths))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 def torchrun(size, *words, timeout=280):
@@ -111,7 +103,7 @@ def test_synchronised_processes_train_what_one_does(together, alone):
 
 
 def test_the_accuracy_is_that_of_the_saved_statistics(together):
-    """Without synchronised BatchNorm each process has moving statistics of its own; the first one's are saved."""
+    """Without synchronised BatchNorm each process has separate moving statistics; the first one's are saved."""
     from test_run import Preprocessing, bn_lenet
 
     folder, found, _, _ = together
@@ -205,7 +197,7 @@ class Finalised:
 
 kept = Finalised()
 atexit.register(print, "exit function")
-print("said", end=" ")
+print("printed", end=" ")
 if sys.argv[1] == "plainly":
     raise SystemExit(3)
 end_process(3)
@@ -214,7 +206,7 @@ end_process(3)
 
 @pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(
-    ("way", "shown"), [("plainly", "said exit function\nfinalised\n"), ("", "said exit function\n")]
+    ("way", "shown"), [("plainly", "printed exit function\nfinalised\n"), ("", "printed exit function\n")]
 )
 def test_a_process_of_several_ends_without_finalising_python_and_loses_nothing(way, shown):
     """Finalisation is what aborts a process whose gloo threads still let go of tensors (a race that no test can force)."""
@@ -229,7 +221,7 @@ def test_a_process_of_several_ends_without_finalising_python_and_loses_nothing(w
 @pytest.mark.parametrize(("code", "ended"), [(0, 120), (3, 3)])
 def test_lost_output_is_a_failure(code, ended):
     """As where Python itself ends: 120."""
-    text = f"from bnexport.training.processes import end_process; print('said'); end_process({code})"
+    text = f"from bnexport.training.processes import end_process; print('printed'); end_process({code})"
     with Path("/dev/full").open("w") as full:
         found = subprocess.run(
             [sys.executable, "-c", text], env=environment(PYTHONUNBUFFERED=""), cwd=ROOT, stdout=full
@@ -238,8 +230,8 @@ def test_lost_output_is_a_failure(code, ended):
 
 
 @pytest.mark.parametrize(("size", "rank", "ended"), [("1", "0", []), ("2", "0", [2]), ("2", "1", [2])])
-def test_the_command_line_ends_so_where_several_train(monkeypatch, capsys, size, rank, ended):
-    """Whoever follows leaves with the same code and without a word."""
+def test_the_command_line_ends_each_of_several_processes(monkeypatch, capsys, size, rank, ended):
+    """The other processes end with the same code and print nothing."""
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.setenv("RANK", rank)
     codes = []

@@ -235,7 +235,7 @@ def test_networks_of_users_are_not_recorded_by_default(model: str, recorded: boo
 
 
 def samples_on(kind: str) -> Resident:
-    """Samples that say where they are; nothing is computed with them."""
+    """Samples with a device; nothing is computed with them."""
     resident = Resident(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64))
     resident.device = torch.device(kind)
     return resident

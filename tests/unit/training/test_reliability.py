@@ -28,13 +28,13 @@ TRAIN = [sys.executable, "-m", "bnexport", "train", "--dataset", "digits", "--de
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 
-def environment():
+def environment(**more):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **more}
 
 
 def bnexport_train(*options, limit=None, timeout=120):
-    """The command in a process of its own, whose files may not grow beyond ``limit`` bytes."""
+    """Run the command in a process whose files may not grow beyond ``limit`` bytes."""
     limited = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return subprocess.run(
         [*TRAIN, *map(str, options)],
@@ -55,7 +55,7 @@ def test_twenty_kills_at_random_moments_resume_to_the_same_weights(tmp_path):
     assert [kill for kill in kills if kill["difference"] or kill["left"]] == []
     assert len({(kill["recipe"], kill["at"], kill["count"]) for kill in kills}) >= 15
     assert {kill["epochs"] for kill in kills} >= {0, 1, 2}
-    assert any(kill["parts"] for kill in kills), "none hit a file that was written beside its place"
+    assert any(kill["parts"] for kill in kills), "none hit a file that was written next to its place"
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +180,13 @@ def build():
 """
 
 
-# --- what is said of a resumed run that may differ
+# --- the note on a resumed run that may differ
 
 
 def test_what_differs_is_named():
     now = MadeBy("cpu", "a", 2, 1, "2.14")
     assert now.differs_from(now.to_json()) is None
-    assert now.differs_from({}) is None, "older checkpoints do not say"
+    assert now.differs_from({}) is None, "older checkpoints do not contain it"
     for name, value in {"processor": "b", "processes": 3, "threads": 4, "torch": "2.13"}.items():
         note = now.differs_from({**now.to_json(), name: value})
         assert note is not None

@@ -87,10 +87,7 @@ def test_the_run_directory(tmp_path, norm):
     assert rows == list(result.history)
     assert TrainingConfig.from_json(json.loads((out / "config.json").read_text())) == config
     metadata = load_checkpoint(result.model).metadata
-    assert metadata["network"] == {
-        "source": "bn_lenet",
-        "options": {"norm": norm, "in_channels": 1, "num_classes": 10},
-    }
+    assert metadata["network"] == {"source": "bn_lenet", "options": {"norm": norm, "in_channels": 1, "num_classes": 10}}
     assert metadata["dataset"] == "digits"
     assert metadata["labels"] == list("0123456789")
     assert Preprocessing.from_json(metadata["preprocessing"]) == Preprocessing()

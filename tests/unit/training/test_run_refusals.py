@@ -1,4 +1,4 @@
-"""What a run refuses: folders of others, other options, damaged checkpoints, devices that are not there."""
+"""Refusals of a run: other folders, other options, damaged checkpoints, missing devices."""
 
 from dataclasses import replace
 

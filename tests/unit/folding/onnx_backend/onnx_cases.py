@@ -15,13 +15,13 @@ from support.onnx_builder import Builder
 class Case:
     """One graph."""
 
-    name: str  # Of the test
+    name: str
     build: Callable[[Builder], None]  # Fills the builder
-    outcomes: tuple[tuple[str, str], ...]  # Node -> outcome, in the order of the account
+    outcomes: tuple[tuple[str, str], ...]  # Node -> outcome, in the order of the fold report
     because: str = ""  # Part of the reason of the first that stays
-    options: dict[str, Any] = field(default_factory=dict)  # Of the builder: opset, ir, dtype
-    fold: dict[str, Any] = field(default_factory=dict)  # Of ``fold_onnx``
-    runs: bool = True  # Whether onnxruntime has a kernel for it and gives finite numbers
+    options: dict[str, Any] = field(default_factory=dict)  # The builder's options: opset, ir, dtype
+    fold: dict[str, Any] = field(default_factory=dict)  # The options of ``fold_onnx``
+    runs: bool = True  # False if onnxruntime has no kernel for it, or gives numbers that are not finite
 
     def model(self) -> ModelProto:
         builder = Builder(**self.options)
@@ -321,3 +321,110 @@ def positive_before(operator: str) -> Any:
 POOL: dict[str, Any] = {"kernel_shape": [2, 2], "strides": [2, 2]}
 GONE, IN, OUT = (("bn", "through"),), (("bn", "backward"),), (("bn", "forward"),)
 STAYS, KEPT = (("bn", "affine"),), (("bn", "kept"),)
+
+PLAIN = (
+    # the layer before it
+    Case("conv", image(direct), IN),
+    Case("conv-no-bias", image(direct, bias=False), IN),
+    Case("conv-grouped", image(direct, group=3), IN),
+    Case("conv-strided-padded", image(direct, strides=[2, 1], pads=[1, 2, 0, 1], dilations=[1, 2]), IN),
+    Case("conv-same-upper", image(direct, auto_pad="SAME_UPPER"), IN),
+    Case("transposed", lambda g: transposed(g, group=1, cout=6), IN),
+    Case("transposed-equal-channels", lambda g: transposed(g, group=1, cout=4, strides=[2, 1], pads=[1, 0, 1, 1]), IN),
+    Case("transposed-grouped-multiplier", lambda g: transposed(g, group=2, cout=6, strides=[2, 2], output_padding=[1, 0]), IN),
+    Case("gemm", gemm, IN),
+    Case("gemm-transposed", lambda g: gemm(g, trans_b=1, bias=np.arange(7.0)), IN),
+    Case("gemm-alpha-beta", lambda g: gemm(g, trans_b=1, bias=np.arange(7.0), alpha=0.5, beta=3.0), IN),
+    Case("gemm-alpha-row-bias", lambda g: gemm(g, bias=np.arange(7.0)[None], alpha=-2.0, beta=0.25), IN),
+    Case("gemm-scalar-bias", lambda g: gemm(g, bias=np.asarray(1.5), alpha=-2.0), IN),
+    Case("gemm-opset-9", lambda g: gemm(g, bias=np.arange(7.0)), IN, options={"opset": 9}),
+    Case("matmul", lambda g: matmul_2d(g, add=False), IN),
+    Case("matmul-add", matmul_2d, IN),
+    Case("matmul-add-swapped", lambda g: matmul_2d(g, swapped=True), IN),
+    Case("matmul-3d", lambda g: matmul(g, features=7), STAYS, "it normalises axis 1"),
+    Case("matmul-3d-equal-sizes", lambda g: matmul(g, features=4), STAYS, "equal sizes would not make it right"),
+    Case("matmul-channels-last", channels_last, GONE),
+    Case("constant-nodes", constant_nodes, IN),
+    Case("default-epsilon", default_epsilon, IN),
+    # across what lies between
+    Case("dropout", image(through("Dropout")), IN),
+    Case("average-pool", image(through("AveragePool", **POOL)), GONE),
+    Case("average-pool-padded", image(through("AveragePool", pads=[1] * 4, **POOL)), GONE),
+    Case("average-pool-zeros-counted", image(through("AveragePool", pads=[1] * 4, count_include_pad=1, **POOL)), STAYS,
+         "averages or pads with zeros"),
+    Case("global-average", image(through("GlobalAveragePool")), GONE),
+    Case("reduce-mean-18", image(through("ReduceMean", [2, 3])), GONE),
+    Case("reduce-mean-13", image(through("ReduceMean", axes=[2, 3])), GONE, options={"opset": 13}),
+    Case("max-pool-both-signs", image(through("MaxPool", **POOL)), STAYS, "keeps the order"),
+    Case("max-pool-positive", positive_before("MaxPool"), GONE),
+    Case("resize", image(doubled), GONE),
+    Case("upsample-9", image(through("Upsample", [1.0, 1.0, 2.0, 2.0], mode="nearest")), GONE, options={"opset": 9}),
+    Case("pad-reflect", image(through("Pad", [0, 0, 1, 1, 0, 0, 1, 1], mode="reflect")), GONE),
+    Case("pad-zeros", image(through("Pad", [0, 0, 1, 1, 0, 0, 1, 1])), STAYS, "pads with zeros"),
+    Case("depth-to-space", image(through("DepthToSpace", blocksize=1, mode="CRD")), GONE),
+    Case("depth-to-space-dcr", image(through("DepthToSpace", blocksize=1)), STAYS, "mode DCR"),
+    Case("gather-channels", image(through("Gather", [5, 0, 1, 4, 3, 2], axis=1)), GONE),
+    Case("gather-some-twice", image(through("Gather", [0, 0, 1, 4, 3, 2], axis=1)), STAYS, "more than once"),
+    Case("slice", image(through("Slice", [1], [5], [1]), channels=4), GONE),
+    Case("relu-between", image(through("Relu")), STAYS, "relu"),
+    Case("clip-between", image(through("Clip", 0.0, 6.0)), STAYS, "clip"),
+    Case("tanh-between", image(through("Tanh")), STAYS, "no rule moves a scale and shift across"),
+    Case("concat", lambda g: branches(g, "Concat"), GONE),
+    Case("add", lambda g: branches(g, "Add"), GONE),
+    Case("sub", lambda g: branches(g, "Sub"), GONE),
+    Case("add-norm-below", lambda g: branches(g, "Add", second_norm=True), (("bn_b", "backward"), ("bn", "through"))),
+    Case("mul", lambda g: branches(g, "Mul"), STAYS, "product of two values"),
+    Case("split", split, GONE),
+    Case("split-11", split, GONE, options={"opset": 11}),
+    Case("channel-shuffle", shuffle, GONE),
+    Case("reshape-by-shape", shaped_by_input, GONE),
+    Case("plain-arithmetic", plain_arithmetic, (("neg3", "backward"), ("bn", "backward"))),
+    # the layer after it
+    Case("before-conv", before(direct), OUT),
+    Case("before-conv-grouped", before(direct, group=3), OUT),
+    Case("before-conv-padded", before(direct, pads=[1] * 4), STAYS, "pads its input with zeros"),
+    Case("before-conv-same", before(direct, auto_pad="SAME_LOWER"), STAYS, "pads its input with zeros"),
+    Case("before-conv-through-pool", before(through("AveragePool", **POOL)), GONE),
+    Case("before-conv-edge-padding", before(through("Pad", [0, 0, 1, 1, 0, 0, 1, 1], mode="edge")), GONE),
+    Case("before-gemm-flattened", flattened, GONE),
+    Case("map-of-constants", static_map, OUT, fold={"max_growth": 10.0}),
+    # several at once
+    Case("two-in-a-row", two_norms, (("bn1", "backward"), ("bn2", "backward"))),
+    Case("two-stuck", stuck_twice, (("bn1", "merged"), ("bn2", "affine"))),
+    Case("rep-vgg", rep_vgg, (("bn3", "backward"), ("bn1", "backward"), ("bn0", "merged"))),
+    # who else reads it
+    Case("second-consumer", second_consumer, STAYS, "second consumer"),
+    Case("second-consumer-is-output", output_between, STAYS, "second consumer"),
+    Case("shared-weight", shared_weight, STAYS, "used 2 times"),
+    Case("shared-weight-copied", shared_weight, IN, fold={"max_growth": 2.0}),
+    Case("shared-alike", lambda g: two_convs(g, alike=True), (("bn1", "backward"), ("bn2", "backward"))),
+    Case("shared-unlike", lambda g: two_convs(g, alike=False), (("bn1", "affine"), ("bn2", "affine")), "used 2 times"),
+    Case("weight-is-output", weight_is_output, STAYS, "used 2 times"),
+    Case("weight-is-output-copied", weight_is_output, IN, fold={"max_growth": 2.0}),
+    Case("overridable-weight", lambda g: overridable(g, what="weight"), STAYS, "a caller may replace"),
+    Case("overridable-statistics", lambda g: overridable(g, what="statistics"), KEPT, "a caller may replace"),
+    Case("computed-weight", computed_weight, STAYS, "computed in the graph"),
+    Case("output-taken-over", output_is_taken_over, IN),
+    # what can't be read, or lies elsewhere
+    Case("training-mode", training, (("bn", "kept"), ("bn2", "backward")), "training mode"),
+    Case("five-outputs", five_outputs, KEPT, "training mode", options={"opset": 9}, runs=False),
+    Case("inside-if", inside_if, (("bn", "backward"), ("bn_inside", "kept")), "inside the body of an If"),
+    Case("value-read-by-if", read_by_if, STAYS, "second consumer"),
+    Case("weight-read-by-if", weight_in_if, STAYS, "used 3 times"),
+    Case("weight-read-by-if-copied", weight_in_if, IN, fold={"max_growth": 3.0}),
+    Case("in-function", in_function, (("bn2", "backward"), ("bn_inside", "kept")), "body of the function Norm"),
+    # versions and precisions
+    Case("opset-7", image(direct), IN, options={"opset": 7, "ir": 3}),
+    Case("opset-9-ir-3", image(direct), IN, options={"opset": 9, "ir": 3}),
+    Case("opset-13", image(direct), IN, options={"opset": 13}),
+    Case("opset-22", image(direct), IN, options={"opset": 22, "ir": 10}),
+    Case("opset-9-stays", image(through("Tanh")), STAYS, "tanh", options={"opset": 9}),
+    Case("half", image(direct), IN, options={"dtype": "float16"}),
+    Case("half-overflow", big_half, STAYS, "does not fit into torch.float16", options={"dtype": "float16"},
+         runs=False),
+    Case("double", gemm, IN, options={"dtype": "float64"}),
+    # with a bound per channel allowed
+    Case("clamps", before(through("Relu")), GONE, fold={"clamps": True}),
+    Case("clamps-clip", before(through("Clip", 0.0, 6.0)), GONE, fold={"clamps": True}),
+    Case("clamps-opset-7", before(through("Relu")), STAYS, "relu", fold={"clamps": True}, options={"opset": 7, "ir": 3}),
+)  # fmt: skip

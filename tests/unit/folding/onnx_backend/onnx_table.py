@@ -1,162 +1,202 @@
-"""The rows of the table."""
+"""The whole table of small ONNX graphs: the plain ones, norms written as arithmetic, and arithmetic that is not a norm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
-from arithmetic_cases import ARITHMETIC
-from onnx_cases import (
-    GONE,
-    IN,
-    KEPT,
-    OUT,
-    POOL,
-    STAYS,
-    Case,
-    before,
-    big_half,
-    branches,
-    channels_last,
-    computed_weight,
-    constant_nodes,
-    default_epsilon,
-    direct,
-    doubled,
-    five_outputs,
-    flattened,
-    gemm,
-    image,
-    in_function,
-    inside_if,
-    matmul,
-    matmul_2d,
-    output_between,
-    output_is_taken_over,
-    overridable,
-    plain_arithmetic,
-    positive_before,
-    read_by_if,
-    rep_vgg,
-    second_consumer,
-    shaped_by_input,
-    shared_weight,
-    shuffle,
-    split,
-    static_map,
-    stuck_twice,
-    through,
-    training,
-    transposed,
-    two_convs,
-    two_norms,
-    weight_in_if,
-    weight_is_output,
-)  # fmt: skip
+from onnx import TensorProto, helper
+from onnx_cases import PLAIN, Case, branch
+from support.onnx_builder import Builder
+
+Between = Callable[[Builder, str], str]
+
+
+def behind_conv(between: Between, *, bias: bool = False, tail: str = "Relu") -> Callable[[Builder], None]:
+    """Conv (3 to 6 channels), the norm, an activation."""
+
+    def build(g: Builder) -> None:
+        y = between(g, g.conv(g.input("n", 3, 8, 9), 3, 6, bias=bias))
+        g.output(g.node(tail, y, outputs=("out",)), rank=4)
+
+    return build
+
+
+def steps(*operators: str, shape: tuple[int, ...] = (1, 6, 1, 1)) -> Between:
+    """Arithmetic in turn, one random constant each; "-Sub" has the constant first."""
+
+    def add(g: Builder, x: str) -> str:
+        for index, operator in enumerate(operators):
+            name = g.init(f"c{index}", value=g.rng.standard_normal(shape) + 0.5)
+            given = (name, x) if operator.startswith("-") else (x, name)
+            x = g.node(operator.removeprefix("-"), *given, name=f"norm/{index}")
+        return x
+
+    return add
+
+
+def detector(g: Builder, x: str) -> str:
+    """A frozen BatchNorm as detectors write it: factor and shift computed from statistics and reshaped, all constant."""
+    gamma, beta, mean, var = g.statistics(6, "frozen")
+    eps, shape = g.init("eps", value=np.asarray(1e-3)), g.init("shape", value=[1, -1, 1, 1])
+    root = g.node("Sqrt", g.node("Add", var, eps))
+    factor = g.node("Mul", gamma, g.node("Reciprocal", root))
+    shift = g.node("Sub", beta, g.node("Mul", mean, factor))
+    y = g.node("Mul", x, g.node("Reshape", factor, shape), name="norm/0")
+    return g.node("Add", y, g.node("Reshape", shift, shape), name="norm/1")
+
+
+def textbook(g: Builder, x: str) -> str:
+    """``(x - mean) / sqrt(var + eps) * gamma + beta``, the constants unsqueezed."""
+    gamma, beta, mean, var = g.statistics(6, "plain")
+    axes = g.init("axes", value=[0, 2, 3])
+    placed = {name: g.node("Unsqueeze", name, axes) for name in (gamma, beta, mean, var)}
+    root = g.node("Sqrt", g.node("Add", placed[var], g.init("eps", value=np.asarray(1e-5))))
+    y = g.node("Div", g.node("Sub", x, placed[mean], name="norm/0"), root, name="norm/1")
+    return g.node("Add", placed[beta], g.node("Mul", placed[gamma], y, name="norm/2"), name="norm/3")
+
+
+def channels_last(g: Builder) -> None:
+    """Transposes around the Conv, the norm on the last axis, the weight transposed too, as tf2onnx writes."""
+    x = g.node("Transpose", g.input("n", 8, 9, 3), perm=[0, 3, 1, 2])
+    w = g.node("Transpose", g.init("w", 3, 3, 3, 6), perm=[3, 2, 0, 1])
+    y = g.node("Transpose", g.node("Conv", x, w, name="conv"), perm=[0, 2, 3, 1])
+    g.output(g.node("Relu", steps("Mul", "Add", shape=(6,))(g, y), outputs=("out",)), rank=4)
+
+
+def caffe_scale(g: Builder, x: str) -> str:
+    """BatchNormalization without learned numbers, then Caffe's Scale as Mul and Add."""
+    ones, zeros = g.init("ones", value=np.ones(6)), g.init("zeros", value=np.zeros(6))
+    statistics = [g.init("mean", 6), g.init("var", value=g.rng.random(6) + 0.1)]
+    return steps("Mul", "Add")(g, g.bn(x, 6, parameters=[ones, zeros, *statistics]))
+
+
+def before_conv(g: Builder) -> None:
+    """Normalisation of the input."""
+    y = steps("Sub", "Div", shape=(1, 3, 1, 1))(g, g.input("n", 3, 8, 9))
+    g.output(g.conv(y, 3, 6), rank=4)
+
+
+def linear(g: Builder) -> None:
+    y = g.node("MatMul", g.input("n", 5, 4), g.init("w", 4, 7), name="product")
+    g.output(g.node("Tanh", steps("Mul", "Add", shape=(7,))(g, y)), rank=3)
+
+
+def shared_constant(g: Builder) -> None:
+    """One scale and shift behind two convolutions: each has a row, and both fold."""
+    x = g.input("n", 3, 8, 9)
+    s, t = g.init("s", 6, 1, 1), g.init("t", 6, 1, 1)
+    for which in "ab":
+        y = g.node("Mul", g.conv(x, 3, 6, name=f"conv_{which}"), s, name=f"{which}/mul")
+        g.output(g.node("Add", y, t, name=f"{which}/add"), rank=4)
+
+
+def read_inside(g: Builder, *, where: str) -> None:
+    """The value between Mul and Add is an output, has a second reader, or is read by a branch."""
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    y = g.node("Mul", y, g.init("s", 6, 1, 1), name="norm/0", outputs=("inner",))
+    z = g.node("Add", y, g.init("t", 6, 1, 1), name="norm/1")
+    if where == "output":
+        g.output(y, z, rank=4)
+    elif where == "reader":
+        g.output(g.node("Tanh", y), g.node("Tanh", z), rank=4)
+    else:
+        flag = g.init("flag", value=np.asarray(True))
+        nodes = [helper.make_node(kind, [y], [kind]) for kind in ("Relu", "Tanh")]
+        taken = g.node("If", flag, then_branch=branch(g, "then", nodes[:1]), else_branch=branch(g, "else", nodes[1:]))
+        g.output(z, taken, rank=4)
+
+
+def computed_factor(g: Builder, x: str) -> str:
+    """A factor from the input (squeeze and excitation), then an Add: no norm."""
+    factor = g.node("Sigmoid", g.node("GlobalAveragePool", x))
+    return g.node("Add", g.node("Mul", x, factor), g.init("t", 6, 1, 1))
+
+
+def enlarging(g: Builder) -> None:
+    y = g.conv(g.input("n", 3, 8, 9), 3, 1)
+    g.output(steps("Mul", "Add")(g, y), rank=4)
+
+
+def replaceable(g: Builder, x: str) -> str:
+    y = g.node("Mul", x, g.init("s", 6, 1, 1, overridable=True), name="norm/0")
+    return g.node("Add", y, g.init("t", 6, 1, 1), name="norm/1")
+
+
+def whole_numbers(g: Builder) -> None:
+    """Mul and Add on integers, next to a layer."""
+    g.inputs.append(helper.make_tensor_value_info("k", TensorProto.INT64, ["n", 6]))
+    y = g.node("Add", g.node("Mul", "k", g.init("i", value=np.arange(6))), g.init("j", value=np.arange(6)))
+    z = g.node("Cast", y, to=TensorProto.FLOAT)
+    g.output(g.node("Gemm", z, g.init("w", 6, 4), name="fc"), rank=2)
+
+
+def no_norm(g: Builder, x: str) -> str:
+    """A hard sigmoid and a bias: numbers and a lone shift."""
+    y = g.node("Add", g.node("Mul", x, g.init("sixth", value=np.asarray(1 / 6))), g.init("half", value=np.asarray(0.5)))
+    return g.node("Add", g.node("Clip", y, g.init("lo", value=np.asarray(0.0)), g.init("hi", value=np.asarray(1.0))),
+                  g.init("bias", 6, 1, 1))  # fmt: skip
+
+
+def sum_of_three(g: Builder) -> None:
+    """RepVGG with one Sum, as Caffe2 and tf2onnx (AddN) write it."""
+    x = g.node("Sigmoid", g.input("n", 6, 8, 9))
+    a = g.bn(g.conv(x, 6, 6, name="c3", pads=[1] * 4), 6, name="bn3")
+    b = g.bn(g.conv(x, 6, 6, 1, name="c1"), 6, name="bn1")
+    g.output(g.node("Sum", a, b, g.bn(x, 6, name="bn0"), name="sum"), rank=4)
+
+
+def sum_stays(g: Builder) -> None:
+    """A Sum of four values that only a constant joins stays one Sum."""
+    x = g.input("n", 3, 8, 9)
+    y = g.bn(g.conv(x, 3, 6), 6)
+    values = [g.node(kind, y) for kind in ("Tanh", "Sigmoid", "Softplus", "Relu")]
+    g.output(g.node("Sum", *values, name="sum"), rank=4)
+
+
+def computed_weight_growth(g: Builder) -> None:
+    """A weight that the file computes from one number."""
+    fill = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.25])
+    w = g.node("ConstantOfShape", g.init("k", value=[16, 3, 3, 3]), value=fill)
+    g.output(g.bn(g.node("Conv", g.input("n", 3, 8, 9), w, name="conv"), 16), rank=4)
+
+
+def _one(outcome: str, name: str = "norm/1") -> tuple[tuple[str, str], ...]:
+    return ((name, outcome),)
+
+
+_MAP: dict[str, Any] = {"shape": (1, 6, 6, 7)}
 
 CASES = (
-    # the layer before it
-    Case("conv", image(direct), IN),
-    Case("conv-no-bias", image(direct, bias=False), IN),
-    Case("conv-grouped", image(direct, group=3), IN),
-    Case("conv-strided-padded", image(direct, strides=[2, 1], pads=[1, 2, 0, 1], dilations=[1, 2]), IN),
-    Case("conv-same-upper", image(direct, auto_pad="SAME_UPPER"), IN),
-    Case("transposed", lambda g: transposed(g, group=1, cout=6), IN),
-    Case("transposed-equal-channels", lambda g: transposed(g, group=1, cout=4, strides=[2, 1], pads=[1, 0, 1, 1]), IN),
-    Case("transposed-grouped-multiplier", lambda g: transposed(g, group=2, cout=6, strides=[2, 2], output_padding=[1, 0]), IN),
-    Case("gemm", gemm, IN),
-    Case("gemm-transposed", lambda g: gemm(g, trans_b=1, bias=np.arange(7.0)), IN),
-    Case("gemm-alpha-beta", lambda g: gemm(g, trans_b=1, bias=np.arange(7.0), alpha=0.5, beta=3.0), IN),
-    Case("gemm-alpha-row-bias", lambda g: gemm(g, bias=np.arange(7.0)[None], alpha=-2.0, beta=0.25), IN),
-    Case("gemm-scalar-bias", lambda g: gemm(g, bias=np.asarray(1.5), alpha=-2.0), IN),
-    Case("gemm-opset-9", lambda g: gemm(g, bias=np.arange(7.0)), IN, options={"opset": 9}),
-    Case("matmul", lambda g: matmul_2d(g, add=False), IN),
-    Case("matmul-add", matmul_2d, IN),
-    Case("matmul-add-swapped", lambda g: matmul_2d(g, swapped=True), IN),
-    Case("matmul-3d", lambda g: matmul(g, features=7), STAYS, "it normalises axis 1"),
-    Case("matmul-3d-equal-sizes", lambda g: matmul(g, features=4), STAYS, "equal sizes would not make it right"),
-    Case("matmul-channels-last", channels_last, GONE),
-    Case("constant-nodes", constant_nodes, IN),
-    Case("default-epsilon", default_epsilon, IN),
-    # across what lies between
-    Case("dropout", image(through("Dropout")), IN),
-    Case("average-pool", image(through("AveragePool", **POOL)), GONE),
-    Case("average-pool-padded", image(through("AveragePool", pads=[1] * 4, **POOL)), GONE),
-    Case("average-pool-zeros-counted", image(through("AveragePool", pads=[1] * 4, count_include_pad=1, **POOL)), STAYS,
-         "averages or pads with zeros"),
-    Case("global-average", image(through("GlobalAveragePool")), GONE),
-    Case("reduce-mean-18", image(through("ReduceMean", [2, 3])), GONE),
-    Case("reduce-mean-13", image(through("ReduceMean", axes=[2, 3])), GONE, options={"opset": 13}),
-    Case("max-pool-both-signs", image(through("MaxPool", **POOL)), STAYS, "keeps the order"),
-    Case("max-pool-positive", positive_before("MaxPool"), GONE),
-    Case("resize", image(doubled), GONE),
-    Case("upsample-9", image(through("Upsample", [1.0, 1.0, 2.0, 2.0], mode="nearest")), GONE, options={"opset": 9}),
-    Case("pad-reflect", image(through("Pad", [0, 0, 1, 1, 0, 0, 1, 1], mode="reflect")), GONE),
-    Case("pad-zeros", image(through("Pad", [0, 0, 1, 1, 0, 0, 1, 1])), STAYS, "pads with zeros"),
-    Case("depth-to-space", image(through("DepthToSpace", blocksize=1, mode="CRD")), GONE),
-    Case("depth-to-space-dcr", image(through("DepthToSpace", blocksize=1)), STAYS, "mode DCR"),
-    Case("gather-channels", image(through("Gather", [5, 0, 1, 4, 3, 2], axis=1)), GONE),
-    Case("gather-some-twice", image(through("Gather", [0, 0, 1, 4, 3, 2], axis=1)), STAYS, "more than once"),
-    Case("slice", image(through("Slice", [1], [5], [1]), channels=4), GONE),
-    Case("relu-between", image(through("Relu")), STAYS, "relu"),
-    Case("clip-between", image(through("Clip", 0.0, 6.0)), STAYS, "clip"),
-    Case("tanh-between", image(through("Tanh")), STAYS, "no rule moves a scale and shift across"),
-    Case("concat", lambda g: branches(g, "Concat"), GONE),
-    Case("add", lambda g: branches(g, "Add"), GONE),
-    Case("sub", lambda g: branches(g, "Sub"), GONE),
-    Case("add-norm-below", lambda g: branches(g, "Add", second_norm=True), (("bn_b", "backward"), ("bn", "through"))),
-    Case("mul", lambda g: branches(g, "Mul"), STAYS, "product of two values"),
-    Case("split", split, GONE),
-    Case("split-11", split, GONE, options={"opset": 11}),
-    Case("channel-shuffle", shuffle, GONE),
-    Case("reshape-by-shape", shaped_by_input, GONE),
-    Case("plain-arithmetic", plain_arithmetic, (("neg3", "backward"), ("bn", "backward"))),
-    # the layer after it
-    Case("before-conv", before(direct), OUT),
-    Case("before-conv-grouped", before(direct, group=3), OUT),
-    Case("before-conv-padded", before(direct, pads=[1] * 4), STAYS, "pads its input with zeros"),
-    Case("before-conv-same", before(direct, auto_pad="SAME_LOWER"), STAYS, "pads its input with zeros"),
-    Case("before-conv-through-pool", before(through("AveragePool", **POOL)), GONE),
-    Case("before-conv-edge-padding", before(through("Pad", [0, 0, 1, 1, 0, 0, 1, 1], mode="edge")), GONE),
-    Case("before-gemm-flattened", flattened, GONE),
-    Case("map-of-constants", static_map, OUT, fold={"max_growth": 10.0}),
-    # several at once
-    Case("two-in-a-row", two_norms, (("bn1", "backward"), ("bn2", "backward"))),
-    Case("two-stuck", stuck_twice, (("bn1", "merged"), ("bn2", "affine"))),
-    Case("rep-vgg", rep_vgg, (("bn3", "backward"), ("bn1", "backward"), ("bn0", "merged"))),
-    # who else reads it
-    Case("second-consumer", second_consumer, STAYS, "second consumer"),
-    Case("second-consumer-is-output", output_between, STAYS, "second consumer"),
-    Case("shared-weight", shared_weight, STAYS, "used 2 times"),
-    Case("shared-weight-copied", shared_weight, IN, fold={"max_growth": 2.0}),
-    Case("shared-alike", lambda g: two_convs(g, alike=True), (("bn1", "backward"), ("bn2", "backward"))),
-    Case("shared-unlike", lambda g: two_convs(g, alike=False), (("bn1", "affine"), ("bn2", "affine")), "used 2 times"),
-    Case("weight-is-output", weight_is_output, STAYS, "used 2 times"),
-    Case("weight-is-output-copied", weight_is_output, IN, fold={"max_growth": 2.0}),
-    Case("overridable-weight", lambda g: overridable(g, what="weight"), STAYS, "a caller may replace"),
-    Case("overridable-statistics", lambda g: overridable(g, what="statistics"), KEPT, "a caller may replace"),
-    Case("computed-weight", computed_weight, STAYS, "computed in the graph"),
-    Case("output-taken-over", output_is_taken_over, IN),
-    # what can't be read, or lies elsewhere
-    Case("training-mode", training, (("bn", "kept"), ("bn2", "backward")), "training mode"),
-    Case("five-outputs", five_outputs, KEPT, "training mode", options={"opset": 9}, runs=False),
-    Case("inside-if", inside_if, (("bn", "backward"), ("bn_inside", "kept")), "inside the body of an If"),
-    Case("value-read-by-if", read_by_if, STAYS, "second consumer"),
-    Case("weight-read-by-if", weight_in_if, STAYS, "used 3 times"),
-    Case("weight-read-by-if-copied", weight_in_if, IN, fold={"max_growth": 3.0}),
-    Case("in-function", in_function, (("bn2", "backward"), ("bn_inside", "kept")), "body of the function Norm"),
-    # versions and precisions
-    Case("opset-7", image(direct), IN, options={"opset": 7, "ir": 3}),
-    Case("opset-9-ir-3", image(direct), IN, options={"opset": 9, "ir": 3}),
-    Case("opset-13", image(direct), IN, options={"opset": 13}),
-    Case("opset-22", image(direct), IN, options={"opset": 22, "ir": 10}),
-    Case("opset-9-stays", image(through("Tanh")), STAYS, "tanh", options={"opset": 9}),
-    Case("half", image(direct), IN, options={"dtype": "float16"}),
-    Case("half-overflow", big_half, STAYS, "does not fit into torch.float16", options={"dtype": "float16"},
-         runs=False),
-    Case("double", gemm, IN, options={"dtype": "float64"}),
-    # with a bound per channel allowed
-    Case("clamps", before(through("Relu")), GONE, fold={"clamps": True}),
-    Case("clamps-clip", before(through("Clip", 0.0, 6.0)), GONE, fold={"clamps": True}),
-    Case("clamps-opset-7", before(through("Relu")), STAYS, "relu", fold={"clamps": True}, options={"opset": 7, "ir": 3}),
-    # norms written as arithmetic
-    *ARITHMETIC,
+    *PLAIN,
+    Case("arithmetic-mul-add", behind_conv(steps("Mul", "Add")), _one("backward")),
+    Case("arithmetic-add-mul", behind_conv(steps("Add", "Mul"), bias=True), _one("backward")),
+    Case("arithmetic-sub-div-mul-add", behind_conv(steps("Sub", "Div", "Mul", "Add")), _one("backward", "norm/3")),
+    Case("arithmetic-constant-first", behind_conv(steps("-Mul", "-Sub")), _one("backward")),
+    Case("arithmetic-scale-alone", behind_conv(steps("Mul")), _one("backward", "norm/0")),
+    Case("arithmetic-detector", behind_conv(detector), _one("backward")),
+    Case("arithmetic-textbook", behind_conv(textbook), _one("backward", "norm/3")),
+    Case("arithmetic-channels-last", channels_last, _one("through")),
+    Case("arithmetic-caffe-scale", behind_conv(caffe_scale), (("bn", "backward"), ("norm/1", "backward"))),
+    Case("arithmetic-input", before_conv, _one("forward")),
+    Case("arithmetic-linear", linear, _one("backward")),
+    Case("arithmetic-shared-constants", shared_constant, (("a/add", "backward"), ("b/add", "backward"))),
+    Case("arithmetic-half", behind_conv(steps("Mul", "Add")), _one("backward"), options={"dtype": "float16"}),
+    Case("arithmetic-behind-tanh", behind_conv(lambda g, x: steps("Mul", "Add")(g, g.node("Tanh", x))), _one("affine"), "tanh"),
+    Case("arithmetic-per-position", behind_conv(steps("Mul", "Add", **_MAP)), _one("affine"), "it normalises axis 2, 3"),
+    Case("arithmetic-table-of-positions", behind_conv(steps("Add", **_MAP)), ()),
+    Case("arithmetic-mask", behind_conv(steps("Mul", **_MAP)), ()),
+    Case("arithmetic-inner-output", lambda g: read_inside(g, where="output"), _one("backward", "norm/0")),
+    Case("arithmetic-inner-reader", lambda g: read_inside(g, where="reader"), _one("backward", "norm/0")),
+    Case("arithmetic-inner-branch", lambda g: read_inside(g, where="branch"), _one("backward", "norm/0")),
+    Case("arithmetic-computed-factor", behind_conv(computed_factor), ()),
+    Case("arithmetic-enlarges", enlarging, _one("kept", "norm/0"), "enlarge the value"),
+    Case("arithmetic-replaceable", behind_conv(replaceable), _one("kept", "norm/0"), "a caller may replace"),
+    Case("arithmetic-whole-numbers", whole_numbers, ()),
+    Case("arithmetic-no-norm", behind_conv(no_norm), ()),
+    Case("sum-of-three", sum_of_three, (("bn3", "backward"), ("bn1", "backward"), ("bn0", "merged"))),
+    Case("sum-stays", sum_stays, (("bn", "backward"),)),
+    Case("growth-of-a-computed-weight", computed_weight_growth, (("bn", "affine"),), "computed from fewer numbers"),
+    Case("growth-allowed", computed_weight_growth, (("bn", "backward"),), fold={"max_growth": 10.0}),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Files that are hostile, broken or odd, names that must hold, numbers that must not appear; and the torch door beside it."""
+"""Files that are hostile, broken or odd, names that must stay, numbers that must not appear; the torch backend agrees."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def test_initializers_listed_as_inputs_stay_so_before_ir_4():
 
 def test_parts_outside_the_fold_stay_unchanged():
     before = model("gather-some-twice")
-    before.metadata_props.add(key="author", value="somebody")
+    before.metadata_props.add(key="author", value="A. Author")
     before.doc_string = "kept"
     result = bnexport.fold_onnx(before)
     assert not result.changed
     assert result.model == before
     other = model()
-    other.metadata_props.add(key="author", value="somebody")
+    other.metadata_props.add(key="author", value="A. Author")
     folded = bnexport.fold_onnx(other).model
     assert folded.metadata_props == other.metadata_props
     assert folded.producer_name == "test"
@@ -121,7 +121,6 @@ def test_bfloat16():
     result = bnexport.fold_onnx(given)
     assert [row.outcome for row in result.report.rows] == ["backward"]
     assert {tensor.data_type for tensor in result.model.graph.initializer} == {TensorProto.BFLOAT16}
-    assert result.report.error is not None
     assert result.report.error <= 1e-12
 
 
@@ -245,7 +244,6 @@ def test_sizes_that_vary_are_expressions():
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_transposed_convolution_is_torchs(groups: int, dims: int):
-    torch.manual_seed(0)
     layer = nn.ConvTranspose2d if dims == 2 else (nn.ConvTranspose1d if dims == 1 else nn.ConvTranspose3d)
     module = layer(4, 12, 3, stride=2, padding=1, output_padding=1, groups=groups, dilation=2).double()
     x = torch.randn(2, 4, *[5, 4, 3][:dims], dtype=torch.float64)
@@ -274,7 +272,7 @@ def test_average_pooling_is_torchs(counted: int):
     assert np.allclose(found, expected.numpy(), atol=1e-12)
 
 
-# --- the torch door ---------------------------------------------------------------------------------------------------
+# --- compared with the torch backend -----------------------------------------------------------------------------------
 
 
 def small_densenet() -> nn.Module:
@@ -288,7 +286,6 @@ def small_shufflenet() -> nn.Module:
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("build", [small_densenet, small_shufflenet])
 def test_it_folds_as_many_as_the_torch_backend(build: Any):
-    torch.manual_seed(0)
     network = randomise(build()).eval()
     inputs = (torch.randn(2, 3, 64, 64),)
     exported = torch.onnx.export(
@@ -301,7 +298,6 @@ def test_it_folds_as_many_as_the_torch_backend(build: Any):
     assert len(ours.rows) == len(theirs.rows) == count > 0
     assert [row.outcome for row in ours.rows] == [row.outcome for row in theirs.rows]
     assert not ours.warnings
-    assert ours.error is not None
     assert ours.error <= 1e-9
 
 
@@ -324,6 +320,5 @@ def test_rounding_that_the_file_amplifies_is_no_fault(
         return found
 
     monkeypatch.setattr(OnnxWriter, "write", wrong)
-    if decides:
-        with pytest.raises(ProofError, match="a fold that is not exact"):
-            bnexport.fold_onnx(g.model())
+    with pytest.raises(ProofError, match="a fold that is not exact"):
+        bnexport.fold_onnx(g.model())

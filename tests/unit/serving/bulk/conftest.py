@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from support.bundles import network
+from support.pictures import png
 
 from bnexport.bundle import Bundle
 from bnexport.data.datasets import load_dataset
@@ -25,12 +24,6 @@ def wanted() -> np.ndarray:
     """Logits of the original network."""
     with torch.no_grad():
         return network()(torch.from_numpy(Preprocessing().apply(IMAGES))).numpy()
-
-
-def png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="session")

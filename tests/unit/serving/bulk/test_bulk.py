@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support.bundles import copy_bundle, reseal, tuned_copy
+from support.pictures import png
 from unit.deploying.conftest import foreign_bundle
-from unit.serving.bulk.conftest import IMAGES, png, predict, rows
+from unit.serving.bulk.conftest import IMAGES, predict, rows
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
@@ -131,7 +132,7 @@ def test_what_is_missing_or_cut_off_is_written_again(bundle: Bundle, sources: di
 
 
 def test_a_part_of_another_job_is_written_again(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
-    """As a worker that outlived its killed parent may leave one: it has as many rows."""
+    """A worker that outlived its killed parent may leave such a part, with the same number of rows."""
     other = reseal(copy_bundle(bundle, tmp_path / "bn_lenet" / "1"), labels=tuple("abcdefghij"))
     predict(other, sources["a.npy"], tmp_path / "other")
     predict(bundle, sources["a.npy"], tmp_path / "out")
@@ -169,7 +170,7 @@ def test_a_folder_of_something_else_is_never_replaced(bundle: Bundle, sources: d
         with pytest.raises(OutputError, match="not a folder of predictions"):
             predict(bundle, sources["a.npy"], tmp_path / out, force=True)
     (tmp_path / "out" / "precious").unlink()
-    assert predict(bundle, sources["a.npy"], tmp_path / "out").rows == 90, "an empty folder is as good as none"
+    assert predict(bundle, sources["a.npy"], tmp_path / "out").rows == 90, "an empty folder is accepted"
     (tmp_path / "out" / JOB).write_text("[]")
     with pytest.raises(OutputError, match="not written by bnexport"):
         predict(bundle, sources["a.npy"], tmp_path / "out", force=True)
@@ -204,7 +205,7 @@ def test_predictions_are_not_written_into_the_bundle(bundle: Bundle, sources: di
 def test_a_worker_that_can_not_open_its_file_reports_it(
     bundle: Bundle, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    """In a separate process, too."""
+    """The worker is a separate process."""
     folder = copy_bundle(bundle, tmp_path / "1")
     (folder / MODEL_TORCHSCRIPT).unlink()
     with pytest.raises(BundleError, match=r"has no model\.pt"):
@@ -218,7 +219,7 @@ def test_an_unknown_engine(bundle: Bundle, sources: dict[str, Path], tmp_path: P
 
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_damaged_image_ends_the_run_and_the_repaired_one_resumes(bundle: Bundle, tmp_path: Path, gone: bool) -> None:
-    """With processes: the error arrives complete, and written files stay, also after the picture is repaired or removed."""
+    """With processes, the error arrives complete. Written files stay, also after the picture is repaired or removed."""
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(12):
@@ -252,7 +253,7 @@ def test_a_folder_is_read_as_training_reads_it(bundle: Bundle, tmp_path: Path) -
 
 
 def test_force_keeps_what_belongs_to_the_new_job_alone(bundle: Bundle, tmp_path: Path) -> None:
-    """A picture that goes moves all after it by one; a second source that grows leaves the first one as it is."""
+    """Without one picture, all later ones move by one. A second source that grows does not change the first one."""
     first, second, out = tmp_path / "a", tmp_path / "b.npy", tmp_path / "out"
     first.mkdir()
     for index in range(8):
@@ -275,7 +276,7 @@ def test_force_keeps_what_belongs_to_the_new_job_alone(bundle: Bundle, tmp_path:
 def test_an_actor_of_ray_starts_from_the_users_folder(
     bundle: Bundle, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray's processes are where Ray was started; an error while the worker opens travels as a value, too."""
+    """Ray's processes start in another folder. An error while the worker opens is returned as a value, too."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.npy").write_bytes(sources["a.npy"].read_bytes())
     copy_bundle(bundle, tmp_path / "b")

@@ -1,4 +1,4 @@
-"""A bulk prediction as its own process: killed between shards, interrupted, measured for memory, on Ray."""
+"""A bulk prediction in a separate process: killed between shards, interrupted, measured for memory, on Ray."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from support.processes import alive
 from unit.serving.bulk.conftest import IMAGES
 
 from bnexport.bundle import Bundle
@@ -21,7 +22,7 @@ from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
 from bnexport.serving.bulk.bulk_request import BulkRequest
 
 ROOT = Path(__file__).parents[4]
-#: A cluster that runs on this machine is not joined: its actors are no children of the test.
+#: A cluster on this machine is not joined: its actors would not be children of the test.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
 SHARD_ROWS = 100
 LIMIT = 120
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reas
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough rows that a kill falls between shards; every row has another image, so that a duplicate row is found."""
+    """A source with enough rows for a kill between shards. Each row has another image, so that a duplicate row is found."""
     images = np.concatenate([np.roll(IMAGES, step, 2) for step in range(100)])
     np.save(file := tmp_path_factory.mktemp("stack") / "stack.npy", images)
     return file
@@ -65,13 +66,6 @@ def parts(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -88,10 +82,12 @@ def test_a_kill_between_shards_loses_and_doubles_nothing(bundle: Bundle, stack: 
         process.wait(LIMIT)
         until("the end of its workers", lambda: not any(map(alive, workers)), 30)
     before = parts(out)
-    assert 3 <= len(before) < 90, "killed in between"
+    assert 3 <= len(before) < 90, "killed between shards"
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT, check=True)
     assert f"{len(before) * SHARD_ROWS} were there already" in done.stdout
-    assert {name: time for name, time in parts(out).items() if name in before} == before, "done is done"
+    assert {name: time for name, time in parts(out).items() if name in before} == before, (
+        "finished files are not written again"
+    )
     assert len(parts(out)) == 90
     predict_in_bulk(bundle, [stack], whole, request=BulkRequest(workers=1, shard_rows=SHARD_ROWS))
     rows = pq.read_table(out)
@@ -113,7 +109,7 @@ def test_ctrl_c_leaves_whole_shards(bundle: Bundle, stack: Path, tmp_path: Path)
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_workers_ignore_ctrl_c_while_they_start(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
-    """Until Python has come to our own code it would answer with a traceback."""
+    """Before bnexport's code runs, Python would print a traceback."""
     deaf = {}
     with started(command(bundle, stack, tmp_path / "out", "--workers", "2")) as process:
         while not parts(tmp_path / "out"):
@@ -167,14 +163,14 @@ def test_memory_does_not_grow_with_the_source(bundle: Bundle, tmp_path: Path, en
 
 @pytest.mark.needs("ray")
 def test_ray_with_an_actor_killed_in_between(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
-    """On a local Ray of two workers; what it writes is what this machine's own engine writes."""
+    """On a local Ray of two workers, which writes the same files as the local engine."""
     program = Path(__file__).with_name("ray_child.py")
     out, whole = tmp_path / "out", tmp_path / "whole"
     words = [sys.executable, str(program), str(bundle.path), str(stack), str(out), str(SHARD_ROWS)]
     with started(words) as process:
         printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-2000:]
-    assert printed.splitlines()[-1] == "killed 1 rows 9000", "what stands before is Ray's word of the death"
+    assert printed.splitlines()[-1] == "killed 1 rows 9000", "Ray reports the death before"
     predict_in_bulk(bundle, [stack], whole, request=BulkRequest(workers=1, shard_rows=SHARD_ROWS))
     assert pq.read_table(out).equals(pq.read_table(whole))
     assert len(parts(out)) == 90
@@ -191,7 +187,7 @@ def test_errors_of_ours_come_back_from_ray(bundle: Bundle, tmp_path: Path) -> No
 
 
 def test_two_runs_do_not_write_into_one_folder(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
-    """With --force of another job the second one would else mix its rows with the first one's."""
+    """Otherwise, --force of another job would mix its rows with those of the first job."""
     out = tmp_path / "out"
     with started(command(bundle, stack, out, "--workers", "1")) as process:
         until("a shard", lambda: parts(out))

@@ -10,20 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from unit.serving.bulk.conftest import IMAGES, png, predict, rows, write_parquet
+from support.pictures import png
+from unit.serving.bulk.conftest import IMAGES, predict, rows, write_parquet
 
 from bnexport.bundle import Bundle
 from bnexport.data.images import ENDINGS
 from bnexport.errors import DataError, UsageError
 from bnexport.serving.bulk.bulk_prediction import ShardWorker
 from bnexport.serving.bulk.bulk_request import BulkRequest
-from bnexport.serving.bulk.image_sources import READERS, SOURCES
 from bnexport.serving.bulk.job import make_job
-
-
-def test_every_kind_of_source_has_its_reader() -> None:
-    assert set(SOURCES) == set(READERS)
-
 
 #: Source -> part of the error.
 BAD_SOURCES = {
@@ -102,7 +97,7 @@ def test_bad_sources(bundle: Bundle, tmp_path: Path, name: str) -> None:
     assert not list((tmp_path / "out").glob("part-*"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such names")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 @pytest.mark.parametrize("name", [b"in/\xff.png", b"in\xff/a.png", b"in/\xff.parquet"])
 def test_a_name_that_is_not_text(bundle: Bundle, tmp_path: Path, name: bytes) -> None:
     file = tmp_path / os.fsdecode(name)
@@ -112,7 +107,7 @@ def test_a_name_that_is_not_text(bundle: Bundle, tmp_path: Path, name: bytes) ->
         predict(bundle, file.parent, tmp_path / "out")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such names")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_predictions_go_into_a_folder_of_any_name(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / os.fsdecode(b"\xff")
     assert predict(bundle, sources["a.npy"], out).resumed_rows == 0
