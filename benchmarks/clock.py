@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Spread:
             raise ValueError("a spread needs a value")
         return cls(min(values), statistics.median(values), max(values), len(values))
 
-    def to_json(self) -> dict[str, float]:
-        """Return plain JSON values."""
-        return asdict(self)
+    @classmethod
+    def ratio(cls, values: Iterable[float], base: Iterable[float]) -> Spread:
+        """Return the spread of the ratios of two variants that were measured in the same rounds."""
+        return cls.of([value / other for value, other in zip(values, base, strict=True)])

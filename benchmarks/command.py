@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NoReturn, TypeVar
 
 from bnexport import interrupts
 from bnexport.cli.main import EXIT_CODES, EXIT_INTERRUPTED
-from bnexport.errors import BnexportError
+from bnexport.errors import BnexportError, RuntimeUnavailable
+
+_T = TypeVar("_T")
 
 
 def options(name: str, text: str | None) -> argparse.ArgumentParser:
@@ -29,6 +34,31 @@ def known(parser: argparse.ArgumentParser, names: Sequence[str], table: Sequence
 def progress(line: str) -> None:
     """Print a line of progress to standard error."""
     print(line, file=sys.stderr, flush=True)
+
+
+def measured_in_child(what: str, *words: str, remedy: str, env: Mapping[str, str] | None = None) -> Any:
+    """Run ``python -m`` with these words, and return the JSON of the last line that it prints.
+
+    RuntimeUnavailable: it failed; the message has the last line of its errors.
+    """
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False, env=env)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise RuntimeUnavailable(f"{what} can't be measured: {last[:200]}", remedy=remedy)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def side_by_side(calls: Sequence[Callable[[], _T]], workers: int) -> Iterator[_T]:
+    """Yield results as they come from threads that wait for processes; with 0 workers one after the other in this thread."""
+    if workers < 1:
+        yield from (call() for call in calls)
+        return
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for future in as_completed([pool.submit(call) for call in calls]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def finish(name: str, action: Callable[[], int | None]) -> NoReturn:

@@ -78,8 +78,3 @@ class EfficientNetLite(nn.Module):
         x = functional.relu6(self._bn1(self._conv_head(x)))
         logits: Tensor = self._fc(torch.mean(x, (2, 3)))
         return logits
-
-
-def lite0() -> nn.Module:
-    """Return the network without its weights."""
-    return EfficientNetLite()

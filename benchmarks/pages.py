@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from benchmarks.clock import Spread
+from bnexport.environment import describe, environment
 from bnexport.files import write_atomically
 
 _WIDTH = 120
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a template, named by its path below this folder, with its values filled in."""
-    environment = jinja2.Environment(
+    """Return a template, named by its path below this folder, with its values and this machine with its load filled in."""
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, autoescape=False,
     )  # fmt: skip
-    environment.filters |= {"ranged": ranged, "fixed": lambda value, digits=0: f"{value:,.{digits}f}"}
-    return environment.get_template(template).render(values)
+    templates.filters |= {"ranged": ranged, "fixed": lambda value, digits=0: f"{value:,.{digits}f}"}
+    here = {"machine": describe(environment()), "load": os.getloadavg()[0]}
+    return templates.get_template(template).render(here | values)
+
+
+def table_page(heads: Sequence[str], rows: Sequence[Sequence[object]], conditions: str) -> str:
+    """Return a table in Markdown with a sentence of conditions below it, which ends with this machine and its load."""
+    return render("table.md.jinja", heads=heads, rows=rows, conditions=conditions)
 
 
 def ranged(spread: Spread, digits: int = 2) -> str:

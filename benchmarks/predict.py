@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-import os
 import resource
 import tempfile
 import time
@@ -21,11 +20,12 @@ import numpy as np
 
 from benchmarks.clock import Spread
 from benchmarks.command import finish, options
-from benchmarks.pages import ranged, render
+from benchmarks.pages import ranged, table_page
+from benchmarks.serving.alone import open_session
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.data.images import map_npy
-from bnexport.environment import available_cores, describe, environment
-from bnexport.optional import require
+from bnexport.environment import available_cores
+from bnexport.errors import RuntimeUnavailable
 from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
 from bnexport.serving.bulk.bulk_request import BulkRequest
 
@@ -40,27 +40,27 @@ class Cost(NamedTuple):
 def side_by_side(bundle: Bundle, images: Path, *, workers: int, repeats: int = 5) -> str:
     """Return a table in Markdown of pairs of runs; the model takes grey images as pixel / 255."""
     rows = len(map_npy(images))
+    model, name = bundle.file(MODEL_ONNX), bundle.manifest.signature.inputs[0].name
+    loop = functools.partial(in_processes, workers, rows, _loop, model, name, images)
     bare, ours = [], []
     for _ in range(repeats):
-        bare.append(cost_of(lambda: _bare(bundle, images, workers), rows))
+        bare.append(cost_of(loop, rows))
         with tempfile.TemporaryDirectory() as folder:
             out, request = Path(folder, "out"), BulkRequest(workers=workers)
             ours.append(cost_of(functools.partial(predict_in_bulk, bundle, [images], out, request=request), rows))
-    pairs = list(zip(bare, ours, strict=True))
-    rates, times = [own.rate / other.rate for other, own in pairs], [other.cpu / own.cpu for other, own in pairs]
     cells = [
         [what, ranged(Spread.of([cost.rate for cost in costs]), 0), ranged(Spread.of([cost.cpu for cost in costs]), 1)]
         for what, costs in (("bare onnxruntime loop", bare), ("`bnexport predict --out`", ours))
     ]
-    cells.append(["share of the bare loop's images", ranged(Spread.of(rates)), ranged(Spread.of(times))])
-    machine, load = describe(environment()), os.getloadavg()[0]
-    return render(
-        "predict.md.jinja", cells=cells, repeats=repeats, rows=rows, workers=workers, load=load, machine=machine
-    )
+    rates = Spread.ratio((cost.rate for cost in ours), (cost.rate for cost in bare))
+    times = Spread.ratio((cost.cpu for cost in bare), (cost.cpu for cost in ours))
+    cells.append(["share of the bare loop's images", ranged(rates), ranged(times)])
+    conditions = f"Median (least to most) of n = {repeats} pairs of {rows} images, {workers} workers"
+    return table_page(["what", "images/s", "CPU time per image, us"], cells, conditions)
 
 
 def cost_of(run: Callable[[], object], rows: int) -> Cost:
-    """Children count once they have ended; both sides wait for their children."""
+    """Measure a run over images; its child processes count, because both sides wait for their end."""
     begin, before = time.perf_counter(), _cpu_seconds()
     run()
     return Cost(rows / (time.perf_counter() - begin), (_cpu_seconds() - before) / rows * 1e6)
@@ -72,24 +72,22 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def _bare(bundle: Bundle, images: Path, workers: int) -> None:
-    """Run processes that only scale uint8 to float32 and run batches of 256."""
-    cuts = np.linspace(0, len(map_npy(images)), workers + 1).astype(int).tolist()
-    same = (str(bundle.file(MODEL_ONNX)), bundle.manifest.signature.inputs[0].name, str(images))
+def in_processes(count: int, rows: int, loop: Callable[..., None], *arguments: object) -> None:
+    """Divide rows among processes that each call ``loop(*arguments, start, stop)``; RuntimeUnavailable if one fails."""
+    cuts = np.linspace(0, rows, count + 1).astype(int).tolist()
     context = multiprocessing.get_context("spawn")
-    tasks = [context.Process(target=_loop, args=(*same, *pair)) for pair in itertools.pairwise(cuts)]
+    tasks = [context.Process(target=loop, args=(*arguments, *pair)) for pair in itertools.pairwise(cuts)]
     for task in tasks:
         task.start()
     for task in tasks:
         task.join()
+    if any(task.exitcode for task in tasks):
+        raise RuntimeUnavailable("a process of the bare loop failed", remedy="Its error is above")
 
 
-def _loop(model: str, name: str, images: str, start: int, stop: int) -> None:
-    ort = require("onnxruntime", purpose="the bare loop")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    array = np.load(images, mmap_mode="r", allow_pickle=False)
+def _loop(model: Path, name: str, images: Path, start: int, stop: int) -> None:
+    """Only scale uint8 to float32 and run batches of 256."""
+    session, array = open_session(model), np.load(images, mmap_mode="r", allow_pickle=False)
     for at in range(start, stop, 256):
         session.run(None, {name: array[at : min(at + 256, stop), None].astype(np.float32) / np.float32(255)})
 

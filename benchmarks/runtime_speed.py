@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import statistics
@@ -20,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -29,7 +29,7 @@ from benchmarks import main_job, real_networks
 from benchmarks.clock import Spread
 from benchmarks.command import finish, known, options, progress
 from benchmarks.pages import ranged, render, write_page
-from benchmarks.predict import cost_of
+from benchmarks.predict import cost_of, in_processes
 from bnexport.benchmarking.benchmark import benchmark
 from bnexport.benchmarking.report import recommendations
 from bnexport.benchmarking.request import BenchmarkRequest
@@ -270,10 +270,10 @@ def _prepared(network: str, folder: Path) -> Any:
             if network == LENET
             else torch.load(folder / f"{network}.module", weights_only=False)
         )
-    from benchmarks.efficientnet_lite import lite0
+    from benchmarks.efficientnet_lite import EfficientNetLite
 
     row = next(item for item in real_networks.NETWORKS if item.name.lower() == LITE)
-    module = lite0()
+    module = EfficientNetLite()
     module.load_state_dict(torch.load(real_networks.unpacked(row) / row.member, weights_only=True))
     module.eval()
     torch.save(module, folder / f"{network}.module")
@@ -443,7 +443,8 @@ def bulk(bundle: Path, choice: Choice, rounds: int, images: int) -> Target:
         np.save(file, np.random.default_rng(0).integers(0, 256, (images, *NETWORKS[LENET][0][1:]), np.uint8))
         for number in range(1, rounds + 1):
             progress(f"predict: round {number} of {rounds}")
-            bare.append(cost_of(lambda: _bare(bundle, choice, file), images).rate)
+            loop = partial(in_processes, choice.sessions, images, _bare_loop, bundle, choice, file)
+            bare.append(cost_of(loop, images).rate)
             out, request = Path(place, f"out{number}"), BulkRequest(runtime=choice.runtime)
             ours.append(cost_of(lambda: predict_in_bulk(bundle, [file], out, request=request), images).rate)  # noqa: B023
     compared = (
@@ -454,22 +455,8 @@ def bulk(bundle: Path, choice: Choice, rounds: int, images: int) -> Target:
     return Target(f"predict --out of {images:,} images, share of the bare loop", compared, ratios, SHARE)
 
 
-def _bare(bundle: Path, choice: Choice, images: Path) -> None:
-    """Run processes that scale uint8 to float32 and call the engine, and keep no answer."""
-    cuts = np.linspace(0, len(np.load(images, mmap_mode="r")), choice.sessions + 1).astype(int).tolist()
-    context = multiprocessing.get_context("spawn")
-    tasks = [
-        context.Process(target=_bare_loop, args=(bundle, choice, images, *pair)) for pair in itertools.pairwise(cuts)
-    ]
-    for task in tasks:
-        task.start()
-    for task in tasks:
-        task.join()
-    if any(task.exitcode for task in tasks):
-        raise RuntimeUnavailable("a process of the bare loop failed", remedy="Its error is above")
-
-
 def _bare_loop(bundle: Path, choice: Choice, images: Path, start: int, stop: int) -> None:
+    """Scale uint8 to float32 and call the engine, and keep no answer."""
     engine = {"onnxruntime-cpu": "ONNX Runtime", "openvino-cpu": "OpenVINO"}[choice.runtime]
     run = opener(engine, bundle, choice.threads)
     array = np.load(images, mmap_mode="r", allow_pickle=False)

@@ -1,10 +1,10 @@
-"""The chapter's claims judged by the results. Every sentence is generated from the numbers."""
+"""The chapter's claims, judged by the results. Every sentence is generated from the numbers."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.chapter.plan import BATCH_RATES, BATCHES, CHAPTER_BATCH, CONVENTION_BATCHES, RATES
@@ -23,7 +23,7 @@ MOVED = 0.02
 class Claim:
     """One claim, and the numbers on it, as sentences."""
 
-    said: str
+    claim: str
     holds: bool  # the numbers show it
     found: str
 
@@ -38,31 +38,35 @@ def plus_minus(mean: Mean | None, digits: int = 3) -> str:
 
 def counted(setting: Setting) -> str:
     """Return the number of runs that learned, and the outcomes of the others."""
-    others = [f"{len(runs)} {words}" for name, words in _OTHERS if (runs := setting.having(name))]
+    words = {"chance": "at chance", "diverged": "diverged"}
+    others = [f"{len(runs)} {text}" for name, text in words.items() if (runs := setting.having(name))]
     return f"{len(setting.learned)} of {len(setting.runs)}" + (f" ({', '.join(others)})" if others else "")
 
 
-_OTHERS = (("chance", "at chance"), ("diverged", "diverged"))
+def _complete(setting: Setting) -> bool:
+    """Return True if every seed learned."""
+    return len(setting.learned) == len(setting.runs)
+
+
+def _pairs(one: Setting, other: Setting) -> Iterator[tuple[RunResult, RunResult]]:
+    """Yield the trainings of two settings, seed by seed."""
+    return zip(one.runs, other.runs, strict=True)
 
 
 def _rates(results: Results) -> list[Claim]:
-    by_norm = {
-        norm: [setting for setting in results.settings("a") if setting.spec.norm == norm] for norm in ("torch", "none")
+    settings = results.settings("a")
+    columns = {norm: [each for each in settings if each.spec.norm == norm] for norm in ("torch", "none")}
+    reach = {
+        norm: max((each.spec.lr for each in column if _complete(each)), default=0.0) for norm, column in columns.items()
     }
-    reach = {norm: _reach(settings) for norm, settings in by_norm.items()}
     parts = [
         f"{'with' if norm == 'torch' else 'without'} BatchNorm "
-        + ", ".join(f"{counted(setting)} at {setting.spec.lr:g}" for setting in settings)
-        for norm, settings in by_norm.items()
+        + ", ".join(f"{counted(setting)} at {setting.spec.lr:g}" for setting in column)
+        for norm, column in columns.items()
     ]
-    pairs = [
-        pair
-        for with_norm, without in zip(by_norm["torch"], by_norm["none"], strict=True)
-        for pair in zip(with_norm.runs, without.runs, strict=True)
-    ]
-    faster = [pair for pair in pairs if _lower_loss(*pair)]
+    pairs = [pair for sides in zip(*columns.values(), strict=True) for pair in _pairs(*sides)]
+    faster = sum(_lower_loss(*pair) for pair in pairs)
     passing = [epoch for pair in pairs if (epoch := _passes(*pair)) is not None]
-    epochs = results.plan.epochs
     speed = (
         f" In {len(passing)} of them it has passed the training accuracy that the other ends with before the end; in epoch"
         f" {statistics.median(passing):g} in the median pair, in epoch {max(passing)} in the slowest."
@@ -77,16 +81,11 @@ def _rates(results: Results) -> list[Claim]:
         ),
         Claim(
             "With BatchNorm training converges faster.",
-            len(faster) == len(pairs),
-            f"Of {len(pairs)} pairs of one learning rate and seed, in {len(faster)} the training loss of epoch {epochs} is"
-            f" lower with BatchNorm.{speed}",
+            faster == len(pairs),
+            f"Of {len(pairs)} pairs of one learning rate and seed, in {faster} the training loss of epoch"
+            f" {results.plan.epochs} is lower with BatchNorm.{speed}",
         ),
     ]
-
-
-def _reach(settings: Sequence[Setting]) -> float:
-    """The largest learning rate at which every seed learned; 0 if there is none."""
-    return max((setting.spec.lr for setting in settings if len(setting.learned) == len(setting.runs)), default=0.0)
 
 
 def _lower_loss(one: RunResult, other: RunResult) -> bool:
@@ -96,37 +95,32 @@ def _lower_loss(one: RunResult, other: RunResult) -> bool:
 
 
 def _passes(one: RunResult, other: RunResult) -> int | None:
-    """The epoch, before the last, in which one passes the final training accuracy of the other."""
+    """Return the epoch, before the last, in which one passes the final training accuracy of the other."""
     if not other.history or one.outcome == "diverged":
         return None
     aim = other.history[-1].train_accuracy
-    before = one.history[:-1]
-    return next((number for number, epoch in enumerate(before, 1) if epoch.train_accuracy > aim), None)
+    return next((n for n, epoch in enumerate(one.history[:-1], 1) if epoch.train_accuracy > aim), None)
 
 
 def _conventions(results: Results) -> list[Claim]:
     by_place = {(setting.spec.batch_size, setting.spec.norm): setting for setting in results.settings("b")}
-    same, equal, parts, factors = False, True, [], []
+    same, equal, parts, factors, apart = False, True, [], [], 0.0
     for size in CONVENTION_BATCHES:
         torch, unbiased, biased = (by_place[size, norm] for norm in ("torch", "scratch-unbiased", "scratch"))
-        apart, spread = _apart(torch, unbiased), torch.mean(lambda epoch: epoch.train_loss)
+        losses, spread = _apart(torch, unbiased), torch.mean("train_loss")
         deviation = (spread.deviation if spread is not None else None) or 0.0
-        learned = all(len(setting.learned) == results.plan.seeds for setting in (torch, unbiased))
         if size == CHAPTER_BATCH:  # many small, noisy steps amplify rounding until the two differ as two seeds do
-            same = learned and apart <= SAME * deviation
-        parts.append(f"{apart:.1e} with batches of {size} (seeds deviate by {deviation:.1e})")
+            same = _complete(torch) and _complete(unbiased) and losses <= SAME * deviation
+        parts.append(f"{losses:.1e} with batches of {size} (seeds deviate by {deviation:.1e})")
         expected, factor = size / (size - 1), _variance_factor(unbiased, biased)
-        equal = equal and abs(factor - expected) < FACTOR_TOLERANCE * (expected - 1) and _apart(unbiased, biased) == 0.0
-        change = Mean.of(changes_of(unbiased, biased))
+        equal = equal and abs(factor - expected) < FACTOR_TOLERANCE * (expected - 1)
+        apart = max(apart, _apart(unbiased, biased))
         factors.append(
             f"with batches of {size} the moving variances behind the linear layers are"
             f" {'-' if math.isnan(factor) else f'{factor:.4f}'} times the biased ones"
-            f" (n/(n-1) = {expected:.4f}), and test accuracy changes by {plus_minus(change, 4)}"
+            f" (n/(n-1) = {expected:.4f}), and test accuracy changes by {plus_minus(Mean.of(changes_of(unbiased, biased)), 4)}"
         )
-    bits = [_apart(by_place[size, "scratch-unbiased"], by_place[size, "scratch"]) for size in CONVENTION_BATCHES]
-    trained = (
-        "Training is the same to the last bit" if not any(bits) else f"Training losses differ by up to {max(bits):.1e}"
-    )
+    trained = f"Training losses differ by up to {apart:.1e}" if apart else "Training is the same to the last bit"
     return [
         Claim(
             f"With batches of {CHAPTER_BATCH} the layer from scratch trains as the framework's does, if both keep the same"
@@ -136,38 +130,28 @@ def _conventions(results: Results) -> list[Claim]:
         ),
         Claim(
             "The chapter's layer, which keeps the biased variance, differs in its moving variance alone.",
-            equal,
+            equal and not apart,
             f"{trained}; {'; '.join(factors)}.",
         ),
     ]
 
 
 def _apart(one: Setting, other: Setting) -> float:
-    """The largest difference between training losses of one seed and epoch."""
-    return max(
-        (
-            abs(mine.train_loss - yours.train_loss)
-            for run, twin in zip(one.runs, other.runs, strict=True)
-            for mine, yours in zip(run.history, twin.history, strict=False)
-        ),
-        default=0.0,
-    )
+    """Return the largest difference between training losses of one seed and epoch."""
+    epochs = (zip(run.history, twin.history, strict=False) for run, twin in _pairs(one, other))
+    return max((abs(a.train_loss - b.train_loss) for pairs in epochs for a, b in pairs), default=0.0)
 
 
 def changes_of(one: Setting, other: Setting) -> list[float]:
     """Return the differences of final test accuracy, seed by seed."""
-    pairs = zip(one.runs, other.runs, strict=True)
-    return [a.history[-1].test_accuracy - b.history[-1].test_accuracy for a, b in pairs if a.history and b.history]
+    histories = [(run.history, twin.history) for run, twin in _pairs(one, other)]
+    return [mine[-1].test_accuracy - yours[-1].test_accuracy for mine, yours in histories if mine and yours]
 
 
 def _variance_factor(one: Setting, other: Setting) -> float:
-    """Geometric mean, over seeds and the layers behind linear ones, of one's moving variances over the other's."""
-    ratios = [
-        run.moving_var[layer] / twin.moving_var[layer]
-        for run, twin in zip(one.runs, other.runs, strict=True)
-        for layer in ("bn3", "bn4")
-        if layer in run.moving_var and layer in twin.moving_var
-    ]
+    """Return the geometric mean, over seeds and the layers behind linear ones, of the ratios of moving variances."""
+    variances = [(run.moving_var, twin.moving_var) for run, twin in _pairs(one, other)]
+    ratios = [a[layer] / b[layer] for a, b in variances for layer in ("bn3", "bn4") if layer in a and layer in b]
     return statistics.geometric_mean(ratios) if ratios else math.nan
 
 
@@ -175,17 +159,16 @@ def _batches(results: Results) -> list[Claim]:
     inside, worst, parts, tiny = True, True, [], []
     for lr in BATCH_RATES:
         settings = [setting for setting in results.settings("c") if setting.spec.lr == lr]
-        means = {setting: mean for setting in settings if (mean := _whole(setting)) is not None}
+        means = {each: mean for each in settings if _complete(each) and (mean := each.mean("test_accuracy"))}
         if not means:
             inside = worst = False
             parts.append(f"at {lr:g} at no size every seed learned")
             continue
-        best = max(means, key=lambda setting: means[setting].mean)
+        best, first = max(means, key=lambda setting: means[setting].mean), settings[0]
         inside = inside and best.spec.batch_size not in (BATCHES[0], BATCHES[-1])
         parts.append(f"at {lr:g} batches of {best.spec.batch_size} are best with {plus_minus(means[best])}")
-        first = settings[0]
         worst = worst and _clearly_worse(means.get(first), means[best])
-        accuracy = first.mean(lambda epoch: epoch.test_accuracy)
+        accuracy = first.mean("test_accuracy")
         tiny.append(f"at {lr:g} {counted(first)}" + (f", test accuracy {plus_minus(accuracy)}" if accuracy else ""))
     return [
         Claim(
@@ -201,13 +184,8 @@ def _batches(results: Results) -> list[Claim]:
     ]
 
 
-def _whole(setting: Setting) -> Mean | None:
-    """Test accuracy of a setting whose seeds all learned."""
-    return setting.mean(lambda epoch: epoch.test_accuracy) if len(setting.learned) == len(setting.runs) else None
-
-
 def _clearly_worse(one: Mean | None, best: Mean) -> bool:
-    """True if a mean lies below another by more than both deviations, or not every seed learned."""
+    """Return True if a mean is below another by more than both deviations, or not every seed learned."""
     return one is None or one.mean + (one.deviation or 0.0) < best.mean - (best.deviation or 0.0)
 
 
@@ -241,7 +219,7 @@ def _gap(epoch: EpochResult) -> float | None:
 
 
 def _per_run(setting: Setting, of: Callable[[EpochResult], float | None]) -> list[float]:
-    """The mean of a value over the epochs of each run that learned: epochs of one run are not independent."""
+    """Return the mean of a value over the epochs of each run that learned: epochs of one run are not independent."""
     found = [[value for epoch in run.history if (value := of(epoch)) is not None] for run in setting.learned]
     return [statistics.mean(values) for values in found if values]
 
@@ -249,37 +227,33 @@ def _per_run(setting: Setting, of: Callable[[EpochResult], float | None]) -> lis
 def _affine(results: Results) -> list[Claim]:
     (setting,) = results.settings("e")
     runs = [run for run in setting.learned if run.affine]
-    parts, moved, agree, layers = [], bool(runs), bool(runs), list(runs[0].affine) if runs else []
-    for layer in layers:
+    parts, apart, moved, agree = [], [], bool(runs), bool(runs)
+    for layer in runs[0].affine if runs else []:
         gamma, beta = ([value for run in runs for value in run.affine[layer][name]] for name in ("gamma", "beta"))
-        distances = [
+        farthest = [
             statistics.median(abs(value - start) for value in values) for values, start in ((gamma, 1), (beta, 0))
         ]
-        moved = moved and min(distances) > MOVED
+        moved = moved and min(farthest) > MOVED
         negative = sum(value < 0 for value in gamma)
         parts.append(
             f"{layer} gamma {min(gamma):.2f} to {max(gamma):.2f} ({negative} of {len(gamma)} negative), beta {min(beta):.2f} to"
             f" {max(beta):.2f}"
         )
-        centres = [statistics.mean(run.affine[layer]["gamma"]) for run in runs]
-        agree = agree and len(centres) > 1 and statistics.stdev(centres) < statistics.stdev(gamma)
-    apart = [
-        f"{layer} {statistics.stdev(statistics.mean(run.affine[layer]['gamma']) for run in runs):.3f} against"
-        f" {statistics.stdev(value for run in runs for value in run.affine[layer]['gamma']):.3f}"
-        for layer in layers
-        if len(runs) > 1
-    ]
+        if len(runs) > 1:
+            seeds = statistics.stdev(statistics.mean(run.affine[layer]["gamma"]) for run in runs)
+            agree = agree and seeds < statistics.stdev(gamma)
+            apart.append(f"{layer} {seeds:.3f} against {statistics.stdev(gamma):.3f}")
     return [
         Claim("Gamma and beta are learned: they leave 1 and 0.", moved, f"{'; '.join(parts) or 'No run learned'}."),
         Claim(
             "Seeds give channels of their own, but layers alike.",
-            agree,
+            agree and len(runs) > 1,
             f"Deviation of a layer's mean gamma over seeds against that of gamma over channels: {'; '.join(apart) or '-'}.",
         ),
     ]
 
 
-#: Experiment -> its claims.
+#: Experiment -> its judged claims; the experiment must be complete.
 CLAIMS: dict[str, Callable[[Results], list[Claim]]] = {
     "a": _rates,
     "b": _conventions,
@@ -287,8 +261,3 @@ CLAIMS: dict[str, Callable[[Results], list[Claim]]] = {
     "d": _statistics,
     "e": _affine,
 }
-
-
-def claims_of(results: Results, experiment: str) -> list[Claim]:
-    """Return the judged claims of one complete experiment."""
-    return CLAIMS[experiment](results)

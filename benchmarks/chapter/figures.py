@@ -7,12 +7,11 @@ lines and small marks are single seeds, thick ones means over the seeds that lea
 from __future__ import annotations
 
 import math
-import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.chapter.claims import changes_of
 from benchmarks.chapter.plan import BATCH_RATES, BATCHES, CONVENTION_BATCHES, RATES
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Value = Callable[[EpochResult], float | None]
-
 
 @dataclass(frozen=True)
 class Series:
@@ -36,6 +33,10 @@ class Series:
     colour: str
     line: str
     mark: str
+
+    def plot(self, axes: Axes, across: Iterable[float], up: Iterable[float], **style: Any) -> None:
+        """Draw values in this style, apart from the given parts of it."""
+        axes.plot(list(across), list(up), **{"color": self.colour, "linestyle": self.line, "marker": self.mark} | style)
 
 
 _WITH = Series("with BatchNorm", "#0072B2", "-", "o")
@@ -48,9 +49,6 @@ _CONVENTIONS = {
     "scratch": Series("from scratch, biased variance", "#222222", ":", "x"),
 }
 _LAYERS = ("bn1", "bn2", "bn3", "bn4")
-_train_loss, _test_accuracy, _exact_accuracy, _shift = map(
-    operator.attrgetter, ("train_loss", "test_accuracy", "exact_accuracy", "shift")
-)
 
 
 def _rates(results: Results) -> Figure:
@@ -58,7 +56,7 @@ def _rates(results: Results) -> Figure:
     figure, grid = new_panels(9.0, 4.8, rows=2, columns=len(RATES), share=True)
     for setting in results.settings("a"):
         column, series = RATES.index(setting.spec.lr), _WITHOUT if setting.spec.norm == "none" else _WITH
-        for row, of in enumerate((_train_loss, _test_accuracy)):
+        for row, of in enumerate(("train_loss", "test_accuracy")):
             _curves(grid[row][column], setting, series, of)
     _columns(grid, ("train loss (nats)", "test accuracy (fraction)"))
     return figure
@@ -70,16 +68,14 @@ def _conventions(results: Results) -> Figure:
     by_place = {(setting.spec.batch_size, setting.spec.norm): setting for setting in results.settings("b")}
     for norm, series in _CONVENTIONS.items():
         for number, run in enumerate(by_place[CONVENTION_BATCHES[0], norm].runs):
-            losses = [epoch.train_loss for epoch in run.history]
-            curves.plot(
-                range(1, len(losses) + 1), losses, color=series.colour, linestyle=series.line, marker=series.mark,
-                markersize=5, linewidth=5.0 if norm == "torch" else 1.6, label=series.label if number == 0 else None,
-            )  # fmt: skip
+            losses, width = _values(run.history, "train_loss"), 5.0 if norm == "torch" else 1.6
+            label = series.label if number == 0 else None
+            series.plot(curves, range(1, len(losses) + 1), losses, markersize=5, linewidth=width, label=label)
     curves.set_title(f"batches of {CONVENTION_BATCHES[0]}, a curve for each seed", fontsize=9, color=INK)
     _finish(curves, "epoch", "train loss (nats)")
     for place, size in enumerate(CONVENTION_BATCHES):
         found = changes_of(by_place[size, "scratch-unbiased"], by_place[size, "scratch"])
-        changes.plot([place] * len(found), found, color=_WITH.colour, marker=_WITH.mark, linestyle="", markersize=5)
+        _WITH.plot(changes, [place] * len(found), found, linestyle="", markersize=5)
     changes.axhline(0.0, color=INK, linewidth=0.8)
     changes.set_xlim(-0.5, len(CONVENTION_BATCHES) - 0.5)
     changes.set_xticks(range(len(CONVENTION_BATCHES)), [str(size) for size in CONVENTION_BATCHES])
@@ -93,18 +89,15 @@ def _batches(results: Results) -> Figure:
     figure, (row,) = new_panels(9.0, 3.4, rows=1, columns=len(BATCH_RATES), share=True)
     for axes, lr in zip(row, BATCH_RATES, strict=True):
         settings = [setting for setting in results.settings("c") if setting.spec.lr == lr]
-        for series, of, aside in ((_MOVING, _test_accuracy, 0.96), (_EXACT, _exact_accuracy, 1.04)):
+        for series, of, aside in ((_MOVING, "test_accuracy", 0.96), (_EXACT, "exact_accuracy", 1.04)):
             places = [setting.spec.batch_size * aside for setting in settings]
             for place, setting in zip(places, settings, strict=True):
                 for run in setting.runs:
-                    values = [value for epoch in run.history[-1:] if (value := of(epoch)) is not None]
-                    axes.plot(
-                        [place] * len(values), values, color=series.colour, marker=series.mark, linestyle="", markersize=4,
-                        markerfacecolor=series.colour if run.outcome == "learned" else "none",
-                    )  # fmt: skip
-            means = [setting.mean(of) for setting in settings]
-            axes.plot(places, [mean.mean if mean is not None else math.nan for mean in means], color=series.colour,
-                      linestyle=series.line, linewidth=1.8, label=series.label)  # fmt: skip
+                    values = _values(run.history[-1:], of)
+                    face = series.colour if run.outcome == "learned" else "none"
+                    series.plot(axes, [place] * len(values), values, linestyle="", markersize=4, markerfacecolor=face)
+            means = [mean.mean if (mean := setting.mean(of)) is not None else math.nan for setting in settings]
+            series.plot(axes, places, means, marker="", linewidth=1.8, label=series.label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(BATCHES, [str(size) for size in BATCHES])
         axes.set_title(f"learning rate {lr:g}", fontsize=9, color=INK)
@@ -118,9 +111,9 @@ def _statistics(results: Results) -> Figure:
     figure, grid = new_panels(9.0, 4.8, rows=2, columns=len(RATES), share=True)
     for setting in results.settings("d"):
         column = RATES.index(setting.spec.lr)
-        _curves(grid[0][column], setting, _MOVING, _test_accuracy)
-        _curves(grid[0][column], setting, _EXACT, _exact_accuracy)
-        _curves(grid[1][column], setting, Series("distance", "#222222", "-", "o"), _shift)
+        _curves(grid[0][column], setting, _MOVING, "test_accuracy")
+        _curves(grid[0][column], setting, _EXACT, "exact_accuracy")
+        _curves(grid[1][column], setting, Series("distance", "#222222", "-", "o"), "shift")
     _columns(grid, ("test accuracy (fraction)", "shift of moving means\n(standard deviations)"))
     return figure
 
@@ -129,15 +122,15 @@ def _affine(results: Results) -> Figure:
     """Experiment e: a box for each layer and seed."""
     figure, (row,) = new_panels(9.0, 3.6, rows=1, columns=2)
     (setting,) = results.settings("e")
-    runs = [run for run in setting.runs if run.affine]
+    runs, blue = [run for run in setting.runs if run.affine], {"color": _WITH.colour}
     for axes, name, start in zip(row, ("gamma", "beta"), (1.0, 0.0), strict=True):
         axes.axhline(start, color="#D55E00", linestyle="--", linewidth=1.2, label=f"before training ({start:g})")
         for number, layer in enumerate(_LAYERS):
             for seed, run in enumerate(runs):
+                place = number + (seed + 1) / (len(runs) + 1) - 0.5
                 axes.boxplot(
-                    [run.affine[layer][name]], positions=[number + (seed + 1) / (len(runs) + 1) - 0.5],
-                    widths=0.7 / (len(runs) + 1), whis=(0, 100), manage_ticks=False,
-                    boxprops={"color": "#0072B2"}, whiskerprops={"color": "#0072B2"}, capprops={"color": "#0072B2"},
+                    [run.affine[layer][name]], positions=[place], widths=0.7 / (len(runs) + 1), whis=(0, 100),
+                    manage_ticks=False, boxprops=blue, whiskerprops=blue, capprops=blue,
                     medianprops={"color": "#222222", "linewidth": 1.6},
                 )  # fmt: skip
         axes.set_xticks(range(len(_LAYERS)), _LAYERS)
@@ -165,26 +158,21 @@ def write_figures(results: Results, folder: Path) -> None:
         write_atomically(path, render(FIGURES[experiment][0](results), path))
 
 
-def _curves(axes: Axes, setting: Setting, series: Series, of: Value) -> None:
-    """Thin lines for the seeds, a cross in the epoch where one diverged; a thick one for the mean of those that learned."""
+def _values(epochs: Iterable[EpochResult], of: str) -> list[float]:
+    return [value for epoch in epochs if (value := getattr(epoch, of)) is not None]
+
+
+def _curves(axes: Axes, setting: Setting, series: Series, of: str) -> None:
+    """Draw thin lines for the seeds, a cross where one diverged, and a thick line for the mean of those that learned."""
     for run in setting.runs:
-        values = [value for epoch in run.history if (value := of(epoch)) is not None]
-        epochs = range(1, len(values) + 1)
-        axes.plot(epochs, values, color=series.colour, linestyle=series.line, linewidth=0.6, alpha=0.7)
+        values = _values(run.history, of)
+        series.plot(axes, range(1, len(values) + 1), values, marker="", linewidth=0.6, alpha=0.7)
         if run.diverged is not None:
             above = axes.get_xaxis_transform()  # a diverged run has no value: the cross is at the upper edge
-            axes.plot([run.diverged], [0.96], color=series.colour, marker="X", linestyle="", transform=above)
-    means = _means(setting, of)
-    axes.plot(
-        range(1, len(means) + 1), means, color=series.colour, linestyle=series.line, linewidth=1.8, marker=series.mark,
-        markersize=4, label=series.label,
-    )  # fmt: skip
-
-
-def _means(setting: Setting, of: Value) -> list[float]:
-    """Means over the runs that learned, epoch by epoch."""
-    columns: Sequence[Sequence[EpochResult]] = list(zip(*(run.history for run in setting.learned), strict=True))
-    return [statistics.mean(value for epoch in column if (value := of(epoch)) is not None) for column in columns]
+            series.plot(axes, [run.diverged], [0.96], marker="X", linestyle="", transform=above)
+    columns = zip(*(run.history for run in setting.learned), strict=True)
+    means = [statistics.mean(_values(column, of)) for column in columns]
+    series.plot(axes, range(1, len(means) + 1), means, linewidth=1.8, markersize=4, label=series.label)
 
 
 def _columns(grid: list[list[Axes]], heads: tuple[str, str]) -> None:

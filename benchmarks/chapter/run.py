@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.chapter.plan import RunSpec
 from bnexport.data.datasets import load_dataset
 from bnexport.environment import environment, versions_of
-from bnexport.errors import DataError, Diverged, UsageError
+from bnexport.errors import Diverged, UsageError
 from bnexport.nn.batch_norm import BatchNorm
 from bnexport.nn.moving_statistics import recalibrate
 from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, layer_statistics
@@ -66,33 +66,22 @@ class RunResult:
 
     @property
     def outcome(self) -> str:
-        """Is "learned", "chance" or "diverged"."""
+        """Return "learned", "chance" or "diverged"."""
         if self.diverged is not None:
             return "diverged"
         last = self.history[-1]
         best = max(last.train_accuracy, last.test_accuracy, last.exact_accuracy or 0.0)
         return "learned" if best > CHANCE_FACTOR / self.classes else "chance"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> RunResult:
-        """Read the values of ``to_json``; DataError for others."""
-        try:
-            history = tuple(EpochResult(**epoch) for epoch in value["history"])
-            return cls(**{**value, "spec": RunSpec(**value["spec"]), "history": history})
-        except (TypeError, KeyError) as error:
-            problem = "this is not a result of a training"
-            raise DataError(problem, remedy="Remove the file, or name another folder") from error
-
 
 def measure(spec: RunSpec) -> RunResult:
     """Train once on the CPU."""
     started = time.perf_counter()
     train, test, classes = _samples(spec.dataset, spec.images, spec.test_images)
-    config = _config(spec)
+    config = TrainingConfig(
+        dataset=spec.dataset, norm=spec.norm.partition("-")[0], epochs=spec.epochs, lr=spec.lr, batch_size=spec.batch_size,
+        device="cpu", seed=spec.seed,
+    )  # fmt: skip
     model = build_network(config, classes, config.preprocessing())
     for layer in model.modules():
         if isinstance(layer, BatchNorm):
@@ -109,22 +98,12 @@ def measure(spec: RunSpec) -> RunResult:
                 diverged = epoch
                 break
     layers = layer_statistics(model.state_dict()) if diverged is None else []
-    return RunResult(
-        spec,
-        tuple(history),
-        diverged,
-        classes,
-        {layer.name: _affine(layer) for layer in layers},
-        {layer.name: _geometric_mean(layer) for layer in layers},
-        _conditions(),
-        round(time.perf_counter() - started, 2),
-    )
-
-
-def _conditions() -> dict[str, Any]:
-    """Hardware and versions, with those of figures, and the threads of this process."""
-    record = environment()
-    return record | {"packages": record["packages"] | versions_of("matplotlib"), "threads": torch.get_num_threads()}
+    affine = {layer.name: _affine(layer) for layer in layers}
+    variances = {layer.name: _geometric_mean(layer) for layer in layers}
+    here = environment()
+    here |= {"packages": here["packages"] | versions_of("matplotlib"), "threads": torch.get_num_threads()}
+    taken = round(time.perf_counter() - started, 2)
+    return RunResult(spec, tuple(history), diverged, classes, affine, variances, here, taken)
 
 
 @functools.lru_cache(maxsize=2)
@@ -140,17 +119,10 @@ def _samples(dataset: str, images: int, test_images: int) -> tuple[DataPart, Dat
     return train, test, len(found.labels)
 
 
-def _config(spec: RunSpec) -> TrainingConfig:
-    return TrainingConfig(
-        dataset=spec.dataset, norm=spec.norm.partition("-")[0], epochs=spec.epochs, lr=spec.lr, batch_size=spec.batch_size,
-        device="cpu", seed=spec.seed,
-    )  # fmt: skip
-
-
 def _after_epoch(model: nn.Module, trained: MeanMetrics, train: DataPart, test: DataPart, spec: RunSpec) -> EpochResult:
     """Test the network after an epoch; Diverged if its weights are finite, but its answers are not."""
     tested = evaluate(model, test)
-    exact = _with_exact_statistics(model, train, test, spec) if spec.norm != "none" else ()
+    exact = () if spec.norm == "none" else _with_exact_statistics(model, train, test, spec)
     result = EpochResult(trained.loss, trained.accuracy, tested.loss, tested.accuracy, *exact)
     if not all(math.isfinite(value) for value in vars(result).values() if value is not None):
         raise Diverged("the loss on the test set is not finite", remedy="Lower the learning rate")

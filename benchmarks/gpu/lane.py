@@ -15,11 +15,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from benchmarks.command import side_by_side
 from benchmarks.gpu import sweeps as tables
 from benchmarks.gpu.measure import MAX_SAMPLES, gpu_machine, measure
 from benchmarks.gpu.refusals import REFUSALS, HiddenLibrary, refuse
@@ -27,7 +28,7 @@ from benchmarks.gpu.results import TRAINING, Lane, merge, parts_of, read_results
 from benchmarks.gpu.sweeps import Sweep
 from bnexport.bundle import MANIFEST, Bundle
 from bnexport.environment import environment
-from bnexport.errors import RuntimeUnavailable, UsageError
+from bnexport.errors import RuntimeUnavailable
 from bnexport.files import sha256
 from bnexport.optional import one_line
 from bnexport.runtimes.base import plain_reason
@@ -38,22 +39,21 @@ from bnexport.runtimes.isolation import how_ended, import_path
 REQUIRED = {"cuda": "torch-cuda", "ort-cuda": "onnxruntime-cuda", "tensorrt": "onnxruntime-tensorrt"}
 #: Seconds for one part; TensorRT may build engines for minutes.
 PART_SECONDS = 1800.0
-#: Seconds for which a part may continue after the budget is spent.
-_GRACE = 60.0
-#: Seconds between two checks of a part's process.
-_POLL = 0.05
+#: Seconds for which a part may continue after the budget is spent, and between two checks of its process.
+_GRACE, _POLL = 60.0, 0.05
 #: Images of an epoch and of its evaluation, and a batch, in a rehearsal of the training speed on a CPU.
-_SMALL = {"train": 512, "test": 64, "batch_sizes": (128,)}
+_SMALL: dict[str, Any] = {"train": 512, "test": 64, "batch_sizes": (128,)}
+Part = Sweep | HiddenLibrary | None  # None: the training speed
 
 
 @dataclass(frozen=True)
 class LaneInput:
     """The inputs that all parts share."""
 
-    bundle: Bundle  # The bundle to verify
-    data_dir: Path | None = None  # The folder of the data set
-    max_samples: int = MAX_SAMPLES  # Upper bound on the samples of each kind
-    real: bool = True  # Whether GPU runtimes are measured; False: the CPU rehearses
+    bundle: Bundle  # the bundle to verify
+    data_dir: Path | None = None  # the folder of the data set
+    max_samples: int = MAX_SAMPLES  # upper bound on the samples of each kind
+    real: bool = True  # GPU runtimes are measured; False: the CPU rehearses
 
     def empty(self) -> Lane:
         """Return a lane without results."""
@@ -77,28 +77,32 @@ def run_lane(
     after ``seconds``, and a part that still runs a minute later is stopped. ``jobs`` parts run side by side, each in a separate
     process; 0: one by one in this process. ``on_line`` receives a line before each part, ``keep`` the results after it.
     """
-    begun = time.monotonic()
-    hidden = tuple(refusals) if sys.platform.startswith("linux") else ()
-    stop = threading.Event() if jobs > 0 else None
-    groups = [({sweep.name: _sweeping(job, sweep, stop) for sweep in sweeps}, jobs)]
-    groups.append(({TRAINING: _training(job, stop)} if training else {}, min(jobs, 1)))
-    groups.append(({refusal.part: _refusing(job, refusal) for refusal in hidden}, jobs))
-    todo = tuple(part for group, _ in groups for part in group)
+    begun, stop = time.monotonic(), threading.Event() if jobs > 0 else None
+    hidden = {item.part: item for item in refusals if sys.platform.startswith("linux")}
+    groups: list[tuple[dict[str, Part], int]] = [
+        ({sweep.name: sweep for sweep in sweeps}, jobs), ({TRAINING: None} if training else {}, min(jobs, 1)),
+        ({**hidden}, jobs),
+    ]  # fmt: skip
+    todo = tuple(name for parts, _ in groups for name in parts)
     lane = replace(job.empty(), unreached=todo)
     keep(lane)
 
-    def started(part: str, measurer: Callable[[float], Lane]) -> Lane | None:
+    def measured(name: str, part: Part) -> Lane | None:
         left = PART_SECONDS if seconds is None else begun + seconds - time.monotonic()
-        if left <= 0 or runtime_of(part) in lane.absent:
+        if left <= 0 or runtime_of(name) in lane.absent:
             return None
-        on_line(part)
-        return measurer(min(PART_SECONDS, left + (0 if seconds is None else _GRACE)))
+        on_line(name)
+        if isinstance(part, HiddenLibrary):
+            return replace(job.empty(), refused=(refuse(part, job.bundle.path),))
+        if stop is None:
+            return list(measure_part(job, part))[-1]
+        return _in_child(job, name, min(PART_SECONDS, left + (0 if seconds is None else _GRACE)), stop)
 
     try:
-        for group, workers in groups:
-            for found in _side_by_side([partial(started, part, group[part]) for part in group], workers):
+        for parts, workers in groups:
+            for found in side_by_side([partial(measured, *item) for item in parts.items()], workers):
                 if found is not None:
-                    lane = _with(lane, found, todo)
+                    lane = _in_order(merge([lane, found]), todo)
                     keep(lane)
     finally:
         if stop is not None:
@@ -106,37 +110,12 @@ def run_lane(
     return lane
 
 
-def _side_by_side(calls: Sequence[Callable[[], Lane | None]], workers: int) -> Iterator[Lane | None]:
-    """Yield the results as they come; with 0 workers one after the other in this thread."""
-    if workers < 1:
-        yield from (call() for call in calls)
-        return
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for future in as_completed([pool.submit(call) for call in calls]):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _with(lane: Lane, found: Lane, order: Sequence[str]) -> Lane:
-    """Return a lane with one more part, in the order of the table and not of the ends."""
-    merged = merge([lane, found])
-    sweeps = {name: merged.sweeps[name] for name in sorted(merged.sweeps, key=order.index)}
+def _in_order(lane: Lane, todo: Sequence[str]) -> Lane:
+    """Return a lane in the order of the tables and not of the ends of its parts."""
+    sweeps = {name: lane.sweeps[name] for name in sorted(lane.sweeps, key=todo.index)}
     return replace(
-        merged, sweeps=sweeps, refused=tuple(sorted(merged.refused, key=lambda item: order.index(item.refusal.part)))
+        lane, sweeps=sweeps, refused=tuple(sorted(lane.refused, key=lambda item: todo.index(item.refusal.part)))
     )
-
-
-def measure_part(job: LaneInput, part: str, write: Callable[[Lane], None]) -> None:
-    """Measure a sweep, or "training", in this process; ``write`` receives partial results. UsageError: the part is unknown."""
-    if part == TRAINING:
-        _measure_training(job, write)
-        return
-    sweep = next((sweep for sweep in table(job) if sweep.name == part), None)
-    if sweep is None:
-        raise UsageError(f"there is no sweep {part!r}", remedy=f"Known: {', '.join(s.name for s in table(job))}")
-    write(_measure_sweep(job, sweep))
 
 
 def table(job: LaneInput) -> tuple[Sweep, ...]:
@@ -144,67 +123,35 @@ def table(job: LaneInput) -> tuple[Sweep, ...]:
     return tables.gpu_sweeps() if job.real else tables.cpu_sweeps()
 
 
-def _measure_sweep(job: LaneInput, sweep: Sweep) -> Lane:
-    empty = job.empty()
-    if reason := plain_reason_of(sweep.spec):
-        return replace(empty, absent={sweep.spec.name: reason})
-    result = measure(sweep, job.bundle, data_dir=job.data_dir, max_samples=job.max_samples)
-    return replace(empty, sweeps={sweep.name: result}, machine=_machine(job))
+def measure_part(job: LaneInput, sweep: Sweep | None) -> Iterator[Lane]:
+    """Measure a sweep, or the training speed, in this process; yield the results each time there are more."""
+    machine = (gpu_machine() or {"GPU": "without a name"}) if job.real else {}
+    found = replace(job.empty(), machine=machine)
+    if sweep is not None and (reason := plain_reason_of(sweep.spec)):
+        yield replace(job.empty(), absent={sweep.spec.name: reason})
+    elif sweep is not None:
+        result = measure(sweep, job.bundle, data_dir=job.data_dir, max_samples=job.max_samples)
+        yield replace(found, sweeps={sweep.name: result})
+    else:
+        import torch
 
+        from benchmarks.gpu.training import gpu_speeds
 
-def _machine(job: LaneInput) -> dict[str, str]:
-    return (gpu_machine() or {"GPU": "without a name"}) if job.real else {}
-
-
-def _measure_training(job: LaneInput, write: Callable[[Lane], None]) -> None:
-    import torch
-
-    from benchmarks.gpu.training import gpu_speeds
-
-    if job.real and not torch.cuda.is_available():
-        write(replace(job.empty(), absent={TRAINING: "torch sees no CUDA device"}))
-        return
-    found = replace(job.empty(), machine=_machine(job))
-    device = torch.device("cuda" if job.real else "cpu")
-    for row in gpu_speeds(device, **({} if job.real else _SMALL)):  # type: ignore[arg-type]
-        found = replace(found, training=(*found.training, row))
-        write(found)
-
-
-def _sweeping(job: LaneInput, sweep: Sweep, stop: threading.Event | None) -> Callable[[float], Lane]:
-    if stop is not None:
-        return lambda seconds: _in_child(job, sweep.name, seconds, stop)
-    return lambda _seconds: _measure_sweep(job, sweep)
-
-
-def _training(job: LaneInput, stop: threading.Event | None) -> Callable[[float], Lane]:
-    if stop is not None:
-        return lambda seconds: _in_child(job, TRAINING, seconds, stop)
-
-    def here(_seconds: float) -> Lane:
-        found: list[Lane] = []
-        _measure_training(job, found.append)
-        return found[-1]
-
-    return here
-
-
-def _refusing(job: LaneInput, refusal: HiddenLibrary) -> Callable[[float], Lane]:
-    return lambda _seconds: replace(job.empty(), refused=(refuse(refusal, job.bundle.path),))
+        if job.real and not torch.cuda.is_available():
+            yield replace(job.empty(), absent={TRAINING: "torch sees no CUDA device"})
+            return
+        for row in gpu_speeds(torch.device("cuda" if job.real else "cpu"), **({} if job.real else _SMALL)):
+            found = replace(found, training=(*found.training, row))
+            yield found
 
 
 def _in_child(job: LaneInput, part: str, seconds: float, stop: threading.Event) -> Lane:
     """Measure one part in a separate process; a process that ends without all results is a failure of this part."""
     with tempfile.TemporaryDirectory() as folder:
         out, printed = Path(folder) / "part.json", Path(folder) / "printed"
-        request = {
-            "part": part,
-            "bundle": str(job.bundle.path.resolve()),
-            "data_dir": None if job.data_dir is None else str(job.data_dir.resolve()),
-            "max_samples": job.max_samples,
-            "real": job.real,
-            "out": str(out),
-        }
+        data_dir = None if job.data_dir is None else str(job.data_dir.resolve())
+        shared = {"max_samples": job.max_samples, "real": job.real, "data_dir": data_dir}
+        request = {"part": part, "bundle": str(job.bundle.path.resolve()), "out": str(out), **shared}
         command = [sys.executable, "-P", "-m", "benchmarks.gpu.lane", json.dumps(request)]
         with printed.open("wb") as output:
             problem = _problem_of(command, output.fileno(), seconds, stop)
@@ -245,8 +192,7 @@ def require(names: str) -> None:
 
 def absent_runtimes() -> dict[str, str]:
     """Return each GPU runtime that does not work here, and why; every runtime computes a small model."""
-    found = {spec.name: plain_reason_of(spec) for spec in RUNNERS if spec.device != "cpu"}
-    return {name: reason for name, reason in found.items() if reason}
+    return {spec.name: reason for spec in RUNNERS if spec.device != "cpu" and (reason := plain_reason_of(spec))}
 
 
 def plain_reason_of(spec: RunnerSpec) -> str:
@@ -260,7 +206,9 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     data_dir = None if request["data_dir"] is None else Path(request["data_dir"])
     job = LaneInput(Bundle.open(request["bundle"]), data_dir, request["max_samples"], request["real"])
-    measure_part(job, request["part"], lambda found: write_results(found, Path(request["out"])))
+    sweep = {each.name: each for each in table(job)}.get(request["part"])
+    for found in measure_part(job, sweep):
+        write_results(found, Path(request["out"]))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class RuntimeRun:
     runtime: str  # "onnxruntime-cuda"
     settings: str  # ``RunSettings.describe``; "" for strict float32 as users serve it
     stage: str  # "strict" or "shipping"
-    passed: bool  # Whether every check passed
+    passed: bool  # every check passed
     reason: str = ""  # The reason of the first check that failed
     n: int = 0  # Number of samples compared
     error: float | None = None  # Largest error of scale of the stage; None if no finite values were compared
@@ -61,12 +61,12 @@ class SweepResult:
 
     @property
     def passed(self) -> bool:
-        """Return whether there is a run and every run passed."""
+        """Return True if there is a run and every run passed."""
         return bool(self.runs) and not self.broken and all(run.passed for run in self.runs)
 
 
 def measure(sweep: Sweep, bundle: Bundle, *, data_dir: Path | None, max_samples: int) -> SweepResult:
-    """RuntimeRun one sweep in this process; a fault of the runtime is a part of the result, not an exception."""
+    """Run one sweep in this process; a fault of the runtime is a part of the result, not an exception."""
     scope = replace(sweep.scope, max_samples=sweep.scope.max_samples or max_samples)
     found = SweepResult(sweep.spec.name)
     try:
@@ -110,22 +110,14 @@ def _run_of(name: str, settings: str, rows: Sequence[Row], report: VerificationR
     failed = next((row for row in rows if not row.passed), None)
     described = report.runtimes.get(run_name(name, settings), {})
     flips = [row.flips for row in compared if row.flips is not None]
+    reason = "" if failed is None else f"{failed.stage}, {failed.case}: {failed.reason}"
+    errors = (None, None, None) if worst is None else (worst.error, worst.bound, worst.predicted)
+    detected = next((row.detected for row in rows if row.stage == "precision"), "")
     return RuntimeRun(
-        name,
-        settings,
-        compared[0].stage if compared else rows[0].stage,
-        failed is None,
-        "" if failed is None else f"{failed.stage}, {failed.case}: {failed.reason}",
-        sum(row.n for row in measured),
-        None if worst is None else worst.error,
-        None if worst is None else worst.bound,
-        None if worst is None else worst.predicted,
-        next((row.detected for row in rows if row.stage == "precision"), ""),
-        _largest(rows, "repeat"),
-        _largest(rows, "batch-size"),
-        described.get("nodes") or described.get("layers"),
+        name, settings, (compared or rows)[0].stage, failed is None, reason, sum(row.n for row in measured), *errors, detected,
+        _largest(rows, "repeat"), _largest(rows, "batch-size"), described.get("nodes") or described.get("layers"),
         sum(item.explained + item.unexplained for item in flips),
-    )
+    )  # fmt: skip
 
 
 def _largest(rows: Iterable[Row], stage: str) -> float | None:
@@ -133,11 +125,7 @@ def _largest(rows: Iterable[Row], stage: str) -> float | None:
 
 
 def between_sessions(spec: RunnerSpec, bundle: Bundle, settings: RunSettings) -> float:
-    """Return the largest difference of the golden inputs' outputs between two sessions, as a share of max |output|.
-
-    Raises:
-        BnexportError: The runtime can't be opened or run.
-    """
+    """Return the largest difference of the golden inputs' outputs between two sessions, as a share of max |output|."""
     feeds, _ = bundle.golden()
     varies = all(isinstance(item.shape[0], str) for item in bundle.manifest.signature.inputs)
     if varies:

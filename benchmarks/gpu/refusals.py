@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class HiddenLibrary:
     name: str  # The missing part, for a table
     runtime: str  # The runtime that needs it
     hidden: tuple[str, ...] = ()  # Libraries that the loader finds only as empty files
-    preload: bool = True  # Whether bnexport may load the libraries of Python packages first, past the loader's search
+    preload: bool = True  # bnexport may load the libraries of Python packages first, past the loader's search
     environment: Mapping[str, str] = field(default_factory=dict, hash=False)  # Further environment variables
 
     @property
@@ -52,7 +52,7 @@ class Refused:
     """The result of one refusal."""
 
     refusal: HiddenLibrary  # The row of REFUSALS
-    passed: bool  # Whether the process ended with exit code 3 and named the missing part in one sentence
+    passed: bool  # the process ended with exit code 3 and named the missing part in one sentence
     code: int | None  # The exit code; None if the process did not end
     said: str  # The text that it printed
 
@@ -77,14 +77,9 @@ def refuse(refusal: HiddenLibrary, bundle: Path) -> Refused:
             (Path(folder) / library).touch()  # the loader takes the first file of that name, and refuses it
         try:
             done = subprocess.run(
-                command,
-                env=_environment(refusal, folder),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_DEADLINE,
-                check=False,
-            )
+                command, env=_environment(refusal, folder), capture_output=True, text=True, errors="replace",
+                timeout=_DEADLINE, check=False,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             return Refused(refusal, passed=False, code=None, said=f"it did not end within {_DEADLINE:g} s")
     said = " ".join((done.stderr or done.stdout).replace(f"{folder}/", "").split())
@@ -95,21 +90,20 @@ def _environment(refusal: HiddenLibrary, folder: str) -> dict[str, str]:
     """Return the child's environment: the folder's libraries come first, and those of Python packages can be found."""
     environ = child_environment("float32") | dict(refusal.environment)
     if refusal.hidden:
-        packages = [] if refusal.preload else map(str, _package_folders())
+        packages = [] if refusal.preload else _package_folders()
         before = environ.get("LD_LIBRARY_PATH", "")
-        environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (folder, *packages, before)))
+        environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (folder, *map(str, packages), before)))
     return environ
 
 
-def _package_folders() -> Iterator[Path]:
-    """Yield the folders in which Python packages keep the libraries of CUDA, cuDNN and TensorRT."""
-    for place in dict.fromkeys(map(Path, sys.path)):
-        yield from sorted(path for path in place.glob("nvidia/*/lib") if path.is_dir())
-        yield from sorted(path for path in place.glob("tensorrt_libs") if path.is_dir())
+def _package_folders() -> list[Path]:
+    """Return the folders in which Python packages keep the libraries of CUDA, cuDNN and TensorRT."""
+    places, patterns = dict.fromkeys(map(Path, sys.path)), ("nvidia/*/lib", "tensorrt_libs")
+    return [path for place in places for name in patterns for path in sorted(place.glob(name)) if path.is_dir()]
 
 
 def refused_rightly(refusal: HiddenLibrary, code: int, said: str) -> bool:
-    """Return whether a process refused rightly: with its exit code, without a traceback, and naming the missing part."""
+    """Return True if a process ended with the right exit code, without a traceback, and named the missing part."""
     if code != UNAVAILABLE or "Traceback" in said or refusal.runtime not in said:
         return False
     return "is built without" in said or all(library in said for library in refusal.hidden)

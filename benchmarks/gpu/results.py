@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.clock import Spread
 from benchmarks.gpu.measure import RuntimeRun, SweepResult
-from benchmarks.gpu.refusals import HiddenLibrary, Refused
+from benchmarks.gpu.refusals import Refused
+from benchmarks.records import from_json
 from bnexport.errors import DataError, UsageError
 from bnexport.files import write_atomically
 
@@ -25,7 +25,7 @@ class GpuSpeed:
     """Training speed of one combination."""
 
     norm: str  # Kind of BatchNorm
-    captured: bool  # Whether the step was recorded as a CUDA graph
+    captured: bool  # the step was recorded as a CUDA graph
     batch_size: int  # Images per step
     images: int  # Images per epoch
     images_per_s: Spread  # Speed of each measured epoch, its evaluation included
@@ -36,7 +36,7 @@ class GpuSpeed:
 class Lane:
     """The results of one or several calls of the lane."""
 
-    real: bool  # Whether the measured device is a GPU
+    real: bool  # the measured device is a GPU
     bundle: str = ""  # SHA-256 of the bundle's manifest; "" if no part needed a bundle
     sweeps: Mapping[str, SweepResult] = field(default_factory=dict)  # Name of a sweep -> its result
     refused: tuple[Refused, ...] = ()  # The results of hiding libraries
@@ -49,7 +49,7 @@ class Lane:
 
     @property
     def measured(self) -> bool:
-        """Return whether a GPU was measured."""
+        """Return True if a GPU was measured."""
         return self.real and bool(self.machine)
 
     @property
@@ -91,15 +91,13 @@ class Lane:
     def verdict(self) -> str:
         """Return "FAIL", "INCOMPLETE" (nothing failed, and a requested part was not reached), or "PASS"."""
         results = [*(result.passed for result in self.sweeps.values()), *(item.passed for item in self.refused)]
-        if self.broken or not all(results):
+        if self.broken or not all(results) or not (results or self.training or self.unreached):
             return "FAIL"
-        if self.unreached:
-            return "INCOMPLETE"
-        return "PASS" if results or self.training else "FAIL"
+        return "INCOMPLETE" if self.unreached else "PASS"
 
     @property
     def passed(self) -> bool:
-        """Return whether every requested part was measured and passed."""
+        """Return True if every requested part was measured and passed."""
         return self.verdict == "PASS"
 
 
@@ -110,7 +108,7 @@ def parts_of(lane: Lane) -> set[str]:
 
 
 def runtime_of(part: str) -> str:
-    """Return the runtime of a sweep's name; "training" of itself."""
+    """Return the runtime of a sweep's name; of "training" the same."""
     return part.partition(",")[0]
 
 
@@ -118,9 +116,7 @@ def merge(lanes: Sequence[Lane]) -> Lane:
     """Merge the results of several calls into one.
 
     The order of the calls does not change the verdict: of two results of one part, a failed one stays.
-
-    Raises:
-        UsageError: The calls measured different bundles, machines or versions.
+    UsageError: the calls measured different bundles, machines or versions.
     """
     first = lanes[0]
     machine = _common("machine", [dict(lane.machine) for lane in lanes])
@@ -140,11 +136,7 @@ def merge(lanes: Sequence[Lane]) -> Lane:
     absent = {name: why for name, why in found.absent.items() if name not in here}
     requested = dict.fromkeys(part for lane in lanes for part in lane.unreached)
     unreached = (part for part in requested if part not in done and runtime_of(part) not in absent)
-    return Lane(**{**_fields(found), "unreached": tuple(unreached), "absent": absent})
-
-
-def _fields(lane: Lane) -> dict[str, Any]:
-    return {name: getattr(lane, name) for name in lane.__dataclass_fields__}
+    return replace(found, unreached=tuple(unreached), absent=absent)
 
 
 def _common(what: str, values: Iterable[_T]) -> _T | None:
@@ -167,57 +159,20 @@ def _union(groups: Iterable[Mapping[str, _T]], passed: Callable[[_T], bool]) -> 
 def write_results(lane: Lane, path: Path) -> None:
     """Write the results as JSON; a reader finds the old content or the new.
 
-    Raises:
-        OutputError: The file can't be written.
+    A number that is not finite becomes null, and its run has failed with the reason.
     """
-    content = {"format": FORMAT, **{name: _plain(value) for name, value in _fields(lane).items()}}
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def _plain(value: Any) -> Any:
-    """Return plain JSON values; a number that is not finite becomes null, and its run has failed with the reason."""
-    if isinstance(value, SweepResult | Refused | GpuSpeed):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    plain = json.loads(json.dumps({"format": FORMAT, **asdict(lane)}), parse_constant=lambda _name: None)
+    write_atomically(path, (json.dumps(plain, indent=1) + "\n").encode())
 
 
 def read_results(path: Path) -> Lane:
-    """Read a file that ``write_results`` wrote.
-
-    Raises:
-        DataError: The file can't be read, or is not such a file.
-    """
+    """Read a file that ``write_results`` wrote; DataError: it can't be read, or is not such a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
-        return Lane(
-            **{
-                **content,
-                "sweeps": {name: _sweep_result(value) for name, value in content["sweeps"].items()},
-                "refused": tuple(_refused(value) for value in content["refused"]),
-                "training": tuple(_speed(value) for value in content["training"]),
-                "unreached": tuple(content["unreached"]),
-            }
-        )
+        lane: Lane = from_json(Lane, content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} does not hold results of the GPU lane ({error})", remedy="Name a file that --json wrote"
-        ) from error
-
-
-def _sweep_result(value: dict[str, Any]) -> SweepResult:
-    return SweepResult(**{**value, "runs": tuple(RuntimeRun(**run) for run in value["runs"])})
-
-
-def _refused(value: dict[str, Any]) -> Refused:
-    refusal = value["refusal"]
-    return Refused(**{**value, "refusal": HiddenLibrary(**{**refusal, "hidden": tuple(refusal["hidden"])})})
-
-
-def _speed(value: dict[str, Any]) -> GpuSpeed:
-    return GpuSpeed(**{**value, "images_per_s": Spread(**value["images_per_s"])})
+        problem = f"{path} does not hold results of the GPU lane ({error})"
+        raise DataError(problem, remedy="Name a file that --json wrote") from error
+    return lane

@@ -74,18 +74,12 @@ def cpu_sweeps() -> tuple[Sweep, ...]:
 
 def emulated_spec() -> RunnerSpec:
     """Return an engine in numpy that rounds as each precision does: it stands in for a GPU and measures none."""
-    return RunnerSpec(
-        "emulated",
-        "cpu",
-        MODEL_ONNX,
-        _open_emulated,
-        lambda _device: None if installed("onnx") else "onnx is not installed",
-        "tf32",
-        ("float32", "tf32", "bfloat16"),
-    )
 
+    def opener(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
+        runner = EmulatedRunner(bundle, settings.precision)
+        runner.name = "emulated-cpu"
+        return runner
 
-def _open_emulated(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    runner = EmulatedRunner(bundle, settings.precision)
-    runner.name = "emulated-cpu"
-    return runner
+    kinds = ("float32", "tf32", "bfloat16")
+    missing = None if installed("onnx") else "onnx is not installed"
+    return RunnerSpec("emulated", "cpu", MODEL_ONNX, opener, lambda _device: missing, "tf32", kinds)

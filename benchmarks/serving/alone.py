@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ BATCHES = (1, 8)
 _CALLS = 200
 #: Requested seconds of a pause: less than the kernel's timer slack, so that the pause is as short as possible.
 _PAUSE = 2e-5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,35 +49,36 @@ def run_alone(model: Path, image: Array, *, seconds: float) -> Alone:
     ``image``: (1, C, H, W); ``seconds``: of each batch size, and of the calls after pauses.
     """
     session = open_session(model)
-    found: dict[int, float] = {}
-    for size in BATCHES:
+
+    def in_a_loop(size: int) -> float:
         feeds = {"input": np.repeat(image, size, axis=0)}
-        best = float("inf")
-        end = time.perf_counter() + seconds
-        while best == float("inf") or time.perf_counter() < end:
-            begun = time.process_time()
-            for _ in range(_CALLS):
-                session.run(None, feeds)
-            best = min(best, (time.process_time() - begun) / (_CALLS * size) * 1e6)
-        found[size] = best
-    return Alone(found, *_after_pauses(session, {"input": image}, seconds))
+        begun = time.process_time()
+        for _ in range(_CALLS):
+            session.run(None, feeds)
+        return (time.process_time() - begun) / (_CALLS * size) * 1e6
 
-
-def _after_pauses(session: Any, feeds: Mapping[str, Array], seconds: float) -> tuple[float, float]:
-    """Microseconds of CPU time of a call after a pause, and of the pause."""
-    best = pause = float("inf")
-    end = time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
+    def after_pauses() -> tuple[float, float]:
         busy = slept = 0
         for _ in range(_CALLS):
             begun = time.perf_counter_ns()
             time.sleep(_PAUSE)
             slept += time.perf_counter_ns() - begun
             begun = time.thread_time_ns()
-            session.run(None, feeds)
+            session.run(None, {"input": image})
             busy += time.thread_time_ns() - begun
-        best, pause = min((best, pause), (busy / _CALLS * 1e-3, slept / _CALLS * 1e-3))
-    return best, pause
+        return busy / _CALLS * 1e-3, slept / _CALLS * 1e-3
+
+    batches = {size: _best(partial(in_a_loop, size), seconds) for size in BATCHES}
+    return Alone(batches, *_best(after_pauses, seconds))
+
+
+def _best(turn: Callable[[], T], seconds: float) -> T:
+    """Return the smallest result of some seconds."""
+    end = time.perf_counter() + seconds
+    found = [turn()]
+    while time.perf_counter() < end:
+        found.append(turn())
+    return min(found)  # type: ignore[type-var]
 
 
 if __name__ == "__main__":

@@ -67,8 +67,7 @@ def need_tools(*names: str) -> None:
 def put_load(port: int, request: WireRequest, *, clients: int, seconds: int, grpc: bool = False) -> Load:
     """Send one request repeatedly for whole seconds; with ``grpc`` over HTTP/2, as gRPC does.
 
-    Raises:
-        RuntimeUnavailable: The load tool failed, or no request was answered.
+    RuntimeUnavailable: the load tool failed, or no request was answered.
     """
     url = f"http://127.0.0.1:{port}{request.path}"
     with tempfile.TemporaryDirectory(prefix="bnexport-benchmark-") as name:

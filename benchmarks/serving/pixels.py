@@ -7,7 +7,6 @@ binary tensors over HTTP by the CPU time of one ``bnexport serve`` with both mod
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -22,17 +21,17 @@ from torch import nn
 
 from benchmarks.clock import Spread
 from benchmarks.command import finish, options
+from benchmarks.pages import ranged, table_page
 from benchmarks.serving.process import Running, ask, started
-from benchmarks.serving.wires import LENGTH
+from benchmarks.serving.wires import LENGTH, binary_request
 from bnexport.bundle import Bundle
 from bnexport.data.preprocessing import preprocessing_of
-from bnexport.environment import describe, environment
 from bnexport.exporting.request import ExportRequest
 from bnexport.nn.calling import to_eval_mode
 from bnexport.pipeline import fold_and_export
 from bnexport.serving.protocol.decoding import Decoder
 from bnexport.serving.serving_limits import ServingLimits
-from bnexport.tensors import ELEMENT_TYPES, Array
+from bnexport.tensors import Array
 
 _KINDS = ("float32", "uint8")
 _ROUNDS, _CALLS, _REQUESTS = 15, 20, 150
@@ -52,15 +51,9 @@ def exported(folder: Path, channels: int, size: int) -> dict[str, Bundle]:
     return {kind: Bundle.open(folder / kind / "1") for kind in _KINDS}
 
 
-def request_of(bundle: Bundle, image: Array) -> tuple[bytes, int]:
-    """Return the body of a request for one image (height, width[, channels]) in binary, and the length of its JSON."""
-    preprocessing = preprocessing_of(bundle.manifest)
-    assert preprocessing is not None
-    array = preprocessing.apply(image[np.newaxis])
-    datatype, size = ELEMENT_TYPES[array.dtype.name].datatype, {"binary_data_size": array.nbytes}
-    item = {"name": "input", "shape": list(array.shape), "datatype": datatype, "parameters": size}
-    head = json.dumps({"inputs": [item], "parameters": {"binary_data_output": True}}).encode()
-    return head + array.tobytes(), len(head)
+def request_of(bundle: Bundle, image: Array) -> tuple[dict[str, str], bytes]:
+    """Return headers and body of a request for one image (height, width[, channels]) in binary."""
+    return binary_request(preprocessing_of(bundle.manifest).apply(image[np.newaxis]), "input")  # type: ignore[union-attr]
 
 
 def cpu(call: Callable[[], object], calls: int) -> float:
@@ -71,23 +64,25 @@ def cpu(call: Callable[[], object], calls: int) -> float:
     return (time.process_time() - begun) / calls * 1e6
 
 
-def decoding(bundles: dict[str, Bundle], image: Array) -> list[dict[str, float]]:
-    """Return for each round the CPU time from body to array, by type of input."""
-    calls = {}
-    for kind, bundle in bundles.items():
-        decoder, (body, length) = Decoder(bundle.manifest.signature, ServingLimits()), request_of(bundle, image)
-        calls[kind] = partial(decoder.decode, body, length)
+def in_turn(calls: dict[str, Callable[[], object]]) -> list[dict[str, float]]:
+    """Return for each round the CPU time of a call, by type of input."""
     return [{kind: cpu(call, _CALLS) for kind, call in calls.items()} for _ in range(_ROUNDS)]
 
 
-def converting(bundles: dict[str, Bundle], image: Array) -> list[dict[str, float]]:
-    """Return for each round the CPU time of the host's conversion of one image, by type of input."""
-    calls = {kind: preprocessing_of(bundle.manifest) for kind, bundle in bundles.items()}
+def decoding(bundles: dict[str, Bundle], image: Array) -> dict[str, Callable[[], object]]:
+    """Return functions that decode the body of a request to an array, by type of input."""
+    calls: dict[str, Callable[[], object]] = {}
+    for kind, bundle in bundles.items():
+        headers, body = request_of(bundle, image)
+        calls[kind] = partial(Decoder(bundle.manifest.signature, ServingLimits()).decode, body, int(headers[LENGTH]))
+    return calls
+
+
+def converting(bundles: dict[str, Bundle], image: Array) -> dict[str, Callable[[], object]]:
+    """Return functions that convert one image on the host, by type of input."""
     batch = image[np.newaxis]
-    return [
-        {kind: cpu(partial(made.apply, batch), _CALLS) for kind, made in calls.items() if made is not None}
-        for _ in range(_ROUNDS)
-    ]
+    made = {kind: preprocessing_of(bundle.manifest) for kind, bundle in bundles.items()}
+    return {kind: partial(each.apply, batch) for kind, each in made.items() if each is not None}
 
 
 def requests(bundles: dict[str, Bundle], folder: Path, image: Array) -> list[dict[str, float]]:
@@ -95,8 +90,7 @@ def requests(bundles: dict[str, Bundle], folder: Path, image: Array) -> list[dic
     bodies = {kind: request_of(bundle, image) for kind, bundle in bundles.items()}
 
     def burst(server: Running, kind: str) -> float:
-        body, length = bodies[kind]
-        headers = {"content-type": "application/octet-stream", LENGTH: str(length)}
+        headers, body = bodies[kind]
         begun = server.cpu_seconds()
         for _ in range(_REQUESTS):
             status, _, answer = ask(server.ports.http, "POST", f"/v2/models/{kind}/infer", body, headers)
@@ -112,27 +106,25 @@ def requests(bundles: dict[str, Bundle], folder: Path, image: Array) -> list[dic
         return [{kind: burst(server, kind) for kind in _KINDS} for _ in range(_ROUNDS)]
 
 
-def row(what: str, rounds: list[dict[str, float]]) -> str:
+def row(what: str, rounds: list[dict[str, float]]) -> list[str]:
     """Return a row of the table: the least disturbed time of both, and the ratio of each round."""
-    times = [min(times[kind] for times in rounds) for kind in _KINDS]
-    ratio = Spread.of([times["float32"] / times["uint8"] for times in rounds])
-    cells = [f"{time:,.0f} us" for time in times]
-    return f"| {what} | {cells[0]} | {cells[1]} | {ratio.middle:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) |"
+    plain, pixels = ([times[kind] for times in rounds] for kind in _KINDS)
+    return [what, f"{min(plain):,.0f} us", f"{min(pixels):,.0f} us", ranged(Spread.ratio(plain, pixels))]
 
 
-def measured(channels: int, size: int) -> list[str]:
+def measured(channels: int, size: int) -> list[list[str]]:
     """Return the rows of one image size."""
     shape = (size, size, channels) if channels > 1 else (size, size)
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bundles = exported(folder, channels, size)
-        sizes = [len(request_of(bundles[kind], image)[0]) for kind in _KINDS]
+        sizes = [len(request_of(bundles[kind], image)[1]) for kind in _KINDS]
         label = f"{channels}x{size}x{size}"
         return [
-            f"| {label}, bytes of a request | {sizes[0]:,} | {sizes[1]:,} | {sizes[0] / sizes[1]:.2f} |",
-            row(f"{label}, from body to array", decoding(bundles, image)),
-            row(f"{label}, from image to array (`predict`)", converting(bundles, image)),
+            [f"{label}, bytes of a request", *(f"{count:,}" for count in sizes), f"{sizes[0] / sizes[1]:.2f}"],
+            row(f"{label}, from body to array", in_turn(decoding(bundles, image))),
+            row(f"{label}, from image to array (`predict`)", in_turn(converting(bundles, image))),
             row(f"{label}, whole request, with inference", requests(bundles, folder, image)),
         ]
 
@@ -140,15 +132,9 @@ def measured(channels: int, size: int) -> list[str]:
 def main() -> None:
     """Print the table in Markdown, and its conditions."""
     options("serving.pixels", __doc__).parse_args()
-    lines = ["| CPU time | float32 | uint8 | float32 / uint8 |", "|---|---|---|---|"]
-    for channels, size in ((1, 28), (3, 224)):
-        lines += measured(channels, size)
-    print("\n".join(lines))
-    print()
-    print(
-        f"Least of {_ROUNDS} rounds, and median and range of the ratios within a round; {describe(environment())}; load "
-        f"average {os.getloadavg()[0]:.1f}."
-    )
+    rows = [cells for channels, size in ((1, 28), (3, 224)) for cells in measured(channels, size)]
+    conditions = f"Least of {_ROUNDS} rounds, and median and range of the ratios within a round"
+    print(table_page(["CPU time", "float32", "uint8", "float32 / uint8"], rows, conditions))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Running:
 
     def resident_bytes(self) -> int:
         """Return resident memory of all its processes; shared memory counts for each."""
-        return sum(int(row[_RSS]) for _, row in self._rows()) * os.sysconf("SC_PAGE_SIZE")
+        return sum(resident(row) for _, row in self._rows())
 
     def peak_bytes(self) -> int:
         """Return the sum of the peak resident memory of its processes."""
@@ -61,12 +61,7 @@ class Running:
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
         """Yield its processes: descendants of the first one, and orphans of its session."""
-        rows: dict[int, list[str]] = {}
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    text = Path(entry.path, "stat").read_text(encoding="utf-8", errors="replace")
-                    rows[int(entry.name)] = text.rpartition(")")[2].split()
+        rows = {pid: row for name in os.listdir("/proc") if name.isdigit() and (row := stat_of(pid := int(name)))}
         for pid, row in rows.items():
             above = pid
             while above in rows and above != self.process.pid:
@@ -81,8 +76,7 @@ class Running:
     def wait(self, answers: Callable[[], bool]) -> None:
         """Wait until ``answers`` returns True; False and an OSError mean "not yet".
 
-        Raises:
-            RuntimeUnavailable: The server ended, or does not answer in time.
+        RuntimeUnavailable: the server ended, or does not answer in time.
         """
         end = time.monotonic() + _START
         while time.monotonic() < end:
@@ -100,6 +94,18 @@ class Running:
         return RuntimeUnavailable(f"{what}: {last}", remedy="Start it by hand and look")
 
 
+def stat_of(pid: int) -> list[str]:
+    """Return the fields of a process in /proc/PID/stat after the command's name; none if it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return []
+
+
+def resident(row: Sequence[str]) -> int:
+    """Return the bytes of resident memory by the fields of ``stat_of``; 0 without them."""
+    return int(row[_RSS]) * os.sysconf("SC_PAGE_SIZE") if row else 0
+
+
 def ask(
     port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
@@ -113,8 +119,7 @@ def ask(
 def counters(port: int) -> dict[str, int]:
     """Return the requests that ``bnexport serve`` answered and ran, and the nanoseconds of its engine.
 
-    Raises:
-        RuntimeUnavailable: It has no such counters.
+    RuntimeUnavailable: it has no such counters.
     """
     try:
         _, _, body = ask(port, "GET", "/v2/models/bn_lenet/stats")
@@ -133,8 +138,7 @@ def counters(port: int) -> dict[str, int]:
 def started(command: Callable[[Ports], Sequence[str]], env: Mapping[str, str]) -> Iterator[Running]:
     """Start ``command(ports)``; the server and all its processes are gone at the end.
 
-    Raises:
-        RuntimeUnavailable: There is no such program.
+    RuntimeUnavailable: there is no such program.
     """
     ports = free_ports()
     with tempfile.TemporaryDirectory(prefix="bnexport-benchmark-", ignore_cleanup_errors=True) as folder:
@@ -165,9 +169,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def free_ports() -> Ports:
     """Return ports without a listener at this moment."""
-    with _listener(0) as first, _listener(0) as second:
+    address = ("127.0.0.1", 0)
+    with socket.create_server(address) as first, socket.create_server(address) as second:
         return Ports(first.getsockname()[1], second.getsockname()[1])
-
-
-def _listener(port: int) -> socket.socket:
-    return socket.create_server(("127.0.0.1", port))

@@ -5,12 +5,11 @@ An environment has pinned versions; pip makes it once, and it is kept.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,35 +31,31 @@ _COMPLETE = "bnexport.json"
 
 
 @dataclass(frozen=True)
-class Place:
-    """The parts of a server's command."""
-
-    python: Path
-    bundle: Path  # absolute
-    ports: Ports
-    answer_bytes: int  # of a binary answer
-
-
-@dataclass(frozen=True)
 class ServerWay:
     """A row of WAYS."""
 
     words: str
     wire: str  # of WIRES
-    command: Callable[[Place], Sequence[str]]
+    command: tuple[str, ...]  # after the interpreter; its placeholders are the arguments of ``started_by``
     venv: str | None = None  # of VENVS; None for the environment of bnexport
-    option: str | None = None  # of ``bnexport serve``, without which there is no such row
     counted: bool = False  # it has the counters of ``bnexport serve`` with one process
+
+    def started_by(self, python: Path, *, bundle: Path, ports: Ports, answer_bytes: int) -> list[str]:
+        """Return its command; ``answer_bytes``: length of a binary answer."""
+        values = {
+            "bundle": bundle,
+            "http": ports.http,
+            "grpc": ports.grpc,
+            "answer_bytes": answer_bytes,
+            "peers": _PEERS,
+        }
+        return [str(python), *(word.format(**values) for word in self.command)]
 
     def interpreter(self, venvs: Path) -> Path:
         """Return its interpreter; a missing environment is made in the folder ``venvs``.
 
-        Raises:
-            RuntimeUnavailable: The environment can't be made, or this ``bnexport serve`` has no such option.
+        RuntimeUnavailable: the environment can't be made.
         """
-        if self.option is not None and self.option not in _help().split():
-            remedy = "Install the extras of bnexport serve"
-            raise RuntimeUnavailable(f"this bnexport serve has no {self.option}", remedy=remedy)
         return Path(sys.executable) if self.venv is None else make_venv(self.venv, venvs)
 
     def environment(self) -> dict[str, str]:
@@ -71,44 +66,16 @@ class ServerWay:
         return own | {"OMP_NUM_THREADS": "1"}
 
 
-@functools.cache
-def _help() -> str:
-    command = [sys.executable, "-m", "bnexport", "serve", "--help"]
-    env = {**os.environ, "PYTHONPATH": import_path()}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env).stdout
-
-
-def _serve(*options: str) -> Callable[[Place], Sequence[str]]:
-    """``bnexport serve``; "{grpc}" in an option is the port for gRPC."""
-
-    def command(place: Place) -> list[str]:
-        shared = [str(place.python), "-m", "bnexport", "serve", str(place.bundle), "--port", str(place.ports.http)]
-        return [*shared, "--no-access-log", *(option.format(grpc=place.ports.grpc) for option in options)]
-
-    return command
-
-
-def _peer(program: str) -> Callable[[Place], Sequence[str]]:
-    words = ("{0.python}", str(_PEERS / program), "{0.bundle}/model.onnx", "{0.ports.http}")
-    return lambda place: [word.format(place) for word in words]
-
-
-def _echo(place: Place) -> Sequence[str]:
-    return [str(place.python), str(_PEERS / "echo_app.py"), str(place.ports.http), str(place.answer_bytes)]
-
-
+_SERVE = ("-m", "bnexport", "serve", "{bundle}", "--port", "{http}", "--no-access-log")
+_FASTAPI = ("{peers}/fastapi_app.py", "{bundle}/model.onnx", "{http}")
 #: Name -> server, in the order of the table.
 WAYS: Mapping[str, ServerWay] = {
-    "binary": ServerWay("bnexport, binary tensors", "oip-binary", _serve(), counted=True),
-    "json": ServerWay("bnexport, JSON", "oip-json", _serve(), counted=True),
-    "grpc": ServerWay(
-        "bnexport, gRPC", "oip-grpc", _serve("--grpc-port", "{grpc}"), option="--grpc-port", counted=True
-    ),
-    "processes": ServerWay(
-        "bnexport, binary tensors, 2 processes", "oip-binary", _serve("--processes", "2"), option="--processes"
-    ),
-    "echo": ServerWay("bare ASGI echo of the binary body", "echo", _echo),
-    "fastapi": ServerWay("FastAPI, pydantic, onnxruntime; JSON", "rows-json", _peer("fastapi_app.py"), venv="fastapi"),
+    "binary": ServerWay("bnexport, binary tensors", "oip-binary", _SERVE, counted=True),
+    "json": ServerWay("bnexport, JSON", "oip-json", _SERVE, counted=True),
+    "grpc": ServerWay("bnexport, gRPC", "oip-grpc", (*_SERVE, "--grpc-port", "{grpc}"), counted=True),
+    "processes": ServerWay("bnexport, binary tensors, 2 processes", "oip-binary", (*_SERVE, "--processes", "2")),
+    "echo": ServerWay("bare ASGI echo of the binary body", "echo", ("{peers}/echo_app.py", "{http}", "{answer_bytes}")),
+    "fastapi": ServerWay("FastAPI, pydantic, onnxruntime; JSON", "rows-json", _FASTAPI, venv="fastapi"),
 }
 
 
@@ -126,8 +93,7 @@ def requirements(name: str) -> tuple[str, ...]:
 def make_venv(name: str, folder: Path) -> Path:
     """Return the interpreter of an environment of VENVS, which is made unless it is complete.
 
-    Raises:
-        RuntimeUnavailable: Python has no venv, or pip can't install the packages.
+    RuntimeUnavailable: Python has no venv, or pip can't install the packages.
     """
     wanted = list(requirements(name))
     place = folder / name
@@ -135,9 +101,8 @@ def make_venv(name: str, folder: Path) -> Path:
     if mark.is_file() and interpreter.exists() and json.loads(mark.read_text(encoding="utf-8")) == wanted:
         return interpreter
     if not installed("ensurepip"):
-        raise RuntimeUnavailable(
-            "this Python can't make environments", remedy="Install its venv package (python3-venv)"
-        )
+        problem = "this Python can't make environments"
+        raise RuntimeUnavailable(problem, remedy="Install its venv package (python3-venv)")
     place.mkdir(parents=True, exist_ok=True)
     _run([sys.executable, "-m", "venv", "--clear", str(place)], name)
     _run([str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], name)
@@ -155,6 +120,5 @@ def _run(command: list[str], name: str) -> None:
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])[:200]
     except subprocess.TimeoutExpired:
         pass
-    raise RuntimeUnavailable(
-        f"the environment {name} can't be made: {reason}", remedy="Give pip access to its package index"
-    )
+    problem = f"the environment {name} can't be made: {reason}"
+    raise RuntimeUnavailable(problem, remedy="Give pip access to its package index")

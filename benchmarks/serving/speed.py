@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command import measured_in_child
 from benchmarks.serving.alone import Alone, open_session
 from benchmarks.serving.load import Load, need_tools, put_load
 from benchmarks.serving.process import Running, counters, started
-from benchmarks.serving.servers import WAYS, Place, ServerWay
+from benchmarks.serving.servers import WAYS, ServerWay
 from benchmarks.serving.wires import WIRES, WireRequest, read_logits
 from bnexport.bundle import Bundle
 from bnexport.errors import BundleError, ProofError, RuntimeUnavailable
@@ -91,11 +90,8 @@ def measure(
 ) -> ServingSpeeds:
     """Measure rows of WAYS, and NEEDED, in turn; each server is started anew in every round.
 
-    Raises:
-        MissingDependency: A load tool is missing.
-        RuntimeUnavailable: One of NEEDED can't be measured.
-        ProofError: A server's answer is wrong.
-        BundleError: The bundle is of another model.
+    MissingDependency: a load tool is missing. RuntimeUnavailable: one of NEEDED can't be measured. ProofError: a server's
+    answer is wrong. BundleError: the bundle is of another model.
     """
     bench = _Bench(plan, on_line)
     names = [name for name in WAYS if name in {*names, *NEEDED}]
@@ -158,9 +154,10 @@ class _Bench:
         """A warm server; its answers are right at the start and at the end."""
         way = WAYS[name]
         request = WIRES[way.wire].request(self.image)
-        size = self.sizes.get("binary", (0, 0))[1]
-        folder = self.bundle.path
-        with started(lambda ports: way.command(Place(python, folder, ports, size)), way.environment()) as server:
+        command = partial(
+            way.started_by, python, bundle=self.bundle.path, answer_bytes=self.sizes.get("binary", (0, 0))[1]
+        )
+        with started(lambda ports: command(ports=ports), way.environment()) as server:
             server.wait(lambda: self._check(name, server, request))
             self._load(way, server, request, _WARM_CLIENTS, _WARM_SECONDS)
             yield server, request
@@ -197,17 +194,16 @@ class _Bench:
 
     def _sample(self, way: ServerWay, server: Running, request: WireRequest, clients: int) -> Sample:
         before = counters(server.ports.http) if way.counted else {}
-        cpu = server.cpu_seconds()
+        begun = server.cpu_seconds()
         load = self._load(way, server, request, clients, self.plan.seconds)
-        cpu = server.cpu_seconds() - cpu
+        cpu = (server.cpu_seconds() - begun) / load.requests * 1e6
         if not way.counted:
-            return Sample(load, cpu / load.requests * 1e6)
+            return Sample(load, cpu)
         after = counters(server.ports.http)
         grown = {key: after[key] - before[key] for key in after}
         if (lost := load.requests - grown["success"]) > 0:  # a refusal of gRPC has the HTTP status 200 as well
-            load = Load(load.requests, load.seconds, load.p50_us, load.p99_us, {**load.errors, "refused": lost})
-        infer = grown["infer_ns"] / max(grown["infer"], 1) * 1e-3
-        return Sample(load, cpu / load.requests * 1e6, infer)
+            load = replace(load, errors={**load.errors, "refused": lost})
+        return Sample(load, cpu, grown["infer_ns"] / max(grown["infer"], 1) * 1e-3)
 
     def memory(self, python: Path) -> ServerMemory:
         """Read the resident memory over many binary requests of 8 clients, about every 50,000."""
@@ -240,11 +236,7 @@ def grpc_answer(port: int, request: WireRequest) -> bytes:
 
 
 def _alone(bundle: Path) -> Alone:
-    command = [sys.executable, "-m", "benchmarks.serving.alone", str(bundle), str(_ALONE_SECONDS)]
+    words = ("benchmarks.serving.alone", str(bundle), str(_ALONE_SECONDS))
     env = WAYS["binary"].environment()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeUnavailable(f"onnxruntime alone can't be measured: {last[:200]}", remedy="Run bnexport doctor")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return Alone({int(size): us for size, us in found["batches"].items()}, found["rested"], found["pause"])
+    found = measured_in_child("onnxruntime alone", *words, remedy="Run bnexport doctor", env=env)
+    return Alone(**found | {"batches": {int(size): us for size, us in found["batches"].items()}})

@@ -11,7 +11,7 @@ import numpy as np
 
 from bnexport.errors import ProofError
 from bnexport.serving.grpc.inference import classes
-from bnexport.tensors import Array
+from bnexport.tensors import ELEMENT_TYPES, Array
 
 #: Addresses of models/bn_lenet in the Open Inference Protocol, over HTTP and over gRPC.
 INFER = "/v2/models/bn_lenet/infer"
@@ -42,11 +42,7 @@ class Wire:
 
 
 def read_logits(wire: Wire, headers: Headers, body: bytes) -> Array | None:
-    """Return the logits of an answer; None if the wire has none.
-
-    Raises:
-        ProofError: The answer can't be read.
-    """
+    """Return the logits of an answer; None if the wire has none. ProofError: the answer can't be read."""
     if wire.logits is None:
         return None
     try:
@@ -57,8 +53,9 @@ def read_logits(wire: Wire, headers: Headers, body: bytes) -> Array | None:
 
 
 def tensor(images: Array, name: str, **extra: Any) -> dict[str, Any]:
-    """Return a float32 input tensor of the Open Inference Protocol."""
-    return {"name": name, "shape": list(images.shape), "datatype": "FP32", **extra}
+    """Return an input tensor of the Open Inference Protocol."""
+    datatype = ELEMENT_TYPES[images.dtype.name].datatype
+    return {"name": name, "shape": list(images.shape), "datatype": datatype, **extra}
 
 
 def json_body(images: Array, name: str) -> bytes:
@@ -78,7 +75,8 @@ def binary_logits(headers: Headers, body: bytes) -> Array:
     return np.frombuffer(body, np.float32, offset=int(headers[LENGTH]))
 
 
-def _json_logits(_: Headers, body: bytes) -> Array:
+def json_logits(_: Headers, body: bytes) -> Array:
+    """Return the values of the first output of an answer in JSON."""
     return np.array(json.loads(body)["outputs"][0]["data"], np.float32).reshape(-1)
 
 
@@ -107,7 +105,7 @@ def _grpc_logits(_: Headers, body: bytes) -> Array:
 
 #: Name -> wire.
 WIRES: dict[str, Wire] = {
-    "oip-json": Wire(lambda image: WireRequest(INFER, JSON, json_body(image, "input")), _json_logits),
+    "oip-json": Wire(lambda image: WireRequest(INFER, JSON, json_body(image, "input")), json_logits),
     "oip-binary": Wire(_binary, binary_logits),
     "oip-grpc": Wire(_grpc_request, _grpc_logits, grpc=True),
     "rows-json": Wire(_rows_request, lambda _, body: np.array(json.loads(body)["logits"], np.float32)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
 import select
@@ -10,11 +11,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from benchmarks.soak.traffic import Good, Traffic
+from benchmarks.soak.traffic import Request, Traffic
 
 HOST = "127.0.0.1"
 #: Seconds that an answer may take; longer than the restart of a process.
@@ -23,8 +24,6 @@ PATIENCE = 60.0
 _SLOW, _FRESH = 0.1, 0.02
 #: Counters that never fall, by their names in Prometheus's text.
 _COUNTERS = ("bnexport_http_requests_total", "bnexport_samples_total", "bnexport_request_seconds_count")
-Judge = Callable[[int, dict[str, str], bytes], str | None]
-Pieces = Iterator[bytes] | bytes
 RIGHT, WRONG, LOST = "right", "wrong", "lost"
 #: Faults of each sort that are kept; more are counted.
 _KEPT = 1000
@@ -82,51 +81,40 @@ class Ledger:
         return sum(count for (_, found), count in self.counts.items() if found == outcome)
 
 
-class Client(threading.Thread):
+@dataclass
+class Client:
     """One client, which keeps its connection as browsers and balancers do.
 
-    A kept connection that the server has closed is given up before the next request. ``pause``: mean seconds between requests.
+    A kept connection that the server has closed is given up before the next request.
     """
 
-    def __init__(
-        self,
-        port: int,
-        traffic: Traffic,
-        *,
-        ledger: Ledger,
-        stop: threading.Event,
-        rng: np.random.Generator,
-        pause: float,
-    ) -> None:
-        super().__init__(daemon=True, name="bnexport-soak")
-        self._port, self._traffic, self._ledger, self._stop_asking = port, traffic, ledger, stop
-        self._rng, self._pause = rng, pause
-        self._connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE)
+    port: int
+    traffic: Traffic
+    ledger: Ledger
+    stop: threading.Event
+    rng: np.random.Generator
+    pause: float  # mean seconds between requests
+
+    def __post_init__(self) -> None:
+        self._connection = http.client.HTTPConnection(HOST, self.port, timeout=PATIENCE)
 
     def run(self) -> None:
         """Send requests until the stop."""
         names, weights = list(ACTIONS), np.array([weight for weight, _ in ACTIONS.values()])
-        try:
-            while not self._stop_asking.is_set():
-                name = names[int(self._rng.choice(len(names), p=weights / weights.sum()))]
+        with contextlib.closing(self._connection):
+            while not self.stop.is_set():
+                name = names[int(self.rng.choice(len(names), p=weights / weights.sum()))]
                 ACTIONS[name][1](self)
-                self._stop_asking.wait(self._rng.exponential(self._pause))
-        finally:
-            self._connection.close()
+                self.stop.wait(self.rng.exponential(self.pause))
 
     def good(self) -> None:
         """Send a request with a known answer."""
         request = self._any_good()
-        self._ask(request.kind, ("POST", request.path, request.headers), request.body, self._judge(request))
+        self._send(request.name, request)
 
     def malformed(self) -> None:
         """Send a request that must be refused."""
-        bad = self._traffic.bad[int(self._rng.integers(len(self._traffic.bad)))]
-
-        def judge(status: int, _headers: dict[str, str], _body: bytes) -> str | None:
-            return None if status == bad.status else f"{bad.name}: status {status} instead of {bad.status}"
-
-        self._ask("malformed", (bad.method, bad.path, bad.headers), bad.body, judge)
+        self._send("malformed", self.traffic.bad[int(self.rng.integers(len(self.traffic.bad)))])
 
     def slow(self) -> None:
         """Send a request with its body in pieces."""
@@ -134,11 +122,11 @@ class Client(threading.Thread):
 
         def pieces() -> Iterator[bytes]:
             for part in np.array_split(np.frombuffer(request.body, np.uint8), 4):
-                time.sleep(float(self._rng.uniform(0, 2 * _SLOW)))
+                time.sleep(float(self.rng.uniform(0, 2 * _SLOW)))
                 yield part.tobytes()
 
         headers = {**request.headers, "content-length": str(len(request.body))}
-        self._ask("slow", ("POST", request.path, headers), pieces(), self._judge(request))
+        self._send("slow", replace(request, headers=headers), pieces())
 
     def broken_off(self) -> None:
         """Disconnect before a request, in the middle of it, or before the answer."""
@@ -146,69 +134,56 @@ class Client(threading.Thread):
         head = [f"POST {request.path} HTTP/1.1", "host: soak", f"content-length: {len(request.body)}"]
         head += [f"{name}: {value}" for name, value in request.headers.items()]
         data = "\r\n".join(head).encode() + b"\r\n\r\n" + request.body
-        length = int(self._rng.choice([0, int(self._rng.integers(1, len(data))), len(data)]))
+        length = int(self.rng.choice([0, int(self.rng.integers(1, len(data))), len(data)]))
         try:
-            with socket.create_connection((HOST, self._port), timeout=PATIENCE) as client:
+            with socket.create_connection((HOST, self.port), timeout=PATIENCE) as client:
                 client.sendall(data[:length])
         except OSError as error:
             now = time.monotonic()
-            self._ledger.add(LOST, Fault("broken off", f"no connection: {error}", None, now, now))
+            self.ledger.add(LOST, Fault("broken off", f"no connection: {error}", None, now, now))
         else:
-            self._ledger.right("broken off")
+            self.ledger.right("broken off")
 
     def probe(self) -> None:
         """Check its health."""
-        path = f"/v2/health/{self._rng.choice(['live', 'ready'])}"
-        self._ask("probe", ("GET", path, {}), b"", _is_200)
+        path = f"/v2/health/{self.rng.choice(['live', 'ready'])}"
+        self._send("probe", Request("probe", 200, "GET", path, {}, b""))
 
     def metrics(self) -> None:
         """Read counters, which must not fall, whichever process answers."""
-        before = self._ledger.highest()
+        before = self.ledger.highest()
+        if (body := self._send("metrics", Request("metrics", 200, "GET", "/metrics", {}, b""))) is not None:
+            self.ledger.see(before, counters(body.decode()))
 
-        def judge(status: int, headers: dict[str, str], body: bytes) -> str | None:
-            if status == 200:
-                self._ledger.see(before, counters(body.decode()))
-            return _is_200(status, headers, body)
+    def _any_good(self) -> Request:
+        kinds = list(self.traffic.good)
+        requests = self.traffic.good[kinds[int(self.rng.integers(len(kinds)))]]
+        return requests[int(self.rng.integers(len(requests)))]
 
-        self._ask("metrics", ("GET", "/metrics", {}), b"", judge)
-
-    def _any_good(self) -> Good:
-        kinds = list(self._traffic.good)
-        requests = self._traffic.good[kinds[int(self._rng.integers(len(kinds)))]]
-        return requests[int(self._rng.integers(len(requests)))]
-
-    def _judge(self, request: Good) -> Judge:
-        def judge(status: int, headers: dict[str, str], body: bytes) -> str | None:
-            if status != 200:
-                return f"status {status} instead of 200: {body[:200].decode(errors='replace')}"
-            return self._traffic.problem(request, headers, body)
-
-        return judge
-
-    def _ask(self, kind: str, head: tuple[str, str, object], body: Pieces, judge: Judge) -> None:
-        """Send one request, and note its result."""
+    def _send(self, kind: str, request: Request, body: Iterator[bytes] | None = None) -> bytes | None:
+        """Send one request, with its body in pieces if these are given, and note its result; return the right answer."""
         started, port = time.monotonic(), None
-        method, path, headers = head
         try:
             port = self._connected().getsockname()[1]
-            self._connection.request(method, path, body, headers)  # type: ignore[arg-type]
+            self._connection.request(request.method, request.path, body or request.body, dict(request.headers))
             answer = self._connection.getresponse()
             got = answer.read()
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             reason = f"{type(error).__name__}: {error}"
-            self._ledger.add(LOST, Fault(kind, reason, port, started, time.monotonic()))
-            return
-        answered = {name.lower(): value for name, value in answer.getheaders()}
-        if (problem := judge(answer.status, answered, got)) is None:
-            self._ledger.right(kind)
-        else:
-            self._ledger.add(WRONG, Fault(kind, problem, port, started, time.monotonic()))
+            self.ledger.add(LOST, Fault(kind, reason, port, started, time.monotonic()))
+            return None
+        headers = {name.lower(): value for name, value in answer.getheaders()}
+        if problem := self.traffic.problem(request, answer.status, headers, got):
+            self.ledger.add(WRONG, Fault(kind, problem, port, started, time.monotonic()))
+            return None
+        self.ledger.right(kind)
+        return got
 
     def _connected(self) -> socket.socket:
-        """The kept connection, or a new one."""
+        """Return the kept connection, or a new one."""
         kept: socket.socket | None = self._connection.sock
-        if kept is not None and (self._rng.random() < _FRESH or select.select([kept], [], [], 0)[0]):
+        if kept is not None and (self.rng.random() < _FRESH or select.select([kept], [], [], 0)[0]):
             self._connection.close()
         if self._connection.sock is None:
             self._connection.connect()
@@ -224,10 +199,6 @@ ACTIONS: dict[str, tuple[int, Callable[[Client], None]]] = {
     "probe": (8, Client.probe),
     "metrics": (3, Client.metrics),
 }
-
-
-def _is_200(status: int, _headers: dict[str, str], _body: bytes) -> str | None:
-    return None if status == 200 else f"status {status} instead of 200"
 
 
 def counters(text: str) -> dict[str, float]:

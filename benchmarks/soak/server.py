@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.process import Ports, Running, ask, started
+from benchmarks.serving.process import Running, ask, started, stat_of
 from bnexport.runtimes.isolation import import_path
 
 #: Seconds for the server to stop.
@@ -70,29 +70,16 @@ class ServerUnderSoak:
 def serving(bundle: Path, processes: int, options: tuple[str, ...]) -> Iterator[ServerUnderSoak]:
     """Serve a bundle, and kill the server at the end; RuntimeUnavailable if it does not start."""
     words = [sys.executable, "-P", "-m", "bnexport", "serve", str(bundle.resolve()), "--no-access-log"]
-    words += ["--processes", str(processes), *options]
-
-    def command(ports: Ports) -> list[str]:
-        return [*words, "--port", str(ports.http)]
-
-    with started(command, {**os.environ, "PYTHONPATH": import_path()}) as server:
+    words += ["--processes", str(processes), *options, "--port"]
+    environment = {**os.environ, "PYTHONPATH": import_path()}
+    with started(lambda ports: [*words, str(ports.http)], environment) as server:
         server.wait(lambda: ask(server.ports.http, "GET", "/v2/health/live")[0] == 200)
         yield ServerUnderSoak(server)
 
 
-def resident(pid: int) -> int:
-    """Return the bytes of a process's resident memory; 0 if it has ended."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
 def state(pid: int) -> str:
     """Return the letter of a process's state; "X" if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return "X"
+    return (stat_of(pid) or ["X"])[0]
 
 
 def running(pid: int) -> bool:

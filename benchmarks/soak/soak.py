@@ -6,7 +6,6 @@ lost only on one of these connections, and only if it began before the system ha
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.serving.process import resident, stat_of
 from benchmarks.soak.clients import Client, Fault, Ledger
-from benchmarks.soak.server import ServerUnderSoak, kill_and_see, resident, serving
+from benchmarks.soak.server import ServerUnderSoak, kill_and_see, serving
 from benchmarks.soak.traffic import make_traffic
 from bnexport.bundle import Bundle
 from bnexport.errors import UsageError
@@ -86,10 +86,8 @@ class Soak:
 def run_soak(bundle: Bundle, settings: SoakSettings, *, on_line: Callable[[str], None] = lambda _: None) -> Soak:
     """Soak an image classifier; ``on_line`` gets lines of progress.
 
-    Raises:
-        BundleError: The bundle is not an image classifier in float32.
-        Unavailable: The engine does not work here, or the server did not start.
-        UsageError: The settings have fewer than two processes, or no client or time.
+    BundleError: the bundle is not an image classifier in float32. Unavailable: the engine does not work here, or the server
+    did not start. UsageError: the settings have fewer than two processes, or no client or time.
     """
     if settings.processes < 2 or settings.clients < 1 or settings.seconds <= 0:
         problem = "a soak needs a server of two processes at least, a client and some seconds"
@@ -97,17 +95,17 @@ def run_soak(bundle: Bundle, settings: SoakSettings, *, on_line: Callable[[str],
     traffic = make_traffic(bundle, settings.seed)
     soak, stop = Soak(settings), threading.Event()
     with serving(bundle.path, settings.processes, settings.options) as server:
-        seeds = np.random.SeedSequence(settings.seed).spawn(settings.clients + 1)
-        make = functools.partial(Client, server.port, traffic, ledger=soak.ledger, stop=stop, pause=settings.pause)
-        clients = [make(rng=np.random.default_rng(seed)) for seed in seeds[1:]]
+        first, *others = map(np.random.default_rng, np.random.SeedSequence(settings.seed).spawn(settings.clients + 1))
+        clients = [Client(server.port, traffic, soak.ledger, stop, rng, settings.pause) for rng in others]
+        threads = [threading.Thread(target=client.run, daemon=True) for client in clients]
         try:
-            _Watch(soak, server, np.random.default_rng(seeds[0]), on_line).run(clients)
+            _Watch(soak, server, first, on_line).run(threads)
         finally:
             stop.set()
         end = time.monotonic() + _END
-        for client in clients:
-            client.join(max(0.0, end - time.monotonic()))
-        soak.stuck = sum(client.is_alive() for client in clients)
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        soak.stuck = sum(thread.is_alive() for thread in threads)
         soak.exit_code = server.stop()
         soak.left = server.left()
     return soak
@@ -121,7 +119,7 @@ class _Watch:
     ) -> None:
         self._soak, self._server, self._rng, self._on_line = soak, server, rng, on_line
 
-    def run(self, clients: list[Client]) -> None:
+    def run(self, clients: list[threading.Thread]) -> None:
         """Run the traffic to its end and to the last recovery."""
         settings = self._soak.settings
         self._until(lambda: len(self._server.pids) == settings.processes, _RECOVERY)
@@ -166,7 +164,7 @@ class _Watch:
                     if kill.process == number and kill.recovery is None and event["pid"] != kill.pid:
                         kill.recovery = time.monotonic() - kill.done
         for number, pid in self._server.pids.items():
-            if size := resident(pid):
+            if size := resident(stat_of(pid)):
                 memory = self._soak.memory.setdefault(pid, ProcessMemory(number, pid, size, size, size))
                 memory.last, memory.most = size, max(memory.most, size)
 
@@ -176,14 +174,13 @@ class _Watch:
         pid, begun = self._server.pids.pop(number), time.monotonic()
         try:
             ports = kill_and_see(pid, self._server.port)
-        except OSError:  # it had ended before, and the log says so
+        except OSError:  # it had ended before, which the log reports
             return
         self._soak.kills.append(Kill(number, pid, begun, time.monotonic(), ports))
 
     def _progress(self, seconds: float) -> str:
-        ledger = self._soak.ledger
-        sent = sum(ledger.counts.values())
-        return (
-            f"{seconds:.0f} s: {sent} requests, {len(ledger.wrong)} wrong, {len(ledger.lost)} without an answer, "
-            f"{len(self._soak.kills)} kills"
+        ledger, kills = self._soak.ledger, len(self._soak.kills)
+        found = (
+            f"{sum(ledger.counts.values())} requests, {len(ledger.wrong)} wrong, {len(ledger.lost)} without an answer"
         )
+        return f"{seconds:.0f} s: {found}, {kills} kills"

@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks.command import finish, options
-from benchmarks.pages import render
+from benchmarks.pages import table_page
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.environment import describe, environment
 from bnexport.evaluating.network import BATCH_SIZE, TrainedNetwork, input_batches, sampled_staleness
 from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.moving_statistics import recalibrate
@@ -47,10 +46,8 @@ def rows(name: str, runs: Sequence[tuple[float, float, int, tuple[int, ...]]] = 
                 torch.nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if epoch in epochs:
-                worst, exact = (
-                    sampled_staleness(TrainedNetwork(network, name, APPLY.to_json())).worst,
-                    copy.deepcopy(network),
-                )
+                worst = sampled_staleness(TrainedNetwork(network, name, APPLY.to_json())).worst
+                exact = copy.deepcopy(network)
                 assert worst is not None
                 order = torch.randperm(len(labels)).numpy()
                 recalibrate(exact, input_batches(data.train_images, order, BATCH_SIZE, APPLY))
@@ -61,8 +58,8 @@ def rows(name: str, runs: Sequence[tuple[float, float, int, tuple[int, ...]]] = 
 def main() -> None:
     """Train, and print the table."""
     options("training.stale_statistics", __doc__).parse_args()
-    found = list(rows("fashion-mnist"))
-    print(render("training/stale_statistics.md.jinja", rows=found, machine=describe(environment())))
+    heads = ["lr", "momentum", "seed", "epoch", "error of the worst layer", "accuracy", "accuracy, exact statistics"]
+    print(table_page(heads, list(rows("fashion-mnist")), "SGD, batches of 256"))
 
 
 if __name__ == "__main__":

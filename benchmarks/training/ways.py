@@ -180,11 +180,8 @@ def gemm_rate(*, side: int = 1024, repeats: int = 30) -> float:
     return 2 * side**3 / sorted(times)[len(times) // 2]
 
 
-def _measured(name: str, seconds: float) -> tuple[list[float], int]:
-    return ([gemm_rate()], torch.get_num_threads()) if name == "gemm" else WAYS[name].measure(seconds)
-
-
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # a DataLoader with more workers than cores warns at every epoch
-    rates, threads = _measured(sys.argv[1], float(sys.argv[2]))
+    name, duration = sys.argv[1], float(sys.argv[2])
+    rates, threads = ([gemm_rate()], torch.get_num_threads()) if name == "gemm" else WAYS[name].measure(duration)
     print(json.dumps({"rates": rates, "threads": threads}))

@@ -6,6 +6,7 @@ import copy
 import re
 import time
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -44,11 +45,7 @@ _NOTHING_BETWEEN = (
 
 
 def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
-    """Fold ``torchvision:NAME`` or ``timm:NAME`` and return plain JSON values; the seed sets weights, statistics and inputs.
-
-    Raises:
-        BnexportError: The network can't be made, traced or folded.
-    """
+    """Fold ``torchvision:NAME`` or ``timm:NAME`` and return plain JSON values; the seed sets weights, statistics and inputs."""
     subject = make_zoo_network(source, seed=seed)
     found: dict[str, Any] = {"shape": list(subject.shape), "norms": subject.norms}
     if not subject.norms:
@@ -58,23 +55,19 @@ def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
     original = trace(subject.module, (example,))
     traced = time.perf_counter() - started
     result, plain = (fold_traced(original, (example,), name=source, prove=prove) for prove in (True, False))
-    parameters = sum(item.numel() for item in subject.module.parameters())
-    found |= {"parameters": parameters, "nodes": len(original.graph.nodes)}
-    places = places_of(original)
-    found |= account(result.report, places)
-    found |= {"cost": cost_of(traced, plain, result)} | independent_check(
-        subject, result.model, seed=seed + _OTHER_SEED
+    clamped, places = fold_traced(original, (example,), name=source, clamps=True), places_of(original)
+    ours, more = (
+        account(each.report, places) | independent_check(subject, each.model, seed=seed + _OTHER_SEED)
+        for each in (result, clamped)
     )
-    clamped = fold_traced(original, (example,), name=source, clamps=True)
-    check = independent_check(subject, clamped.model, seed=seed + _OTHER_SEED)
-    return found | {"clamped": account(clamped.report, places) | check}
+    return found | ours | {"cost": cost_of(traced, plain, result), "clamped": more}
 
 
 def cost_of(traced: float, plain: FoldResult, proved: FoldResult) -> dict[str, dict[str, float]]:
     """Return the seconds of the trace and of a fold of its graph, without and with proofs, and their ratios to the trace."""
     fold, proof = (sum(result.seconds.values()) for result in (plain, proved))
     values = {"trace": traced, "fold": fold, "proved": proof, "ratio": fold / traced, "ratio_proved": proof / traced}
-    return {name: Spread.of([value]).to_json() for name, value in values.items()}
+    return {name: asdict(Spread.of([value])) for name, value in values.items()}
 
 
 def account(report: FoldReport, places: dict[str, list[str]]) -> dict[str, Any]:
@@ -82,23 +75,17 @@ def account(report: FoldReport, places: dict[str, list[str]]) -> dict[str, Any]:
     waiting = {module: list(flags) for module, flags in places.items()}
     outcomes: dict[str, Counter[str]] = {place: Counter() for place in PLACES}
     reasons: Counter[str] = Counter()
-    rules: Counter[str] = Counter()
     for row in report.rows:
         place = waiting[row.module].pop(0) if waiting.get(row.module) else "arithmetic"
         outcomes[place][row.outcome] += 1
-        if row.gone:
-            rules[row.rule] += 1
-        elif place != "arithmetic":
+        if not row.gone and place != "arithmetic":
             reasons[general(row)] += 1
     return {
         "calls": len(report.rows),
         "outcomes": {key: dict(value) for key, value in outcomes.items()},
-        "rules": dict(rules),
         "reasons": dict(reasons.most_common()),
         "remaining": report.remaining,
-        "growth": report.growth,
         "error": report.error,
-        "worst_site": max((row.error for row in report.rows if row.error is not None), default=None),
         "warnings": list(report.warnings),
     }
 
@@ -122,12 +109,11 @@ def independent_check(subject: ZooNetwork, folded: GraphModule, *, seed: int) ->
     plain = outputs_of(subject.module, batch)
     exact = outputs_of(copy.deepcopy(subject.module).double(), batch.double())
     error, noise = _difference(given, exact), _difference(plain, exact)
-    return {
-        "check_error": _finite(error),
-        "check_noise": _finite(noise),
-        "wrong": not error <= WRONG_FACTOR * noise + WRONG_SHARE,
-        "varies": _varies(exact),
-    }
+    finite = [value if value < float("inf") else None for value in (error, noise)]
+    # Deviation between samples as a share of the largest output: near 0, the check could not see a fault.
+    varies = max(float(item.std(0).max() / item.abs().max()) for item in exact)
+    wrong = not error <= WRONG_FACTOR * noise + WRONG_SHARE
+    return {"check_error": finite[0], "check_noise": finite[1], "wrong": wrong, "varies": varies}
 
 
 def general(row: FoldRow) -> str:
@@ -155,12 +141,3 @@ def _difference(given: list[Tensor], exact: list[Tensor]) -> float:
     pairs = zip(given, exact, strict=True)
     errors = [float((have.double() - want).abs().max() / want.abs().max()) for have, want in pairs]
     return max(error if error == error else float("inf") for error in errors)
-
-
-def _varies(exact: list[Tensor]) -> float:
-    """Deviation between samples as a share of the largest output: near 0, the check could not see a fault."""
-    return max(float(item.std(0).max() / item.abs().max()) for item in exact)
-
-
-def _finite(value: float) -> float | None:
-    return value if value < float("inf") else None

@@ -39,9 +39,7 @@ class ZooNetwork:
 def make_zoo_network(source: str, *, seed: int = 0) -> ZooNetwork:
     """Build a network with random weights and statistics; the same seed gives the same network.
 
-    Raises:
-        ModelError: The network is unknown, or runs on none of the sizes.
-        MissingDependency: Its package is not installed.
+    ModelError: the network is unknown, or runs on none of the sizes. MissingDependency: its package is not installed.
     """
     torch.manual_seed(seed)
     with quiet():
@@ -64,18 +62,32 @@ def randomise(module: nn.Module, batch: Tensor, *, seed: int = 0) -> None:
     _wake(module, generator)
     module.train()
     to_eval_mode(module)  # some networks cache values computed from their weights in eval mode
+    hooks: dict[nn.Module, RemovableHandle] = {}
+
+    def calibrate(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Set moving statistics from the input of the first call, perturbed per channel."""
+        hooks.pop(norm).remove()
+        if norm.running_mean is None:
+            return
+        values = inputs[0].transpose(0, 1).flatten(1)  # (channels, samples and positions)
+        mean, var = values.mean(1), values.var(1, correction=0)
+        var = torch.where(var < 1e-12, torch.ones_like(var), var)  # a channel that a gamma of 0 made constant
+        normal, uniform = (draw(var.shape, generator=generator) for draw in (torch.randn, torch.rand))
+        norm.running_mean.copy_(mean + 0.3 * var.sqrt() * normal)
+        # Without the factor the mean of 1 / var would double at each layer.
+        norm.running_var.copy_(var * 10 ** (2 * uniform - 1) * 2.15)
+        norm.num_batches_tracked.fill_(1)
+
     norms = [item for item in module.modules() if isinstance(item, _BatchNorm)]
-    handles: list[RemovableHandle] = []
     for number, norm in enumerate(norms):
         norm.eps = _EPS[number % len(_EPS)]
         _set_affine(norm, generator)
-        handles.append(norm.register_forward_pre_hook(_Calibrate(generator)))
+        hooks[norm] = norm.register_forward_pre_hook(calibrate)
     try:
-        with torch.no_grad(), quiet():
-            module(batch)
+        outputs_of(module, batch)
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks.values():
+            hook.remove()
 
 
 def outputs_of(module: nn.Module, batch: Tensor) -> list[Tensor]:
@@ -84,34 +96,8 @@ def outputs_of(module: nn.Module, batch: Tensor) -> list[Tensor]:
         return [item for item in pytree.tree_leaves(module(batch)) if isinstance(item, Tensor)]
 
 
-class _Calibrate:
-    """Forward pre-hook: at the first call, set moving statistics from the input, perturbed per channel."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
-        self._done = False
-
-    def __call__(self, norm: Any, inputs: tuple[Tensor, ...]) -> None:
-        if self._done or norm.running_mean is None:
-            return
-        self._done = True
-        values = inputs[0].transpose(0, 1).flatten(1)  # (channels, samples and positions)
-        mean, var = values.mean(1), values.var(1, correction=0)
-        var = torch.where(var < 1e-12, torch.ones_like(var), var)  # a channel that a gamma of 0 made constant
-        norm.running_mean.copy_(mean + 0.3 * var.sqrt() * self._normal(var))
-        # Without the factor the mean of 1 / var would double at each layer.
-        norm.running_var.copy_(var * 10 ** (2 * self._uniform(var) - 1) * 2.15)
-        norm.num_batches_tracked.fill_(1)
-
-    def _normal(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self._generator)
-
-    def _uniform(self, like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=self._generator)
-
-
 def _set_affine(norm: Any, generator: torch.Generator) -> None:
-    """gamma: 0.5 to 1.5, a quarter of it negative, one channel in fifty 0; beta: small noise."""
+    """Draw gammas of 0.5 to 1.5, a quarter of them negative, one in fifty 0, and betas of small noise."""
     if norm.weight is None:
         return
     draw = torch.rand(3, norm.num_features, generator=generator)
@@ -140,7 +126,7 @@ def _wake(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def _sample_shape(source: str, module: nn.Module) -> tuple[int, ...]:
-    """The smallest of SIZES on which the network runs, else its own size."""
+    """Return the smallest of SIZES on which the network runs, else its own size."""
     own = zoo_facts(source, {}, module)[0] or (3, 224, 224)
     problem = ""
     for shape in (*((own[0], size, size) for size in SIZES), own):

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import side_by_side
 from bnexport.environment import environment, versions_of
 from bnexport.errors import BnexportError, DataError, UsageError
 from bnexport.optional import one_line, require
+from bnexport.runtimes.isolation import how_ended
 
 #: Part of the measurement -> module and function that measures it: (source, seed) -> JSON. A part can be run again alone.
 PARTS = {"fold": ("benchmarks.zoo.fold", "measure_fold"), "tools": ("benchmarks.zoo.tools", "measure_tools")}
-#: Modules loaded once, before the processes are forked; of timm and onnxslim only if they are installed.
-_PRELOAD = (
-    "torch", "torch._dynamo", "torch.export", "torch.onnx", "torchvision", "onnx", "onnxscript", "onnxruntime",
-    "benchmarks.zoo.run", "timm", "onnxslim",
-)  # fmt: skip
-#: Seconds in which a process must end after it has sent its line.
-_PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -54,24 +48,21 @@ def run_zoo(run: ZooRun, *, on_line: Callable[[str], None] = lambda _line: None)
     """
     todo = _todo(run)
     if todo:
+        here = environment()
+        here |= {"packages": here["packages"] | versions_of("timm", "onnxslim")}
         for part in run.parts:
-            _append(run.out, {"part": "conditions", "name": part, "seed": run.seed, "jobs": run.jobs, **_conditions()})
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_PRELOAD))
-        with ThreadPoolExecutor(run.jobs) as pool:
-            waiting = {pool.submit(_measure, context, part, source, run): None for source, part in todo}
-            for number, done in enumerate(as_completed(waiting), 1):
-                line = done.result()
-                _append(run.out, line)
-                on_line(f"{number}/{len(todo)} {line['name']} {line['part']}: {line.get('problem') or line['seconds']}")
+            _append(run.out, {"part": "conditions", "name": part, "seed": run.seed, "jobs": run.jobs, **here})
+        calls = [partial(_measure, part, source, run) for source, part in todo]
+        for number, line in enumerate(side_by_side(calls, run.jobs), 1):
+            _append(run.out, line)
+            on_line(f"{number}/{len(todo)} {line['name']} {line['part']}: {line.get('problem') or line['seconds']}")
     return read_lines(run.out)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a file of measurements; of several for one network and part, the last.
 
-    Raises:
-        DataError: The file can't be read or has other content.
+    DataError: the file can't be read or has other content.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -81,75 +72,62 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, raw in enumerate(text.splitlines(), 1):
         try:
             line = json.loads(raw)
-            key = (str(line["part"]), str(line["name"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found[str(line["part"]), str(line["name"])] = line
+        except (ValueError, KeyError, TypeError) as error:
             problem = f"line {number} of {path} is not a measurement"
             raise DataError(problem, remedy="Remove it, or name another file") from error
-        found[key] = line
     return list(found.values())
 
 
 def networks() -> tuple[str, ...]:
     """Return every network as ``torchvision:NAME``, then those of timm.txt as ``timm:NAME``.
 
-    Raises:
-        MissingDependency: torchvision is not installed.
+    MissingDependency: torchvision is not installed.
     """
     models = require("torchvision.models", purpose="the measurement of networks")
     lines = Path(__file__).with_name("timm.txt").read_text(encoding="utf-8").splitlines()
     timm = [name for line in lines if not line.startswith("#") for name in line.split()]
-    return (
-        *(f"torchvision:{name}" for name in sorted(models.list_models(module=models))),
-        *(f"timm:{name}" for name in timm),
-    )
-
-
-def _conditions() -> dict[str, Any]:
-    """Hardware and versions, including the tools."""
-    record = environment()
-    return record | {"packages": record["packages"] | versions_of("timm", "onnxslim")}
+    known = sorted(models.list_models(module=models))
+    return (*(f"torchvision:{name}" for name in known), *(f"timm:{name}" for name in timm))
 
 
 def _todo(run: ZooRun) -> list[tuple[str, str]]:
     if unknown := [part for part in run.parts if part not in PARTS]:
         raise UsageError(f"there is no part {unknown[0]!r}", remedy=f"Choose of {', '.join(PARTS)}")
-    every = networks()
     if unknown := [name for name in run.names if name.partition(":")[0] not in ("torchvision", "timm")]:
         raise UsageError(f"{unknown[0]!r} names no network", remedy="Write it as torchvision:NAME or timm:NAME")
     done: set[tuple[str, str]] = set()
     if run.out.exists() and not run.again:
         done = {(line["name"], line["part"]) for line in read_lines(run.out)}
-    names = run.names or every
-    todo = [(name, part) for name in names for part in run.parts if (name, part) not in done]
+    todo = [(name, part) for name in run.names or networks() for part in run.parts if (name, part) not in done]
     kept = list(dict.fromkeys(name for name, _ in todo))[: run.limit or None]
     return [(name, part) for name, part in todo if name in set(kept)]
 
 
-def _measure(context: Any, part: str, source: str, run: ZooRun) -> dict[str, Any]:
-    """The line of one network, measured in one process; a failure is a line, too."""
+def _measure(part: str, source: str, run: ZooRun) -> dict[str, Any]:
+    """Return the line of one network, measured in one process; a failure is a line, too."""
     started = time.perf_counter()
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, part, source, run.seed, run.memory_gb), daemon=True)
-    process.start()
-    sender.close()
+    command = [sys.executable, "-m", "benchmarks.zoo.run", part, source, str(run.seed), str(run.memory_gb)]
+    line: dict[str, Any] = {"problem": f"longer than {run.seconds:g} s"}
     try:
-        late = {"problem": f"longer than {run.seconds:g} s"}
-        line: dict[str, Any] = receiver.recv() if receiver.poll(run.seconds) else late
-    except EOFError:
-        process.join(_PATIENCE)
-        code = process.exitcode or 0
-        ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        line = {"problem": f"its process ended by {ending}"}
-    if "result" in line:
-        process.join(_PATIENCE)
-    process.kill()
-    process.join()
-    receiver.close()
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=run.seconds, check=False
+        )
+        ended = {"problem": f"its process ended: {how_ended(done.returncode)}"}
+        line = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else ended
+    except subprocess.TimeoutExpired:
+        pass
     return {"name": source, "part": part, **line, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def _child(sender: Connection, part: str, source: str, seed: int, memory_gb: float) -> None:
-    """Limit the memory of this process, measure, and send the line."""
+def _append(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def child(part: str, source: str, seed: int, memory_gb: float) -> None:
+    """Limit the memory of this process, measure a network with one thread, and print its line."""
     import resource
 
     import torch
@@ -166,16 +144,8 @@ def _child(sender: Connection, part: str, source: str, seed: int, memory_gb: flo
         line = {"problem": f"more than {memory_gb:g} GB of memory"}
     except Exception as error:  # a fault of a network or of bnexport is a line of the table, too
         line = {"problem": f"{type(error).__name__}: {one_line(error)}"}
-    sender.send(line)
+    print("\n" + json.dumps(line))
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-
-
-def chosen(names: Iterable[str]) -> tuple[str, ...]:
-    """Split names at commas; a name without a zoo is timm's."""
-    parts = [part.strip() for name in names for part in name.split(",") if part.strip()]
-    return tuple(part if ":" in part else f"timm:{part}" for part in parts)
+if __name__ == "__main__":
+    child(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))

@@ -21,10 +21,11 @@ from benchmarks import int8
 from benchmarks.clock import Spread
 from benchmarks.command import finish, known, options
 from benchmarks.folding import cost
-from benchmarks.pages import ranged, render, write_page
+from benchmarks.pages import ranged, table_page, write_page
 from benchmarks.training.accuracy import cell, row
 from benchmarks.training.stale_statistics import rows
 from benchmarks.zoo.network import ZooNetwork
+from bnexport.environment import describe, environment
 from bnexport.errors import BundleError, MissingDependency, ProofError
 from bnexport.quantization.moments import seen_in_module
 
@@ -36,9 +37,10 @@ def test_a_fold_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "make_zoo_network", lambda _source: ZooNetwork(module, (3, 8, 8), 1))
     cells = cost.cost_row("timm:x", seconds=60, repeats=2)
     assert (cells[0], cells[1], cells[-1], len(cells)) == ("timm:x", "1", "2", 8)
-    table = render("folding/cost.md.jinja", rows=[cells], machine="a machine").splitlines()
+    table = table_page(cost.HEADS, [cells], "n is small").splitlines()
     assert table[0].count("|") == table[1].count("|") == table[2].count("|") == 9
-    assert table[-1].endswith("a machine.")
+    assert table[-1].startswith("n is small; load of the machine at the end ")
+    assert table[-1].endswith(f"; {describe(environment())}.")
 
 
 def test_stale_statistics_of_one_run() -> None:
@@ -159,13 +161,13 @@ def test_prose_is_wrapped_and_everything_else_stays(tmp_path: Path) -> None:
 
 
 def test_a_cell_can_t_break_its_table() -> None:
-    text = render("training/accuracy.md.jinja", rows=[["a|b", "", 3]], seeds=2, used="x", machine="y")
+    text = table_page(["x", "y", "z"], [["a|b", "", 3]], "n = 1")
     assert "| a\\|b |  | 3 |\n" in text
     assert ranged(Spread(0.5, 1.25, 2.0, 3), 1) == "1.2 (0.5 to 2.0)"
 
 
 def commands() -> list[str]:
-    """The modules that end in a command, as the README's table names them."""
+    """Return the commands in the README's table."""
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     return re.findall(r"^\| `(benchmarks\.[\w.]+)", text, re.MULTILINE)
 

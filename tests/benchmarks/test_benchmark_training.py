@@ -1,4 +1,4 @@
-"""The comparison of ways to train: what is measured, what becomes of it, and its page."""
+"""The comparison of ways to train: the measurement, its ratios, and its page."""
 
 import sys
 from pathlib import Path
@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.training import speed as training_speed
-from benchmarks.training.__main__ import main
-from benchmarks.training.speed import OPERATIONS_PER_IMAGE, TrainingSpeeds, measure, speed_page
+from benchmarks.training import __main__ as training_speed
+from benchmarks.training.__main__ import OPERATIONS_PER_IMAGE, TrainingSpeeds, main, measure, speed_page
 from benchmarks.training.ways import WAYS, epochs_of, gemm_rate
 from bnexport.errors import RuntimeUnavailable
 from bnexport.nn.lenet import bn_lenet
@@ -62,7 +61,7 @@ def test_without_the_baseline_there_is_nothing_to_compare(monkeypatch):
 def test_the_page_states_the_distance_from_the_limit():
     speeds = TrainingSpeeds(
         {"chapter-4": [10.0], "bnexport": [25000.0]}, {"chapter-4": [1.0], "bnexport": [5.0]}, dict.fromkeys(WAYS, 2),
-        [OPERATIONS_PER_IMAGE * 100000], {},
+        [OPERATIONS_PER_IMAGE * 100000],
     )  # fmt: skip
     page = speed_page(speeds, "a machine")
     assert "100,000 images/s" in page

@@ -1,4 +1,4 @@
-"""What is measured of one network: its statistics, the places of its BatchNorms, the fold, and the other tools."""
+"""The measurement of one network: its statistics, the places of its BatchNorms, the fold, and the other tools."""
 
 from __future__ import annotations
 
@@ -128,7 +128,6 @@ def test_the_fold_report_is_counted_by_place() -> None:
         "arithmetic": {"affine": 1},
     }
     assert found["reasons"] == {"before: it follows relu; some of its scales are negative": 1}
-    assert found["rules"] == {"before": 2}
 
 
 def test_a_fold_is_measured(tiny: Callable[[], nn.Module]) -> None:
@@ -179,7 +178,10 @@ def test_a_tool_that_fails_is_named(tiny: Callable[[], nn.Module], monkeypatch: 
 
 
 def test_a_spread() -> None:
-    assert Spread.of([3.0, 1.0, 2.0]).to_json() == {"low": 1.0, "middle": 2.0, "high": 3.0, "n": 3}
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(1.0, 2.0, 3.0, 3)
+    assert Spread.ratio([3.0, 1.0, 8.0], [1.0, 2.0, 2.0]) == Spread(0.5, 3.0, 4.0, 3)
+    with pytest.raises(ValueError, match="zip"):
+        Spread.ratio([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="needs a value"):
         Spread.of([])
 

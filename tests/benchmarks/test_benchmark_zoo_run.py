@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.zoo.page import write_document
-from benchmarks.zoo.run import ZooRun, chosen, read_lines, run_zoo
+from benchmarks.zoo.__main__ import write_document
+from benchmarks.zoo.run import ZooRun, read_lines, run_zoo
 from bnexport.errors import DataError, UsageError
 
 
@@ -54,10 +54,6 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
         run_zoo(ZooRun(tmp_path / "x", ("resnet18",)))
 
 
-def test_names_without_a_zoo_are_timms() -> None:
-    assert chosen(["resnet18, torchvision:vgg11", "dla34"]) == ("timm:resnet18", "torchvision:vgg11", "timm:dla34")
-
-
 def line(name: str, part: str, **result: Any) -> dict[str, Any]:
     return {"name": name, "part": part, "result": {"shape": [3, 64, 64], "norms": 3, **result}, "seconds": 1.0}
 
@@ -66,7 +62,7 @@ def folded(name: str, *, wrong: bool = False, remaining: int = 1) -> dict[str, A
     spread = {"low": 0.5, "middle": 0.6, "high": 0.7, "n": 3}
     return line(
         name, "fold", calls=3, outcomes={"adjacent": {"backward": 1}, "apart": {"through": 1, "affine": 1}, "arithmetic": {}},
-        rules={}, reasons={"it follows a|b": 1}, remaining=remaining, growth=1.0, error=2e-15, worst_site=1e-16, warnings=[],
+        reasons={"it follows a|b": 1}, remaining=remaining, error=2e-15, warnings=[],
         cost=dict.fromkeys(("trace", "fold", "proved", "ratio", "ratio_proved"), spread), check_error=2e-7, check_noise=1e-7,
         wrong=wrong, varies=0.5,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the page of the chapter says of its numbers: each claim flips when its numbers do."""
+"""The claims on the page of the chapter: each flips when its numbers do."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 from support.chapter import LAYERS, PLAN, Change, at_chance, crafted, diverged, with_epochs
 
-from benchmarks.chapter.claims import CLAIMS, claims_of, counted, plus_minus
+from benchmarks.chapter.claims import CLAIMS, counted, plus_minus
 from benchmarks.chapter.plan import EXPERIMENTS
 from benchmarks.chapter.results import Mean
 from benchmarks.chapter.run import RunResult
 
 
 def answers(change: Change, experiment: str) -> list[bool]:
-    return [claim.holds for claim in claims_of(crafted(change), experiment)]
+    return [claim.holds for claim in CLAIMS[experiment](crafted(change))]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -109,7 +109,7 @@ def test_a_claim_flips_with_its_numbers(change: Change, experiment: str, expecte
 
 
 def test_runs_that_did_not_learn_are_reported() -> None:
-    first, second = claims_of(crafted(one_seed_with_norm_diverges), "a")
+    first, second = CLAIMS["a"](crafted(one_seed_with_norm_diverges))
     assert "with BatchNorm 3 of 3 at 0.1, 3 of 3 at 0.5, 3 of 3 at 1, 2 of 3 (1 diverged) at 2" in first.found
     assert "without BatchNorm 3 of 3 at 0.1, 3 of 3 at 0.5, 3 of 3 at 1, 0 of 3 (3 at chance) at 2" in first.found
     assert "Of 12 pairs of one learning rate and seed, in 11 the training loss of epoch 3 is lower" in second.found
@@ -117,26 +117,26 @@ def test_runs_that_did_not_learn_are_reported() -> None:
 
 
 def test_numbers_of_the_sentences() -> None:
-    same, convention = claims_of(crafted(torch_is_apart), "b")
+    same, convention = CLAIMS["b"](crafted(torch_is_apart))
     assert "2.0e-03 with batches of 256 (seeds deviate by 1.0e-02)" in same.found
     assert "0.0e+00 with batches of 8" in same.found
     assert "Training is the same to the last bit" in convention.found
     assert "are 1.1429 times the biased ones (n/(n-1) = 1.1429), and test accuracy changes by 0.0100 +/- 0.0000" in (
         convention.found
     )
-    assert "up to 1.0e-09" in claims_of(crafted(biased_trains_otherwise), "b")[1].found
-    best, tiny = claims_of(crafted(), "c")
+    assert "up to 1.0e-09" in CLAIMS["b"](crafted(biased_trains_otherwise))[1].found
+    best, tiny = CLAIMS["c"](crafted())
     assert "at 0.1 batches of 32 are best with 0.850 +/- 0.010" in best.found
     assert tiny.found == "Seeds that learned with them: at 0.1 0 of 3 (3 at chance); at 1 0 of 3 (3 at chance)."
-    gap, _ = claims_of(crafted(), "d")
+    gap, _ = CLAIMS["d"](crafted())
     assert "0.003 +/- 0.000 at 0.1" in gap.found
     assert "0.060 +/- 0.000 at 2" in gap.found
-    assert "bn2 gamma 1.49 to 1.91 (0 of 48 negative), beta -0.50 to -0.30" in claims_of(crafted(), "e")[0].found
+    assert "bn2 gamma 1.49 to 1.91 (0 of 48 negative), beta -0.50 to -0.30" in CLAIMS["e"](crafted())[0].found
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_nothing_is_claimed_of_runs_that_all_diverged(experiment: str) -> None:
-    claims = claims_of(crafted(diverged), experiment)
+    claims = CLAIMS[experiment](crafted(diverged))
     assert not any(claim.holds for claim in claims)
     assert all(claim.found.endswith(".") for claim in claims)
 
@@ -148,7 +148,7 @@ def test_outcomes_are_counted_and_not_averaged() -> None:
     setting = crafted(mixed).settings("e")[0]
     assert [run.outcome for run in setting.runs] == ["learned", "chance", "diverged"]
     assert counted(setting) == "1 of 3 (1 at chance, 1 diverged)"
-    assert setting.mean(lambda epoch: epoch.train_loss) == Mean(setting.runs[0].history[-1].train_loss, None, 1)
+    assert setting.mean("train_loss") == Mean(setting.runs[0].history[-1].train_loss, None, 1)
 
 
 @pytest.mark.parametrize("name", ["train_accuracy", "test_accuracy", "exact_accuracy"])

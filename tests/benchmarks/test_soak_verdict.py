@@ -1,4 +1,4 @@
-"""What the verdict on a soak demands, on records made by hand; and what is read of processes and counters."""
+"""The demands of a soak's verdict on records made by hand, and the reading of processes and counters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from support.bundles import write_bundle
 
+from benchmarks.serving.process import resident, stat_of
+from benchmarks.soak.__main__ import DEMANDS, lines, to_json, unexplained, verdict
 from benchmarks.soak.clients import ACTIONS, Fault, Ledger, counters
-from benchmarks.soak.server import accepted, kill_and_see, resident, running
+from benchmarks.soak.server import accepted, kill_and_see, running, state
 from benchmarks.soak.soak import Kill, ProcessMemory, Soak, SoakSettings, run_soak
 from benchmarks.soak.traffic import KINDS, make_traffic
-from benchmarks.soak.verdict import DEMANDS, lines, to_json, unexplained, verdict
 from bnexport.errors import UsageError
 
 LOST = "no request is lost except on the connections of a killed process"
@@ -137,12 +138,12 @@ def test_the_connections_of_a_killed_process_are_those_that_it_accepted() -> Non
                 assert process.stdout.readline() == "accepted\n"
                 with socket.create_connection(("127.0.0.1", port)):
                     assert accepted(process.pid, port) == {first.getsockname()[1]}
-                    assert resident(process.pid) > 2**20
+                    assert resident(stat_of(process.pid)) > 2**20
                     assert kill_and_see(process.pid, port) == {first.getsockname()[1]}
                     assert not running(process.pid)
         finally:
             process.kill()
-    assert resident(process.pid) == 0
+    assert resident(stat_of(process.pid)) == 0
     with pytest.raises(OSError, match="No such process"):
         kill_and_see(process.pid, port)
 
@@ -159,8 +160,8 @@ def test_a_process_whose_first_thread_has_ended_still_runs() -> None:
             assert process.stdout is not None
             process.stdout.readline()
             end = time.monotonic() + 240
-            while (state := Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "Z":
-                assert time.monotonic() < end, state
+            while state(process.pid) != "Z":
+                assert time.monotonic() < end, state(process.pid)
                 time.sleep(0.01)
             assert running(process.pid)
         finally:
@@ -172,19 +173,21 @@ def test_answers_that_are_wrong_are_seen(tmp_path: Path) -> None:
     assert set(traffic.good) == set(KINDS)
     for request in traffic.good["binary"][:5]:
         headers = {"inference-header-content-length": "2"}
+        assert request.expected is not None
         right = request.expected.astype(np.float32)
-        assert traffic.problem(request, headers, b"{}" + right.tobytes()) is None
+        assert traffic.problem(request, 200, headers, b"{}" + right.tobytes()) is None
         off = right.copy()
         off[-1, -1] += 3 * traffic.bound
-        assert "a logit is off by" in str(traffic.problem(request, headers, b"{}" + off.tobytes()))
+        assert "a logit is off by" in str(traffic.problem(request, 200, headers, b"{}" + off.tobytes()))
         off[-1, -1] = np.nan
-        assert traffic.problem(request, headers, b"{}" + off.tobytes()) is not None
-        assert "can't be read" in str(traffic.problem(request, headers, b"{}" + right.tobytes()[:-4]))
-        assert "can't be read" in str(traffic.problem(request, {}, right.tobytes()))
+        assert traffic.problem(request, 200, headers, b"{}" + off.tobytes()) is not None
+        assert "can't be read" in str(traffic.problem(request, 200, headers, b"{}" + right.tobytes()[:-4]))
+        assert "can't be read" in str(traffic.problem(request, 200, {}, right.tobytes()))
     first, second = traffic.good["picture"][:2]
+    assert first.expected is not None
     body = b'{"predictions": [{"logits": %s}]}' % str(first.expected[0].tolist()).encode()
-    assert traffic.problem(first, {}, body) is None
-    assert traffic.problem(second, {}, body) is not None, "another request's answer"
+    assert traffic.problem(first, 200, {}, body) is None
+    assert traffic.problem(second, 200, {}, body) is not None, "another request's answer"
 
 
 def test_one_process_can_not_be_soaked(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""report.html as a browser shows it: nothing asked for, nothing complained of, nothing out of the screen, all readable."""
+"""report.html in a browser: no requests, no errors, nothing outside of the screen, everything readable."""
 
 from __future__ import annotations
 

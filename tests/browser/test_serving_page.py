@@ -168,11 +168,11 @@ def test_the_verdict_and_the_report(browser: Browser) -> None:
     browser.open(browser.evaluate("document.querySelector('#verdict a').href"))
     assert "told" in browser.evaluate("document.body.innerText")
     assert browser.evaluate("document.title") == "report", "no script of a report runs"
-    assert browser.evaluate("self.origin") == "null", "and it is a stranger here"
+    assert browser.evaluate("self.origin") == "null", "it has an opaque origin"
 
 
 def test_a_server_without_models_is_reported(browser: Browser) -> None:
-    """Their folders may go while it runs; the page must not look as if it had not loaded."""
+    """Their folders may be removed while it runs; the page must not look as if it had not loaded."""
     browser.evaluate("ask = async () => ({json: async () => ({models: []})}); load()")
     assert browser.until("document.getElementById('problem').textContent") == "This server has no models now."
     assert not browser.evaluate("document.getElementById('model').checkVisibility()")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chapter.__main__ import main
-from benchmarks.chapter.page import write_chapter
+from benchmarks.chapter.__main__ import main, write_chapter
 from benchmarks.chapter.plan import EXPERIMENTS
 from benchmarks.chapter.results import load_results
 from benchmarks.command import finish

@@ -1,4 +1,4 @@
-"""Measure what the tests see: change the program in one place, run the tests, count the changes that no test notices.
+"""Measure the strength of the tests: change the program in one place, run the tests, count the changes that no test detects.
 
 Use, from the root of the tree: python tests/mutation/mutate.py --count 60 --seed 1 [--tree PATH] [--slow]
 

@@ -15,7 +15,7 @@ from mutation.mutate import ROOT, TESTS, changes, marked, mutated, sample
 
 SOURCE = '''
 def clip(x: int, most: int = 3) -> int:
-    """2 is no number of the program."""
+    """2 is not a number of the program."""
     if x < 0 and not most:
         print("below")
     return -x * most if x in (1, True) else most

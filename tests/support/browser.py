@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through its DevTools protocol over a pipe: no port, no driver, no package."""
+"""A headless Chromium, driven by its DevTools protocol over a pipe: no port, no driver, no package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 #: Moves the two pipes to the numbers where Chromium expects them, then becomes Chromium.
@@ -20,12 +19,12 @@ _START = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
 )
 _FREE = 10  # file descriptors from here on are not 3 or 4
-#: Of one answer. A machine that is busy with other tests may take long to start it.
+#: Seconds of one answer. A machine that is busy with other tests may take long to start it.
 _PATIENCE = 90.0
 
 
 class Browser:
-    """One page. What it asks for, logs and throws is kept.
+    """One page. Its requests, log lines and exceptions are kept.
 
     Attributes:
         requests: Address of every request that the page made.
@@ -53,11 +52,8 @@ class Browser:
         self._in, theirs_out = self._pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, str(theirs_in), str(theirs_out), *command],
-            pass_fds=(theirs_in, theirs_out),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+            pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         os.close(theirs_in)
         os.close(theirs_out)
 
@@ -68,9 +64,7 @@ class Browser:
             self.call(f"{domain}.enable")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
         os.close(self._out)
@@ -84,7 +78,7 @@ class Browser:
         self._until(lambda message: message.get("method") == "Page.loadEventFired")
 
     def screen(self, width: int, *, dark: bool = False, media: str = "screen") -> None:
-        """Lay the page out for a screen of so many CSS pixels, or for paper."""
+        """Lay the page out for a screen of this width in CSS pixels, or for paper."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=width < 600
         )
@@ -92,7 +86,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
 
     def until(self, expression: str) -> Any:
-        """The value of a JavaScript expression once it is true."""
+        """Return the value of a JavaScript expression once it is true."""
         deadline = time.monotonic() + _PATIENCE
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < deadline, (
@@ -109,17 +103,17 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def screenshot(self) -> bytes:
-        """The whole page as PNG."""
+        """Return the whole page as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol, and its answer."""
+        """Send one command of the protocol, and return its answer."""
         number = next(self._numbers)
         message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
         if self._session is not None:

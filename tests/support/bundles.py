@@ -1,4 +1,4 @@
-"""Small bundles made without bnexport's own folding and exporting: what verification is tested against.
+"""Small bundles made without bnexport's own folding and exporting, for the tests of verification.
 
 The fold is a few lines of float64 arithmetic of this file, so that a fault in ``bnexport.folding`` can't hide here, and a
 sabotage is one changed number in it.
@@ -156,18 +156,13 @@ def write_exported(file: Path, state: Mapping[str, torch.Tensor]) -> None:
     plain.load_state_dict(dict(state))
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.11 warns of its own classes
+        warnings.simplefilter("ignore")  # torch 2.11 warns of classes that it uses itself
         program = torch.export.export(plain.eval(), (torch.zeros(2, 1, 28, 28),), dynamic_shapes=({0: batch},))
         torch.export.save(program, str(file))
 
 
 def write_bundle(folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> Bundle:
-    """A sealed bundle of ``network()``.
-
-    Args:
-        folder: Created.
-        state: Folded weights for both model files; the right ones by default.
-    """
+    """Create a folder with a sealed bundle of ``network()``; ``state``: other folded weights for the model files."""
     folder.mkdir(parents=True)
     model = network()
     folded = fold_by_hand(model) if state is None else state

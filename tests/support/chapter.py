@@ -40,7 +40,7 @@ def unchanged(run: RunResult) -> RunResult:
 
 
 def crafted(change: Change = unchanged, experiments: tuple[str, ...] = tuple(EXPERIMENTS)) -> Results:
-    """Every training, each as ``change`` gives it back."""
+    """Return every training, each changed by ``change``."""
     runs = tuple(change(crafted_run(spec)) for spec in specs_of(experiments, PLAN))
     return Results(PLAN, experiments, runs)
 
@@ -75,7 +75,7 @@ def crafted_run(spec: RunSpec) -> RunResult:
 
 
 def with_epochs(run: RunResult, **values: Any) -> RunResult:
-    """The same run with other values in every epoch; a function is given the old value."""
+    """The same run with other values in every epoch; a function gets the old value."""
 
     def changed(epoch: EpochResult) -> EpochResult:
         new = {name: value(getattr(epoch, name)) if callable(value) else value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""A server without a socket: connections to which bytes are given, and what they write."""
+"""A server without a socket: connections that receive bytes, and a record of the bytes that they write."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Wire:
 
 
 class House:
-    """A server without a socket; ``fast`` is whether it has the fast lane."""
+    """A server without a socket; ``fast``: it has the fast lane."""
 
     def __init__(self, repository: Repository, *, fast: bool = True, token: bytes | None = None, **limits: int) -> None:
         self.log = io.StringIO()
@@ -86,7 +86,7 @@ class House:
 
 
 async def quiet(house: House) -> None:
-    """Until nothing is being answered."""
+    """Wait until no request is being answered."""
     for _ in range(100_000):
         await asyncio.sleep(0.001 if house.state.active or house.server_state.tasks else 0)
         if house.state.active == 0 and not house.server_state.tasks:

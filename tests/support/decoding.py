@@ -1,4 +1,4 @@
-"""Folders of images as the tests of their decoding look at them."""
+"""Folders of images and cache entries, for the tests of decoding."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def one_by_one(root: Path, part: str, preprocessing: Preprocessing) -> Array:
 
 
 def left(root: Path) -> list[str]:
-    """Entries of the cache, by the part that they are of."""
+    """Return the entries of the cache, by part."""
     return sorted(path.name for path in (root.parent / "cache").glob("folders/*/*"))

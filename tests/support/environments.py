@@ -1,4 +1,4 @@
-"""Python environments of their own, for packages whose versions do not go with ours."""
+"""Separate Python environments, for packages whose versions conflict with those of bnexport."""
 
 from __future__ import annotations
 
@@ -11,15 +11,7 @@ from typing import Any
 
 
 def environment(folder: Path, *requirements: str) -> Path:
-    """Make an environment with what pip finds for some requirements.
-
-    Args:
-        folder: Created; about as large as the packages.
-        requirements: As pip takes them.
-
-    Returns:
-        Its Python.
-    """
+    """Make a folder with an environment in which pip has installed the requirements; return its Python."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     # Compiling every module takes as long as downloading them all; a program compiles the few that it imports.
@@ -30,16 +22,11 @@ def environment(folder: Path, *requirements: str) -> Path:
 
 
 def run_program(python: Path, program: Path, task: object) -> Any:
-    """What a program says about its task, both in JSON, through standard input and output."""
+    """Return a program's answer to a task, both in JSON, through standard input and output."""
     environ = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     done = subprocess.run(
-        [str(python), str(program)],
-        input=json.dumps(task),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [str(python), str(program)], input=json.dumps(task), capture_output=True, text=True, timeout=120, check=False,
         env=environ,
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

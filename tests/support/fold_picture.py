@@ -64,10 +64,7 @@ def draw() -> str:
     (row,) = [row for row in result.report.rows if row.module == "bn1"]
     parts = []
     for top, title, graph in zip(
-        ROWS,
-        ("before", "after"),
-        (torch.export.export(network, example).module(), result.model),
-        strict=True,
+        ROWS, ("before", "after"), (torch.export.export(network, example).module(), result.model), strict=True
     ):
         shown = operations(graph)
         parts.append(f'<text class="row" x="16" y="{top + 34}">{title}</text>')

@@ -1,4 +1,4 @@
-"""A gRPC client that sends what it is told, malformed or not."""
+"""A gRPC client that sends any bytes, malformed or not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_l
 
 
 class Reply(NamedTuple):
-    """What came back: the name of the code, the sentence, the bytes and the trailing metadata."""
+    """An answer: the name of the code, the sentence, the bytes and the trailing metadata."""
 
     code: str
     message: str
@@ -30,7 +30,7 @@ class Reply(NamedTuple):
 @contextlib.contextmanager
 def channel_to(server: Server, certificate: bytes | None = None) -> Iterator[grpc.Channel]:
     address = f"127.0.0.1:{server.grpc_port}"
-    # A subchannel of its own for each: what one test does to its connection is no other test's affair.
+    # Each has a separate subchannel, so that a broken connection affects one test alone.
     options = [*_UNLIMITED, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
     if certificate is None:
         made = grpc.insecure_channel(address, options)
@@ -41,7 +41,7 @@ def channel_to(server: Server, certificate: bytes | None = None) -> Iterator[grp
 
 
 def call(channel: grpc.Channel, path: str, *messages: bytes, timeout: float = PATIENCE, **options: Any) -> Reply:
-    """Send bytes as they are, in as many messages as there are; one answer."""
+    """Send byte strings as they are, each as one message; return the answer."""
     try:
         answer, done = channel.stream_unary(path).with_call(iter(messages), timeout=timeout, **options)
     except grpc.RpcError as error:
@@ -50,7 +50,7 @@ def call(channel: grpc.Channel, path: str, *messages: bytes, timeout: float = PA
 
 
 def ask(channel: grpc.Channel, method: str, answer: str, message: Any, **options: Any) -> Any:
-    """A call that must succeed; its answer as a message."""
+    """Make a call that must succeed; return its answer as a message."""
     reply = call(channel, method if method[0] == "/" else SERVICE + method, message.SerializeToString(), **options)
     assert reply.code == "OK", reply
     return classes()[answer].FromString(reply.data)

@@ -1,4 +1,4 @@
-"""One's own network, checkpoint and folder of images: a small residual network that labels six kinds of pictures."""
+"""A user's network, checkpoint and folder of images: a small residual network that labels six kinds of pictures."""
 
 from __future__ import annotations
 

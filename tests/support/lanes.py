@@ -1,4 +1,4 @@
-"""How a run of the tests is spread: the number of worker processes, and the order of the files."""
+"""The spread of a run of the tests: the number of worker processes, and the order of the files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ AnyItem = TypeVar("AnyItem", bound=Item)
 
 
 def thinned(functions: Sequence[tuple[str, Sequence[int]]]) -> Iterator[bool]:
-    """Yield, for each test in order, whether ``@pytest.mark.sampled(n, first)`` makes it slow.
+    """Yield, for each test in order, True if ``@pytest.mark.sampled(n, first)`` makes it slow.
 
-    Of each test's parameters every n-th is fast, from ``first`` on (0 by default), and the others are slow.
-
-    Args:
-        functions: The test's name without its parameters, and the arguments of the mark; none without the mark.
+    Of each test's parameters every n-th is fast, from ``first`` on (0 by default), and the others are slow. A function is the
+    test's name without its parameters, and the arguments of the mark; none without the mark.
     """
     seen: Counter[str] = Counter()
     for name, given in functions:

@@ -36,10 +36,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-_STATISTICS = (
-    ("weight", "bias", "running_mean", "running_var"),
-    ("gamma", "beta", "moving_mean", "moving_var"),
-)
+_STATISTICS = (("weight", "bias", "running_mean", "running_var"), ("gamma", "beta", "moving_mean", "moving_var"))
 
 
 class Graph(nn.Module):
@@ -98,7 +95,7 @@ def in_training_mode() -> nn.Module:
 
 
 class MutatesWeight(nn.Module):
-    """Changes its convolution's weight in forward: what it holds depends on how often it was called."""
+    """A convolution whose weight changes at each forward."""
 
     def __init__(self) -> None:
         super().__init__()

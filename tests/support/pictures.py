@@ -32,7 +32,7 @@ def random_picture(seed: int, *, mode: str = "RGB", size: tuple[int, int] = (9, 
 
 
 def write_picture(file: Path, seed: int | None = None, *, mode: str = "RGB", **options: Any) -> Path:
-    """A picture of noise as a file of the format that its ending names; without a seed, one that follows from the name."""
+    """Write a picture of noise in the format of the file's suffix; without a seed, the seed follows from the name."""
     file.parent.mkdir(parents=True, exist_ok=True)
     seed = zlib.crc32(str(file.relative_to(file.parents[2])).encode()) if seed is None else seed
     random_picture(seed, mode=mode).save(file, **options)

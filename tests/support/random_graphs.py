@@ -60,7 +60,7 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 def _names(shapes: list[Shape], source: int, made: list[str]) -> list[str]:
-    """Steps that fit here; a norm often comes after what could take it in, and rarely after another norm."""
+    """Steps that fit here; a norm often comes after a layer that could absorb it, and rarely after another norm."""
     names = [name for name, (fits, _) in STEPS.items() if fits(shapes, source)]
     if made[source].startswith("norm"):
         return [name for name in names if name != "norm"]
@@ -88,7 +88,7 @@ def _shapes() -> st.SearchStrategy[Shape]:
 def _unary(
     layer: Callable[[st.DrawFn, Shape], nn.Module], result: Callable[[nn.Module, Shape], Shape] | None = None
 ) -> Any:
-    """A step that applies one layer; its shape is what a run on zeros gives, unless it is told."""
+    """A step that applies one layer; its shape is that of a run on zeros unless it is given."""
 
     def make(draw: st.DrawFn, program: Program, shapes: list[Shape], source: int) -> tuple[Any, Shape]:
         made = program.layer(layer(draw, shapes[source]))
@@ -283,10 +283,7 @@ STEPS: dict[str, tuple[Callable[[list[Shape], int], bool], Any]] = {
     "sum": (lambda shapes, at: bool(_partners(shapes, at, True)), _pair(torch.add, True)),
     "difference": (lambda shapes, at: bool(_partners(shapes, at, True)), _pair(torch.sub, True)),
     "product": (lambda shapes, at: bool(_partners(shapes, at, True)), _pair(torch.mul, True)),
-    "concat": (
-        lambda shapes, at: bool(_partners(shapes, at, False)),
-        _pair(lambda a, b: torch.cat([a, b], 1), False),
-    ),
+    "concat": (lambda shapes, at: bool(_partners(shapes, at, False)), _pair(lambda a, b: torch.cat([a, b], 1), False)),
     "piece": (_always, _piece),
     "arithmetic": (_always, _arithmetic),
 }

@@ -1,4 +1,4 @@
-"""Clients that ask a server without a pause, and notice each request that is lost."""
+"""Clients that send requests without a pause, and record each lost request."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Threads:
 
 
 class Clients(Threads):
-    """Threads that ask without a pause; each answer must be right, whichever version gives it."""
+    """Threads that send requests without a pause, and record each answer's version and ratio to the logits."""
 
     def __init__(self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 6):
         super().__init__(count)
@@ -48,7 +48,7 @@ class Clients(Threads):
     def _run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
         while not self.stop.is_set():
-            if connection.sock is None:  # the server asked for a new connection
+            if connection.sock is None:  # the server closed it after the answer
                 try:
                     connection.connect()
                 except (ConnectionRefusedError, ConnectionResetError):  # it does not listen any more: nothing was sent

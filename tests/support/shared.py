@@ -12,12 +12,9 @@ from filelock import FileLock
 
 
 def made_once(temporary: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a folder that one process of this test run has filled.
+    """Return a folder that ``make`` has created in one process of this test run; one name per content.
 
-    Args:
-        temporary: pytest's ``tmp_path_factory``.
-        name: Name of the folder; one name per content.
-        make: Create the folder. The other workers wait for it. After an error the next caller tries again.
+    The other workers wait for it. After an error the next caller tries again. ``temporary``: pytest's ``tmp_path_factory``.
     """
     base = temporary.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made_once"

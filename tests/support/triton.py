@@ -1,4 +1,4 @@
-"""A real Triton Inference Server, as the wheel of nvidia-pytriton brings it: its core and Python backend, no ONNX Runtime."""
+"""A real Triton Inference Server from the wheel of nvidia-pytriton: its core and Python backend, without ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.serving import PATIENCE
+
+from benchmarks.serving.process import free_ports
 
 #: What a venv needs for it; the Python backend of this wheel was built for numpy 1.
 REQUIREMENTS = ("nvidia-pytriton==0.7.0", "onnxruntime>=1.24", "numpy<2", "protobuf>=6.33.5,<7")
@@ -29,11 +30,11 @@ _ASK = (
 
 @dataclass(frozen=True)
 class Installation:
-    """Where a Python environment keeps its Triton."""
+    """The places of Triton in a Python environment."""
 
-    python: Path  # Its Python, which has Triton's client too
-    packages: Path  # Its folder of packages
-    libpython: str  # Where the library of that Python lies, which the Python backend loads
+    python: Path  # its Python, which has Triton's client too
+    packages: Path  # its folder of packages
+    libpython: str  # folder of that Python's library, which the Python backend loads
 
     @property
     def root(self) -> Path:
@@ -60,11 +61,7 @@ class Triton:
         return self.log.read_bytes()[start:].decode(errors="replace")
 
     def load(self, name: str) -> tuple[str, str]:
-        """Load a model of the repository.
-
-        Returns:
-            Why not, or "", and what the log says of it.
-        """
+        """Load a model of the repository; return the reason of a failure or "", and what it wrote to the log."""
         start = self.log.stat().st_size
         client = http.client.HTTPConnection("127.0.0.1", self.http, timeout=PATIENCE)
         with contextlib.closing(client):
@@ -73,31 +70,19 @@ class Triton:
         return json.loads(content)["error"] if content else "", self.log_text(start)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, for servers that can't be asked which one they took."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-
-
 @contextlib.contextmanager
 def triton(found: Installation, folder: Path, *, mode: str = "explicit") -> Iterator[Triton]:
-    """A server that completes no configuration; ended whatever happens.
+    """A server that completes no configuration; it is always ended. Its folder has its ``repository``, or gets one.
 
-    Args:
-        found: Its programs.
-        folder: With its ``repository``; made where it is not there.
-        mode: Of model control: "none" loads all at the start, "explicit" none.
+    Model control by ``mode``: "none" loads all models at the start, "explicit" none.
     """
     (folder / "repository").mkdir(parents=True, exist_ok=True)
     shutil.copytree(found.root / "backends" / "python", folder / "backends" / "python")
     stub = "triton_python_backend_stub"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     shutil.copy2(found.root / "python_backend_stubs" / version / stub, folder / "backends" / "python" / stub)
-    http_port, grpc_port = free_ports(2)
-    shared = f"bnexport_triton_{os.getpid()}_{http_port}_"
+    ports = free_ports()
+    shared = f"bnexport_triton_{os.getpid()}_{ports.http}_"
     words = [
         str(found.root / "bin" / "tritonserver"),
         f"--model-repository={folder / 'repository'}",
@@ -106,24 +91,19 @@ def triton(found: Installation, folder: Path, *, mode: str = "explicit") -> Iter
         f"--model-control-mode={mode}",
         "--disable-auto-complete-config",
         "--http-address=127.0.0.1",
-        f"--http-port={http_port}",
+        f"--http-port={ports.http}",
         "--http-thread-count=2",
         "--grpc-address=127.0.0.1",
-        f"--grpc-port={grpc_port}",
+        f"--grpc-port={ports.grpc}",
         "--allow-metrics=false",
         "--log-verbose=1",
     ]
     libraries = os.pathsep.join([str(found.packages / "nvidia_pytriton.libs"), found.libpython])
-    environment = {
-        **os.environ,
-        "LD_LIBRARY_PATH": libraries,
-        "MODEL_PACKAGES": str(found.packages),
-        "OMP_NUM_THREADS": "1",
-    }
+    own = {"LD_LIBRARY_PATH": libraries, "MODEL_PACKAGES": str(found.packages), "OMP_NUM_THREADS": "1"}
     log = folder / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
-    running = Triton(process, folder / "repository", http_port, grpc_port, log)
+        process = subprocess.Popen(words, stdout=output, stderr=output, env=os.environ | own, start_new_session=True)
+    running = Triton(process, folder / "repository", ports.http, ports.grpc, log)
     try:
         deadline = time.monotonic() + PATIENCE
         while "Started HTTPService" not in running.log_text():

@@ -1,4 +1,4 @@
-"""Triton's ``config.pbtxt``, parsed as Triton parses it, and compared with the model's signature.
+"""Triton's ``config.pbtxt``, parsed by Triton's rules, and compared with the model's signature.
 
 Parsing uses protobuf's text parser with the fields of ``proto/model_config.proto``: an unknown field, a wrong type and a
 missing bracket are errors.

@@ -1,4 +1,4 @@
-"""What load tools really print: wrk 4.1.0 and h2load 1.52.0, recorded."""
+"""Recorded output of load tools: wrk 4.1.0 and h2load 1.52.0."""
 
 WRK = """\
 Running 1s test @ http://127.0.0.1:9130/x

@@ -30,13 +30,5 @@ async def app(_scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable
 
 if __name__ == "__main__":
     _answer = bytes(int(sys.argv[2]))
-    uvicorn.run(
-        app,
-        port=int(sys.argv[1]),
-        lifespan="off",
-        interface="asgi3",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=False,
-    )
+    silent = {"log_config": None, "access_log": False, "server_header": False, "date_header": False}
+    uvicorn.run(app, port=int(sys.argv[1]), lifespan="off", interface="asgi3", **silent)

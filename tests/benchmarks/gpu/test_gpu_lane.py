@@ -1,4 +1,4 @@
-"""The GPU lane on engines that are made up, so that all of it has run before a GPU comes."""
+"""The GPU lane on made-up engines, so that all of it has run before a GPU is available."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import lane as gpu_lane
 from benchmarks.gpu import refusals
 from benchmarks.gpu import sweeps as tables
+from benchmarks.gpu.__main__ import NOT_MEASURED, page, write_document
 from benchmarks.gpu.lane import LaneInput, require, run_lane
-from benchmarks.gpu.page import NOT_MEASURED, page, write_document
 from benchmarks.gpu.refusals import REFUSALS, HiddenLibrary, Refused, refuse, refused_rightly
 from benchmarks.gpu.results import GpuSpeed, Lane, merge, read_results, write_results
 from benchmarks.gpu.sweeps import Sweep, cpu_sweeps, emulated_spec, gpu_sweeps
@@ -39,7 +40,7 @@ Change = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 class Engine(EmulatedRunner):
-    """A GPU that is made up: it rounds as it is told and says that its nodes are on CUDA."""
+    """A made-up GPU: it rounds to a given precision and reports its nodes on CUDA."""
 
     def __init__(self, bundle: Bundle, precision: str, change: Change) -> None:
         super().__init__(bundle, precision)
@@ -51,7 +52,7 @@ class Engine(EmulatedRunner):
 
 
 class GpuSpec(RunnerSpec):
-    """A row that opens in this process: a child would not know it."""
+    """A row that opens in this process, because a child process does not have it."""
 
     def open(self, bundle: Bundle, *, module: object = None, settings: RunSettings | None = None) -> Runner:
         return super().open(bundle, settings=replace(settings or RunSettings(), isolated=False))
@@ -68,14 +69,19 @@ def gpu(
     return GpuSpec("onnxruntime", "cuda", MODEL_ONNX, opener, lambda _device: None, "tf32", BOTH)
 
 
+def measured(bundle: Bundle, sweeps: Sequence[Sweep], samples: int = 20, **options: Any) -> Lane:
+    """Run sweeps alone; by default in this process."""
+    shared = {"training": False, "refusals": (), "jobs": 0}
+    return run_lane(LaneInput(bundle, max_samples=samples), sweeps, **(shared | options))
+
+
 def lane(bundle: Bundle, spec: RunnerSpec, scope: Scope | None = None) -> Lane:
-    scope = scope or Scope(BOTH, drift=False)
-    return run_lane(LaneInput(bundle, max_samples=80), [Sweep(spec, scope)], training=False, refusals=(), jobs=0)
+    return measured(bundle, [Sweep(spec, scope or Scope(BOTH, drift=False))], samples=80)
 
 
 @pytest.fixture(scope="module")
 def good(bundle: Bundle) -> Lane:
-    """The lane on a GPU that is made up, and right."""
+    """The lane on a made-up GPU without a fault."""
     return lane(bundle, gpu())
 
 
@@ -119,7 +125,7 @@ def test_tf32_left_on_fails_the_lane_and_is_named(bundle: Bundle) -> None:
 
 
 def jittering(share: float) -> Change:
-    """Each run is off by another part of the scale."""
+    """Each run has a different error."""
     rng = np.random.default_rng(0)
 
     def change(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -158,7 +164,7 @@ def test_an_engine_that_fails_midway_fails_the_lane(bundle: Bundle) -> None:
     assert found.broken == {"onnxruntime-cuda": "onnxruntime-cuda can't run here: no y"}
     assert "- onnxruntime-cuda: onnxruntime-cuda can't run here: no y" in page(found)
     sweeps = [Sweep(spec, Scope(("float32",), drift=False)) for spec in (emulated_spec(), replace(gpu(), opener=never))]
-    found = run_lane(LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0)
+    found = measured(bundle, sweeps)
     assert [run.passed for run in found.runs] == [True]
     assert not found.passed
 
@@ -197,7 +203,7 @@ def test_the_table_of_a_gpu_holds_every_combination() -> None:
 
 
 def made_up_tables(monkeypatch: pytest.MonkeyPatch, *, real: bool) -> None:
-    """Tables that a test can run in this process: a GPU that is made up, or none and the emulation."""
+    """Tables that a test can run in this process: a made-up GPU, or no GPU and the emulation."""
     row = gpu() if real else replace(gpu(), prober=lambda _device: "no GPU")
     monkeypatch.setattr(tables, "gpu_sweeps", lambda: (Sweep(row, Scope(BOTH, drift=False)),))
     monkeypatch.setattr(tables, "cpu_sweeps", lambda: (Sweep(emulated_spec(), Scope(BOTH, drift=False)),))
@@ -269,7 +275,7 @@ def test_what_counts_as_a_refusal(code: int, message: str, passed: bool) -> None
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda row: f"{row.name}, {row.runtime}")
 def test_a_hidden_library_is_named_with_exit_code_3(bundle: Bundle, refusal: HiddenLibrary) -> None:
-    """On any machine: what is hidden is missing, whatever else is."""
+    """On any machine the hidden library is missing."""
     found = refuse(refusal, bundle.path)
     assert found.passed, found
     assert found.code == 3
@@ -340,7 +346,7 @@ def test_bad_input_and_a_missing_device_are_one_sentence(
 def test_two_calls_make_the_page_of_one(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By --merge and by --add, in any order; what a call did not measure is not a PASS of it."""
+    """By --merge and by --add, in any order; a part that a call did not measure is not a PASS."""
 
     def opener(*arguments: object) -> Runner:
         runner = emulated_spec().opener(*arguments)  # type: ignore[arg-type]
@@ -397,10 +403,7 @@ def test_no_sweep_starts_after_the_budget(bundle: Bundle) -> None:
     sweeps = [Sweep(gpu(change=slow), Scope(("float32",), drift=False), label) for label in ("a", "b")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_lane.time, "monotonic", lambda: now[0])
-        found = run_lane(
-            LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), seconds=50, jobs=0,
-            on_line=begun.append, keep=kept.append,
-        )  # fmt: skip
+        found = measured(bundle, sweeps, seconds=50, on_line=begun.append, keep=kept.append)
     assert begun == ["onnxruntime-cuda, a"]
     assert list(found.sweeps) == ["onnxruntime-cuda, a"]
     assert found.unreached == ("onnxruntime-cuda, b",)
@@ -429,7 +432,7 @@ def test_a_crash_of_one_sweep_keeps_the_others(
 
     monkeypatch.setattr(gpu_lane.subprocess, "Popen", child)
     sweeps = [Sweep(emulated_spec(), Scope(), name) for name in code]
-    found = run_lane(LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=2)
+    found = measured(bundle, sweeps, jobs=2)
     assert list(found.sweeps) == ["emulated-cpu, good"]
     assert found.sweeps["emulated-cpu, good"].passed
     assert dict(found.failed) == {
@@ -442,7 +445,7 @@ def test_a_crash_of_one_sweep_keeps_the_others(
 
 
 def test_the_order_is_that_of_the_table(bundle: Bundle, good: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that in which the parts end."""
+    """The order is not that in which the parts end."""
     result = next(iter(good.sweeps.values()))
 
     def in_child(job: LaneInput, part: str, *_rest: object) -> Lane:
@@ -457,7 +460,7 @@ def test_the_order_is_that_of_the_table(bundle: Bundle, good: Lane, monkeypatch:
     monkeypatch.setattr(gpu_lane, "refuse", refuse)
     sweeps = [Sweep(emulated_spec(), Scope(), name) for name in "abc"]
     hidden = [HiddenLibrary(name, "torch-cuda") for name in ("first", "second")]
-    found = run_lane(LaneInput(bundle), sweeps, training=False, refusals=hidden, jobs=3)
+    found = measured(bundle, sweeps, refusals=hidden, jobs=3)
     assert list(found.sweeps) == [f"emulated-cpu, {name}" for name in "abc"]
     if sys.platform.startswith("linux"):
         assert [item.refusal.name for item in found.refused] == ["first", "second"]
@@ -483,7 +486,7 @@ def test_an_interrupt_ends_the_processes_of_the_parts(bundle: Bundle, monkeypatc
     monkeypatch.setattr(gpu_lane.subprocess, "Popen", child)
     sweeps = [Sweep(emulated_spec(), Scope(), name) for name in ("endless", "quick")]
     with pytest.raises(KeyboardInterrupt):
-        run_lane(LaneInput(bundle), sweeps, training=False, refusals=(), jobs=2, keep=keep)
+        measured(bundle, sweeps, jobs=2, keep=keep)
     assert min(process.wait(240) for process in children) < 0
 
 
@@ -492,7 +495,7 @@ def test_a_part_that_does_not_end_is_stopped(bundle: Bundle, monkeypatch: pytest
     endless = [sys.executable, "-c", "print('half', flush=True); import time; time.sleep(600)"]
     monkeypatch.setattr(gpu_lane.subprocess, "Popen", lambda _arguments, **options: popen(endless, **options))
     monkeypatch.setattr(gpu_lane, "PART_SECONDS", 3.0)
-    found = run_lane(LaneInput(bundle), [Sweep(emulated_spec(), Scope())], training=False, refusals=(), jobs=1)
+    found = measured(bundle, [Sweep(emulated_spec(), Scope())], jobs=1)
     assert found.failed["emulated-cpu"].startswith("its process was stopped after 3 s")
     assert found.verdict == "FAIL"
 
@@ -511,9 +514,7 @@ def test_an_absent_runtime_is_neither_a_failure_nor_unreached(bundle: Bundle, go
     row = replace(gpu(), prober=lambda _device: "no GPU")
     begun: list[str] = []
     sweeps = [Sweep(row, Scope(("float32",)), label) for label in ("", "wide")]
-    found = run_lane(
-        LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0, on_line=begun.append
-    )
+    found = measured(bundle, sweeps, on_line=begun.append)
     assert dict(found.absent) == {"onnxruntime-cuda": "no GPU"}
     assert found.unreached == ()
     assert begun == ["onnxruntime-cuda"], "the second sweep of an absent runtime was tried"

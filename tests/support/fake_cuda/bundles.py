@@ -63,14 +63,9 @@ class NoKernel(nn.Module):
 def onnx_bundle(
     folder: Path, module: nn.Module, *shapes: tuple[int, ...], sizes: bool = False, precision: str = "float32"
 ) -> Bundle:
-    """A bundle that holds only the ONNX file of a folded network with random statistics.
+    """Create a folder with a bundle of only the ONNX file of a folded network, whose statistics become random.
 
-    Args:
-        folder: Created.
-        module: Changed: its statistics become random.
-        shapes: Of the inputs, with a batch of at least 2.
-        sizes: Whether height and width vary as well.
-        precision: Of the file.
+    The shapes of the inputs have a batch of at least 2; ``sizes``: height and width vary as well.
     """
     model = randomise(module).eval()
     generator = torch.Generator().manual_seed(0)

@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Opened:
-    """What came of a job."""
+    """The result of a job."""
 
     error: str = ""  # Message of the exception; "" when the bundle opened
     kind: str = ""  # Its class
@@ -56,7 +56,7 @@ class Opened:
 
 
 class Machine:
-    """The stub libraries in a folder of their own, and processes that find them."""
+    """The stub libraries in a separate folder, and processes that find them."""
 
     def __init__(self, folder: Path) -> None:
         self._libraries, self._site = folder / "libraries", folder / "site"
@@ -66,12 +66,7 @@ class Machine:
         (self._site / "sitecustomize.py").write_text(_AT_START)
 
     def open(self, *jobs: Job, **variables: str) -> list[Opened]:
-        """Open bundles one after the other in one process.
-
-        Args:
-            jobs: What to open.
-            variables: More environment variables of the process.
-        """
+        """Open bundles one after the other in one process with more environment variables."""
         done = self.run([str(_CHILD)], text=json.dumps([asdict(job) for job in jobs]), **variables)
         assert done.returncode == 0, done.stderr[-2000:]
         results = json.loads(done.stdout.splitlines()[-1])
