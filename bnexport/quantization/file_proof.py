@@ -12,8 +12,8 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from bnexport.errors import BnexportError
 from bnexport.onnx_files.names import mentions
-from bnexport.quantization.codes import LARGEST, Coding, Range, coding_of, correction, saturating_channels
-from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer, casts_of_pixels
+from bnexport.quantization.codes import LARGEST, Coding, Range, coding_of, saturating_channels
+from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer, casts_of_pixels, constants_stored
 from bnexport.tensors import Array
 
 #: A float32 scale carries a relative rounding of 6e-8; products of two and the quotient stay below.
@@ -38,7 +38,7 @@ class Int8File:
     """A float32 file, the int8 file made from it, and the record of its making (``quantize.Int8Result``)."""
 
     def __init__(self, float_model: ModelProto, int8_model: ModelProto, record: Mapping[str, Any]) -> None:
-        self.float_model, self.int8_model, self.record = float_model, int8_model, record
+        self.float_model, self.int8_model, self.record = constants_stored(float_model), int8_model, record
         self.stored = {tensor.name: tensor for tensor in int8_model.graph.initializer}
         self.decoders = {node.output[0]: node for node in int8_model.graph.node if node.op_type == "DequantizeLinear"}
         self.encoders = {node.output[0]: node for node in int8_model.graph.node if node.op_type == "QuantizeLinear"}
@@ -60,7 +60,9 @@ class Int8File:
     @functools.cached_property
     def plan(self) -> QuantizationPlan:
         """Return the layers and tensors that the record makes int8."""
-        return QuantizationPlan(self.float_model, tuple(self.record["float_layers"]))
+        plan = QuantizationPlan(self.float_model, tuple(self.record["float_layers"]))
+        plan.set_sizes(self.record.get("sizes", {}))
+        return plan
 
     def layers(self) -> Iterator[tuple[QuantizedLayer, NodeProto, NodeProto, NodeProto | None]]:
         """Yield each int8 layer with the DequantizeLinear of its input, its weight and its bias, which a MatMul lacks."""
@@ -165,8 +167,7 @@ def _biases(file: Int8File) -> tuple[int, str]:
     for layer, given, weight, bias in file.layers():
         codes, scales = _weight(file, layer, weight)
         rounded = codes * scales.astype(np.float64).reshape(-1, *(1,) * (codes.ndim - 1))
-        mean = layer.means(file.ranges[layer.input].mean)
-        wanted = layer.bias - correction(layer.outputs_first.astype(np.float64), rounded, mean, layer.groups)
+        wanted = layer.corrected_bias(rounded, file.ranges[layer.input].mean)
         if bias is None:
             count += _check_shift(file, layer, wanted)
             continue

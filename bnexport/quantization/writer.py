@@ -29,7 +29,7 @@ from bnexport.quantization.codes import (
     least_scales,
     saturating_channels,
 )
-from bnexport.quantization.int8_plan import OLDEST_OPSET, QuantizationPlan, QuantizedLayer
+from bnexport.quantization.int8_plan import OLDEST_OPSET, QuantizationPlan, QuantizedLayer, constants_stored
 from bnexport.quantization.integer_emulation import Int8Layer, int8_layers
 from bnexport.tensors import Array
 
@@ -57,7 +57,7 @@ def layer_codes(layer: QuantizedLayer, coding: Coding, mean: Sequence[float]) ->
     step = float(coding.scale)
     least = least_scales(layer.bias, step)
     found = encode(exact, pair_safe=not layer.depthwise, least=least)
-    bias = layer.bias - correction(exact, found.values, layer.means(mean), layer.groups)
+    bias = layer.corrected_bias(found.values, mean)
     scales = found.scales * coding.scale  # float32, as the file keeps them
     return LayerCodes(found.codes, found.scales, bias, encode_bias(bias, scales), scales)
 
@@ -206,14 +206,11 @@ def is_int8_model(model: ModelProto) -> bool:
 def as_qdq(model: ModelProto) -> ModelProto:
     """Return a sorted copy in the QDQ form, with constants and quantised weights stored as initializers."""
     result = ModelProto()
-    result.CopyFrom(model)
+    result.CopyFrom(constants_stored(model))
     normalise(result)
     graph, names, written = result.graph, Names(result), list[NodeProto]()
     for node in graph.node:
-        values = attributes(node)
-        if node.op_type == "Constant" and "value" in values:
-            graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(values["value"]), node.output[0]))
-        elif node.op_type in _QOPERATORS:
+        if node.op_type in _QOPERATORS:
             written += _split(node, names, graph)
         else:
             written.append(node)
