@@ -239,18 +239,14 @@ def repeated(make: Callable[[int], Subject]) -> Section:
             found.setdefault(name, []).append(scores.argmax(axis=1) != labels)
     peer, cells, missed = np.concatenate(found[_BEST]), [], []
     for name, sets in found.items():
-        ours = np.concatenate(sets)
-        own, theirs = int((ours & ~peer).sum()), int((peer & ~ours).sum())
+        own, theirs, p = _pairs(np.concatenate(sets), peer)
         counts = [int(part.sum()) for part in sets]
-        p = mcnemar(own, theirs)
         pairs = ["", "", ""] if name == _BEST else [str(own), str(theirs), f"{p:.2g}"]
         cells.append([subject.name, name, ", ".join(map(str, counts)), str(sum(counts)), *pairs])
         if own > theirs and p < _SIGNIFICANT:
             missed.append(f"{name} changes more labels of {subject.name} than {_BEST}: p = {p:.2g}")
-    notes = [
-        f"{subject.name}: {_SETS} sets of {len(subject.images)} images; each set has {len(subject.calibration)} other images for"
-        " calibration."
-    ]
+    sizes = len(subject.images), len(subject.calibration)
+    notes = [f"{subject.name}: {_SETS} sets of {sizes[0]} images; each has {sizes[1]} other images for calibration."]
     return Section("Labels changed on other images", _SET_HEADS, cells, notes, missed)
 
 
@@ -270,7 +266,8 @@ class _Row:
         self.name, self.kernels, self.unsafe, self.channels = name, kernels, unsafe, channels
         self._scores, self._exact = scores.astype(np.float64), exact.astype(np.float64)
         self.accuracy = None if labels is None else float((scores.argmax(axis=1) == labels).mean())
-        self.changed = int((scores.argmax(axis=1) != exact.argmax(axis=1)).sum())
+        self.flipped = scores.argmax(axis=1) != exact.argmax(axis=1)
+        self.changed = int(self.flipped.sum())
         self.predicted: float | None = None
         self.factor: float | None = None
         self.speed = ""
@@ -314,16 +311,22 @@ def _missed(rows: Sequence[_Row]) -> list[str]:
     )
     found = [
         f"{row.name} changes {row.changed} labels ({row.expected:.0f} expected), {best.name} with precise kernels"
-        f" {best.changed} ({best.expected:.0f} expected)"
+        f" {best.changed} ({best.expected:.0f} expected); p = {_pairs(row.flipped, best.flipped)[2]:.2g}"
         for row in ours
         if best is not None and row.kernels == "default" and row.changed > best.changed
     ]
     found += [f"{row.name}: {row.unsafe} channels can saturate" for row in ours if row.unsafe]
     return found + [
         f"{row.name}, {row.kernels} kernels: the noise is {row.factor:.2f} of the predicted noise"
-        for row in ours
+        for row in rows
         if row.factor is not None and not 1 / _FACTOR <= row.factor <= _FACTOR
     ]
+
+
+def _pairs(one: Array, other: Array) -> tuple[int, int, float]:
+    """Return how many images only one of two files labels differently, for both, and McNemar's p."""
+    counts = int((one & ~other).sum()), int((other & ~one).sum())
+    return *counts, mcnemar(*counts)
 
 
 def _snr(scores: Array, exact: Array) -> float:
