@@ -233,7 +233,7 @@ def _trained_ranges(
     return ranges
 
 
-class _Observed:
+class Observed:
     """The values of one tensor in a stream of samples."""
 
     def __init__(self) -> None:
@@ -277,7 +277,7 @@ class _Observed:
         return Range.of(lows[at], highs[to], self._sums / self.n, "calibration")
 
 
-def _observed(plan: QuantizationPlan, calibration: Calibration) -> dict[str, _Observed]:
+def _observed(plan: QuantizationPlan, calibration: Calibration) -> dict[str, Observed]:
     """Return the values of every tensor with codes on the samples.
 
     Raises:
@@ -290,7 +290,7 @@ def _observed(plan: QuantizationPlan, calibration: Calibration) -> dict[str, _Ob
         )
     if all((array == array[:1]).all() for array in calibration.feeds.values()):
         raise DataError("all samples of the calibration are the same", remedy="Give images that the network will see")
-    evaluator, found = Float64Evaluator(plan.model), {name: _Observed() for name in plan.tensors}
+    evaluator, found = Float64Evaluator(plan.model), {name: Observed() for name in plan.tensors}
     for at in range(0, n, _CHUNK):
         part = {name: array[at : at + _CHUNK] for name, array in calibration.feeds.items()}
         values = {**part, **evaluator.intermediate(part)}
@@ -299,7 +299,7 @@ def _observed(plan: QuantizationPlan, calibration: Calibration) -> dict[str, _Ob
     return found
 
 
-def _far_off(name: str, found: _Observed, trained: Spread | None) -> str:
+def _far_off(name: str, found: Observed, trained: Spread | None) -> str:
     """Return a warning if the samples exceed the trained range; "" otherwise."""
     if trained is None or "BatchNorm" not in trained.source:
         return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import onnxruntime
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from support.int8 import PIXELS, exact_statistics, folded, images, residual, snr
+from support.int8 import PIXELS, exact_statistics, folded, images, optimised, residual, snr
 from torch import nn
 
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.quantization.codes import Range, coding_of
 from bnexport.quantization.file_proof import Int8File, findings
 from bnexport.quantization.int8_plan import QuantizationPlan, layer_name
 from bnexport.quantization.integer_emulation import (
@@ -29,7 +29,7 @@ from bnexport.quantization.integer_emulation import (
     int8_layers,
 )
 from bnexport.quantization.moments import seen_in_file, seen_in_module
-from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise
+from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, Observed, quantise
 
 
 @pytest.fixture(scope="module")
@@ -188,14 +188,6 @@ def test_onnx_runtime_keeps_a_residual_network_in_int8_to_the_pooled_head(tmp_pa
     assert (kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (2, 1)  # the input, and around the mean
 
 
-def optimised(file: Path) -> Counter[str]:
-    """Count the operators of the graph that ONNX Runtime computes."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(file.with_suffix(".optimised.onnx"))
-    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
-
-
 def test_a_relu_behind_batchnorm_has_a_trained_range_too(tmp_path: Path) -> None:
     network = exact_statistics(Chain())
     model = folded(network, tmp_path)
@@ -273,7 +265,64 @@ def test_a_transposed_convolution_stays_in_float(model: ModelProto) -> None:
     changed.CopyFrom(model)
     changed.graph.node[0].op_type = "ConvTranspose"
     plan = QuantizationPlan(changed)
-    assert plan.kept == {plan.model.graph.node[0].name: "ConvTranspose stays in float"}
+    assert plan.kept == {plan.model.graph.node[0].name: "ONNX Runtime has no integer ConvTranspose for CPUs"}
+
+
+def test_weights_in_constant_nodes_become_int8(model: ModelProto) -> None:
+    """As in files of tf2onnx and PaddlePaddle."""
+    constants = ModelProto()
+    constants.CopyFrom(model)
+    del constants.graph.initializer[:]
+    for place, tensor in enumerate(model.graph.initializer):
+        constants.graph.node.insert(place, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    result = made(constants)
+    assert len(int8_layers(result.model)) == 5
+    assert result.record["kept_in_float"] == {}
+    assert [item.reason for item in findings(Int8File(constants, result.model, result.record)) if not item.passed] == []
+    feeds = {"input": images(8, seed=3)}
+    plain = IntegerEmulator(made(model).model).evaluate(feeds)["logits"]
+    np.testing.assert_array_equal(IntegerEmulator(result.model).evaluate(feeds)["logits"], plain)
+    emulator = OneLayerEmulator(constants, result.model, feeds)
+    assert emulator.noise(next(iter(emulator.layers))) > 0
+
+
+def squares(ends: Range, values: np.ndarray, target: str) -> float:
+    """Return the mean squared error of values in the codes of a range."""
+    coding = coding_of("x", ends, target)
+    codes = np.clip(np.rint(values / float(coding.scale)) + coding.zero, *coding.limits)
+    return float(((float(coding.scale) * (codes - coding.zero) - values) ** 2).mean())
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("shape", ["normal", "ReLU", "heavy", "even"])
+def test_a_calibrated_range_has_the_smallest_squared_error(shape: str, target: str) -> None:
+    rng = np.random.default_rng(0)
+    values = {
+        "normal": rng.normal(0.5, 1, 200_000), "ReLU": np.maximum(rng.normal(0, 1, 200_000), 0),
+        "heavy": rng.standard_t(4, 200_000), "even": rng.uniform(-3, 1, 200_000),
+    }[shape].reshape(-1, 10, 100)  # fmt: skip
+    values[0, 0, 0] = 30 * (shape != "even")  # an outlier
+    observed = Observed()
+    for part in np.array_split(values, 7):  # the bins widen when the outlier comes
+        observed.add(part, 1)
+    whole, found = observed.range(target, clipped=False), observed.range(target, clipped=True)
+    assert (whole.low, whole.high) == pytest.approx((values.min(), values.max()), rel=1e-5)
+    np.testing.assert_allclose(found.mean, values.mean(axis=(0, 2)), rtol=1e-4, atol=1e-6)
+    error = squares(found, values, target)
+    tried = [
+        squares(Range(whole.low * one, whole.high * other, (0.0,), ""), values, target)
+        for one in np.linspace(0.05, 1, 20)
+        for other in np.linspace(0.05, 1, 20)
+    ]
+    assert error <= 1.02 * min(tried)
+    assert error <= squares(whole, values, target) * (1 if shape == "even" else 0.3)
+
+
+def test_the_values_of_an_input_are_not_clipped(model: ModelProto) -> None:
+    feeds = images(64, seed=1)
+    feeds[0, 0, 0, 0] = 50
+    record = made(model, preprocessing=None, calibration=Calibration({"input": feeds}, "images")).record
+    assert record["ranges"]["input"]["high"] == 50
 
 
 def branching() -> ModelProto:
