@@ -48,13 +48,7 @@ class Codes:
 
 
 def encode(weight: Array, *, pair_safe: bool, least: Array | None = None) -> Codes:
-    """Round a weight (out, ...) to int8 with one scale per output channel; the channel's zero has the code 0.
-
-    Args:
-        weight: Output channels first.
-        pair_safe: Keep every channel below 16-bit saturation.
-        least: Smallest scale allowed for each channel (out,), so that its bias fits into 32 bits.
-    """
+    """Round a weight (out, ...) to int8 with one scale per output channel, not below ``least`` (out,); 0 has the code 0."""
     flat = weight.reshape(len(weight), -1).astype(np.float64)
     scales = np.abs(flat).max(axis=1, initial=0.0) / LARGEST
     if pair_safe:
@@ -113,17 +107,11 @@ def least_scales(bias: Array, input_scale: float) -> Array:
 
 
 def correction(exact: Array, rounded: Array, mean: Array, groups: int, inside: Array | float = 1.0) -> Array:
-    """Return the mean error of a layer's outputs by the rounding of its weights, to subtract from the bias.
+    """Return the mean error (out,) of a layer's outputs by the rounding of its weights, to subtract from the bias.
 
-    It is the sum over taps of (rounded - exact) * E[x] (Nagel et al. 2019, arXiv 1906.04721, section 4.2), where E[x] of a tap
-    counts its places in the padding as 0.
-
-    Args:
-        exact: Weight (out, in / groups, *kernel), output channels first.
-        rounded: The same, as the file stores it.
-        mean: E[x] of each input channel (in,), or one number for all.
-        groups: Groups of the convolution.
-        inside: Share of the output positions at which each tap is inside the input (*kernel).
+    It is the sum over taps of (rounded - exact) * E[x] (Nagel et al. 2019, arXiv 1906.04721, section 4.2), for weights
+    (out, in / groups, *kernel). ``mean`` is E[x] of each input channel (in,), or one number for all. Padding counts as 0:
+    ``inside`` (*kernel) is the share of the output positions at which a tap is inside the input.
     """
     error = ((rounded - exact) * inside).reshape(len(exact), exact.shape[1], -1).sum(axis=2)  # (out, in / groups)
     return np.asarray((error * grouped(mean, len(exact), exact.shape[1], groups)).sum(axis=1))

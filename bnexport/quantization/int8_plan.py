@@ -57,11 +57,9 @@ class QuantizedLayer:
         return str((self.shift or self.node).output[0])
 
     def corrected_bias(self, rounded: Array, mean: Sequence[float] | Array) -> Array:
-        """Return the bias without the mean error of the outputs by a rounded weight.
+        """Return the bias without the mean error of the outputs by a rounded weight, output channels first.
 
-        Args:
-            rounded: The weight of the int8 file, output channels first.
-            mean: E[x] of each input channel, or one number for all. The mean of all is taken where they belong to another axis.
+        ``mean`` is E[x] of each input channel, or one number for all. Its average is taken where it belongs to another axis.
         """
         found, exact = np.asarray(mean, np.float64), self.outputs_first.astype(np.float64)
         if found.size not in (1, exact.shape[1] * self.groups):
@@ -122,7 +120,7 @@ class QuantizationPlan:
         self.tensors = self._tensors()
 
     def set_sizes(self, sizes: Mapping[str, Sequence[int]]) -> None:
-        """Give the layers the sizes of their inputs without batch and channels, by which they know their padding."""
+        """Give the layers the sizes (*size) of their inputs (n, channels, *size), for the share of the padding."""
         self.layers = tuple(replace(layer, inside=_inside(layer, sizes.get(layer.input))) for layer in self.layers)
 
     def drop(self, names: set[str]) -> None:

@@ -103,14 +103,7 @@ def spreads(
     inputs: Mapping[str, TrainedMoments],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Spread]:
-    """Return the spread of every tensor whose moments are known or follow from known ones.
-
-    Args:
-        plan: Of the folded model.
-        known: Tensor -> its trained moments (``moments.known_moments``).
-        inputs: Input of the model -> assumed moments.
-        shapes: Shape of every tensor for a small batch.
-    """
+    """Return the spread of every tensor whose moments are known, or follow from known ones and assumed ones of the inputs."""
     return _Propagation(plan.model, known, shapes).run(inputs)
 
 
@@ -292,13 +285,8 @@ def refined_means(
     """Return E[x] of a tensor, improved by the trained output means of the layers that read it.
 
     Each layer with a known output mean states W E[x] + b = beta: as many equations as it has outputs. The estimate is the ridge
-    solution nearest to the given means. It corrects what pooling and sums of dependent tensors leave unknown, and gives the
-    mean of the pixels, which no BatchNorm contains.
-
-    Args:
-        layers: Those that read the tensor.
-        known: Tensor -> its trained moments.
-        mean: First estimate (channels,).
+    solution nearest to the first estimate ``mean`` (channels,). It corrects what pooling and sums of dependent tensors leave
+    unknown, and gives the mean of the pixels, which no BatchNorm contains.
     """
     stated = [layer for layer in layers if layer.output in known]
     if not stated:
@@ -384,11 +372,9 @@ def seen_in_file(original: ModelProto, feeds: Mapping[str, Array]) -> list[Seen]
 
 
 def known_moments(seen: Sequence[Seen], values: Mapping[str, Array]) -> dict[str, TrainedMoments]:
-    """Return tensor of the folded file -> trained moments, for each tensor with the numbers of a BatchNorm's output or input.
+    """Return the trained moments of each tensor of the folded file with the numbers of a BatchNorm's output or input.
 
-    Args:
-        seen: Of the original network; an earlier entry wins.
-        values: Tensor -> its values in the folded file, on the same samples.
+    Both sides are values on the same samples. An earlier entry of ``seen``, from the original network, wins.
     """
     known: dict[str, TrainedMoments] = {}
     for entry in seen:
