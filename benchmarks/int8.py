@@ -37,6 +37,7 @@ from bnexport.quantization.int8_plan import OLDEST_OPSET
 from bnexport.quantization.integer_emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
 from bnexport.quantization.moments import Seen, seen_in_file, seen_in_module
 from bnexport.quantization.quantize import Calibration, Int8Result, quantise
+from bnexport.quantization.writer import as_qdq
 from bnexport.tensors import Array
 from bnexport.verification.metrics import mcnemar
 
@@ -197,7 +198,8 @@ def compared(subject: Subject) -> Section:
         if (model := make()) is None:
             rows.append(_Row(name, "not installed", exact, exact, None))
             continue
-        layers = int8_layers(model)
+        plain_form = as_qdq(model)  # NNCF leaves weights to be rounded while the file is loaded
+        layers = int8_layers(plain_form)
         unsafe, channels = sum(int(layer.unsafe.sum()) for layer in layers), sum(len(layer.codes) for layer in layers)
         emulated: dict[str, Array] = {}
         for kernels in kinds:
@@ -214,7 +216,9 @@ def compared(subject: Subject) -> Section:
             images = subject.images[: subject.saturated if way == SATURATING else subject.emulated]
             if kernels != "OpenVINO" and len(images):
                 if way not in emulated:
-                    emulated[way] = next(iter(IntegerEmulator(model, way).evaluate({subject.input: images}).values()))
+                    emulated[way] = next(
+                        iter(IntegerEmulator(plain_form, way).evaluate({subject.input: images}).values())
+                    )
                 row.predict(emulated[way])
             row.speed = ranged(Spread.of(_ratios(plain, run, subject.images[:1])))
             rows.append(row)
