@@ -26,6 +26,8 @@ _STEP = 1.002
 #: Channels with at most this many weights take the scale with the smallest rounding error among scales up to 25 % larger. The
 #: error of more weights hardly depends on where their codes fall, and grows with the scale.
 _FEW, _LARGER = 128, 1 + 0.005 * np.arange(1, 51)
+#: Assumed correlation of the inputs of two taps of one channel: they are neighbours in an image or a feature map.
+_ALIKE = 0.5
 #: Largest code of a bias: int32 with room for the sum of products, which stays below 2 ** 30 for 33,000 taps.
 _LARGEST_BIAS = 2.0**30
 #: Operators whose output has the numbers of their first input.
@@ -58,19 +60,24 @@ def encode(weight: Array, *, pair_safe: bool, least: Array | None = None) -> Cod
     while (unfit := _unfit(_rounded(flat, scales), pair_safe=pair_safe)).any():
         scales[unfit] *= np.float32(_STEP)
     if flat.shape[1] <= _FEW:
-        scales = _least_error(flat, scales, pair_safe=pair_safe)
+        scales = _least_error(flat, scales, weight.shape[1], pair_safe=pair_safe)
     return Codes(_rounded(flat, scales).astype(np.int8).reshape(weight.shape), scales)
 
 
-def _least_error(flat: Array, scales: Array, *, pair_safe: bool) -> Array:
-    """Return for each channel the scale with the smallest squared rounding error among fitting ones, from given ones on."""
-    best, errors = scales, np.full(len(flat), np.inf)
+def _least_error(flat: Array, scales: Array, channels: int, *, pair_safe: bool) -> Array:
+    """Return for each output channel the scale with the smallest error of its output among fitting ones, from given ones on.
+
+    The variance of the error is that of inputs which are correlated between the taps of one input channel, and independent
+    between channels.
+    """
+    best, least = scales, np.full(len(flat), np.inf)
     for factor in (1.0, *_LARGER):
         tried = (scales * factor).astype(np.float32)
         codes = _rounded(flat, tried)
-        found = ((codes * tried.astype(np.float64)[:, None] - flat) ** 2).sum(axis=1)
-        better = (found < errors) & ~_unfit(codes, pair_safe=pair_safe)
-        best, errors = np.where(better, tried, best), np.where(better, found, errors)
+        error = (codes * tried.astype(np.float64)[:, None] - flat).reshape(len(flat), channels, -1)
+        found = (1 - _ALIKE) * (error**2).sum(axis=(1, 2)) + _ALIKE * (error.sum(axis=2) ** 2).sum(axis=1)
+        better = (found < least) & ~_unfit(codes, pair_safe=pair_safe)
+        best, least = np.where(better, tried, best), np.where(better, found, least)
     return np.asarray(best)
 
 

@@ -48,15 +48,19 @@ def test_the_scale_of_a_pair_safe_channel_is_hardly_larger_than_necessary() -> N
 
 
 @pytest.mark.parametrize("pair_safe", [True, False])
-def test_channels_with_few_weights_have_the_scale_with_the_smallest_rounding_error(pair_safe: bool) -> None:
-    weight = np.random.default_rng(2).standard_normal((64, 9))
+def test_channels_with_few_weights_have_the_scale_with_the_smallest_error_of_the_output(pair_safe: bool) -> None:
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((64, 2, 3, 3))
     found = encode(weight, pair_safe=pair_safe)
-    smallest = encode(np.pad(weight, ((0, 0), (0, 200))), pair_safe=pair_safe)  # too many weights for a choice
+    smallest = encode(np.pad(weight, ((0, 0), (0, 200), (0, 0), (0, 0))), pair_safe=pair_safe)  # too many for a choice
     ratio = found.scales / smallest.scales
     assert ((ratio >= 1) & (ratio <= 1.26)).all()
-    errors = [((one.values[:, :9] - weight) ** 2).sum(axis=1) for one in (found, smallest)]
-    assert (errors[0] <= errors[1] * (1 + 1e-6)).all()
-    assert errors[0].sum() < 0.7 * errors[1].sum()
+    inputs = (rng.standard_normal((20_000, 2, 1)) + rng.standard_normal((20_000, 2, 9))).reshape(
+        -1, 18
+    )  # correlation 0.5
+    errors = [(inputs @ (one.values[:, :2] - weight).reshape(64, 18).T).std(axis=0) for one in (found, smallest)]
+    assert (errors[0] <= 1.02 * errors[1]).all()
+    assert errors[0].mean() < 0.7 * errors[1].mean()
 
 
 def test_full_range_codes_can_saturate_and_are_found() -> None:
