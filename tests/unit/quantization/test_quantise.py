@@ -18,7 +18,7 @@ from torch import nn
 
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.quantization.codes import Range, coding_of
+from bnexport.quantization.codes import Range, coding_of, encode
 from bnexport.quantization.file_proof import Int8File, findings
 from bnexport.quantization.int8_plan import QuantizationPlan, layer_name
 from bnexport.quantization.integer_emulation import (
@@ -42,22 +42,31 @@ def made(model: ModelProto, *, network: nn.Module | None = None, **options: Any)
     return quantise(model, {"input": images(2)}, lambda feeds: seen_in_module(network or residual(), feeds), **options)
 
 
+def failures(model: ModelProto, result: Int8Result) -> dict[str, str]:
+    """Return the failed checks of the file proof, and why."""
+    found = findings(Int8File(model, result.model, result.record))
+    return {item.check: item.reason for item in found if not item.passed}
+
+
+def logits(model: ModelProto, feeds: np.ndarray) -> np.ndarray:
+    """Return the outputs in float64."""
+    return Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+
+
 def outputs(model: ModelProto, feeds: np.ndarray) -> np.ndarray:
+    """Return the outputs of ONNX Runtime."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"input": feeds})[0])
 
 
 def test_ranges_from_batchnorm_are_as_good_as_calibrated_ones(model: ModelProto) -> None:
     feeds = images(64, seed=9)
-    exact = Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+    exact = logits(model, feeds)
     free = made(model)
     calibrated = made(model, calibration=Calibration({"input": images(64, seed=1)}, "64 images"))
     assert free.record["calibration"] == "none: ranges from BatchNorm"
-    assert {entry["source"] for entry in free.record["ranges"].values()} == {
-        "pixels",
-        "BatchNorm",
-        "derived from BatchNorm",
-    }
+    sources = {entry["source"] for entry in free.record["ranges"].values()}
+    assert sources == {"pixels", "BatchNorm", "derived from BatchNorm"}
     assert snr(outputs(free.model, feeds), exact) > max(20.0, snr(outputs(calibrated.model, feeds), exact) - 3)
     ranges = free.record["ranges"]["input"]
     assert (ranges["low"], ranges["high"]) == pytest.approx(((0 - 0.4) / 0.25, (1 - 0.3) / 0.2))
@@ -65,9 +74,9 @@ def test_ranges_from_batchnorm_are_as_good_as_calibrated_ones(model: ModelProto)
 
 def test_the_bias_correction_makes_the_mean_output_right(model: ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
     feeds = images(64, seed=9)
-    exact = Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+    exact = logits(model, feeds)
     with_correction = snr(outputs(made(model).model, feeds), exact)
-    monkeypatch.setattr("bnexport.quantization.writer.correction", lambda exact, *_: np.zeros(len(exact)))
+    monkeypatch.setattr("bnexport.quantization.int8_plan.correction", lambda exact, *_: np.zeros(len(exact)))
     assert with_correction > snr(outputs(made(model).model, feeds), exact)
 
 
@@ -87,7 +96,7 @@ def test_the_file_is_valid_reproducible_and_ends_in_float(model: ModelProto) -> 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
 def test_the_file_proof_passes_and_the_kernels_compute_what_the_file_states(model: ModelProto, target: str) -> None:
     result = made(model, options=Int8Options(target))
-    assert [item.reason for item in findings(Int8File(model, result.model, result.record)) if not item.passed] == []
+    assert failures(model, result) == {}
     feeds = images(32, seed=5)
     exact = IntegerEmulator(result.model, EXACT).evaluate({"input": feeds})["logits"]
     assert np.abs(outputs(result.model, feeds) - exact).max() < 0.02 * np.abs(exact).max()
@@ -102,9 +111,8 @@ def test_saturation_is_emulated_where_weights_have_full_range(
 ) -> None:
     from bnexport.quantization import writer
 
-    plain = writer.encode
     monkeypatch.setattr(
-        writer, "encode", lambda weight, *, pair_safe, least: plain(weight, pair_safe=False, least=least)
+        writer, "encode", lambda weight, *, pair_safe, least: encode(weight, pair_safe=False, least=least)
     )
     result = made(model)
     assert any(layer.can_saturate for layer in int8_layers(result.model))
@@ -112,17 +120,14 @@ def test_saturation_is_emulated_where_weights_have_full_range(
     exact = IntegerEmulator(result.model, EXACT).evaluate({"input": feeds})["logits"]
     saturated = IntegerEmulator(result.model, SATURATING).evaluate({"input": feeds})["logits"]
     assert np.abs(exact - saturated).max() > 1e-3 * np.abs(exact).max()
-    failed = {
-        item.check: item.reason for item in findings(Int8File(model, result.model, result.record)) if not item.passed
-    }
-    assert list(failed) == ["saturation"]
+    assert list(failures(model, result)) == ["saturation"]
 
 
 def test_layers_can_stay_in_float(model: ModelProto) -> None:
     result = made(model, options=Int8Options(float_layers=("wide",)))
     assert len(int8_layers(result.model)) == 4
     assert result.record["kept_in_float"] == {QuantizationPlan(model).layers[2].name: "--float-layers"}
-    assert all(item.passed for item in findings(Int8File(model, result.model, result.record)))
+    assert failures(model, result) == {}
     with pytest.raises(UsageError, match="the layer 'wider', to be kept in float, does not exist"):
         made(model, options=Int8Options(float_layers=("wider",)))
 
@@ -232,7 +237,7 @@ def test_matrix_products_become_int8_and_their_bias_is_corrected(tmp_path: Path)
     feeds = {"x": rng.normal(1.0, 1.0, (64, 7, 12)).astype(np.float32)}
     result = quantise(plain, feeds, lambda _feeds: [], calibration=Calibration(feeds, "64 rows"))
     assert len(result.record["ranges"]["x"]["mean"]) == 12
-    assert [item.reason for item in findings(Int8File(plain, result.model, result.record)) if not item.passed] == []
+    assert failures(plain, result) == {}
     emulator = OneLayerEmulator(plain, result.model, feeds)
     everything = emulator.power(IntegerEmulator(result.model).evaluate(feeds))
     assert emulator.noise("p") + emulator.noise("y") == pytest.approx(everything, rel=0.3)
@@ -256,8 +261,7 @@ def test_a_changed_constant_of_another_operator_fails_the_proof(model: ModelProt
     copy.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(axes)[:1], "other"))
     copy.graph.initializer.remove(axes)
     node.input[1] = "other"
-    failed = [item.check for item in findings(Int8File(model, copy, result.record)) if not item.passed]
-    assert failed == ["structure"]
+    assert list(failures(model, Int8Result(copy, result.record))) == ["structure"]
 
 
 def test_a_transposed_convolution_stays_in_float(model: ModelProto) -> None:
@@ -278,7 +282,7 @@ def test_weights_in_constant_nodes_become_int8(model: ModelProto) -> None:
     result = made(constants)
     assert len(int8_layers(result.model)) == 5
     assert result.record["kept_in_float"] == {}
-    assert [item.reason for item in findings(Int8File(constants, result.model, result.record)) if not item.passed] == []
+    assert failures(constants, result) == {}
     feeds = {"input": images(8, seed=3)}
     plain = IntegerEmulator(made(model).model).evaluate(feeds)["logits"]
     np.testing.assert_array_equal(IntegerEmulator(result.model).evaluate(feeds)["logits"], plain)
@@ -326,18 +330,13 @@ def test_the_values_of_an_input_are_not_clipped(model: ModelProto) -> None:
 
 
 def branching() -> ModelProto:
-    branch = helper.make_graph(
-        [helper.make_node("Identity", ["input"], ["b"])],
-        "b",
-        [],
-        [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
-    )
+    value = helper.make_tensor_value_info
+    result = value("b", TensorProto.FLOAT, None)
+    branch = helper.make_graph([helper.make_node("Identity", ["input"], ["b"])], "b", [], [result])
     node = helper.make_node("If", ["flag"], ["out"], then_branch=branch, else_branch=branch)
-    value = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3])
     flag = numpy_helper.from_array(np.array(True), "flag")
-    graph = helper.make_graph(
-        [node], "g", [value], [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)], [flag]
-    )
+    inputs, results = [value("input", TensorProto.FLOAT, ["n", 3])], [value("out", TensorProto.FLOAT, None)]
+    graph = helper.make_graph([node], "g", inputs, results, [flag])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
 
 
@@ -396,8 +395,8 @@ def test_gammas_of_zero_and_ranges_without_width_are_exact(
     calibration = Calibration({"input": images(samples, seed=1)}, "images") if samples else None
     result = made(model, network=network, calibration=calibration, options=Int8Options(target))
     feeds = images(16, seed=2)
-    exact = Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+    exact = logits(model, feeds)
     assert snr(outputs(result.model, feeds), exact) > (20 if share < 1 else 80)
-    assert [item.reason for item in findings(Int8File(model, result.model, result.record)) if not item.passed] == []
+    assert failures(model, result) == {}
     always_zero = [text for text in result.record["warnings"] if "is always 0" in text]
     assert bool(always_zero) == (share == 1)
