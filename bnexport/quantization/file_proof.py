@@ -117,12 +117,12 @@ def _structure(file: Int8File) -> tuple[int, str]:
         # A weight was replaced by its codes, which the next checks compare; a layer without a bias got one.
         plain = [name for name in names if name in weights or name not in file.stored]
         wanted = [name for name in other.input if name in plain or name not in weights]
-        same = (one.op_type, one.domain, one.name, list(one.output)) == (
-            other.op_type, other.domain, other.name, list(other.output)
-        )  # fmt: skip
         if other.output[0] not in own:
             plain, wanted = names, list(other.input)
-        if not same or list(one.attribute) != list(other.attribute) or plain != wanted:
+        same = all(
+            getattr(one, part) == getattr(other, part) for part in ("op_type", "domain", "name", "output", "attribute")
+        )
+        if not same or plain != wanted:
             raise _NotProved(
                 f"{other.name or other.output[0]} ({other.op_type}) is another node than in the float32 file"
             )
@@ -133,9 +133,8 @@ def _structure(file: Int8File) -> tuple[int, str]:
     for kind in ("input", "output"):
         if list(getattr(file.int8_model.graph, kind)) != list(getattr(before, kind)):
             raise _NotProved(f"the {kind}s are not those of the float32 file")
-    if unused := [
-        name for name, count in ((name, mentions(file.int8_model.graph)[name]) for name in file.stored) if not count
-    ]:
+    count = mentions(file.int8_model.graph)
+    if unused := [name for name in file.stored if not count[name]]:
         raise _NotProved(f"nothing reads {unused[0]!r}")
     return len(after), "without Q and DQ the graph is that of the float32 file, node by node"
 
@@ -222,9 +221,8 @@ def _zeros(file: Int8File) -> tuple[int, str]:
         if int(zero[0]) != wanted.zero:
             raise _NotProved(f"the zero point of {name!r} is {zero[0]}, its range gives {wanted.zero}")
         _check_reach(name, wanted, file.ranges[name])
-    return len(
-        named
-    ), f"{len(named)} tensors have the scale and zero point of their recorded range; 0 has a code in each"
+    text = f"{len(named)} tensors have the scale and zero point of their recorded range; 0 has a code in each"
+    return len(named), text
 
 
 def _check_reach(name: str, coding: Coding, found: Range) -> None:

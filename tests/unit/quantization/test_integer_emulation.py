@@ -97,6 +97,10 @@ FORMS: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
     "float average": ([CONV, made("GlobalAveragePool", ["c"], "y")], ["y"]),
     "read twice": ([CONV, *coded("c"), made("Sigmoid", ["c"], "s")], ["y", "s"]),
     "float bias": ([made("Conv", ["x", "w", "float"], "c"), RELU, *coded("r")], ["y"]),
+    "float bias, rounded after pooling": (
+        [made("Conv", ["x", "w", "float"], "c"), RELU, made("MaxPool", ["r"], "m", kernel_shape=[2, 2]), *coded("m")],
+        ["y"],
+    ),
     "no bias": ([made("Conv", ["x", "w"], "c"), *coded("c")], ["y"]),
     "float output, float bias": ([made("Conv", ["x", "w", "float"], "y")], ["y"]),
     "product": ([made("Gemm", ["x", "w", "b"], "y", transB=1)], ["y"]),
