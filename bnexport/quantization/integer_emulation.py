@@ -207,7 +207,7 @@ class _Fusion:
     def __init__(self, model: ModelProto) -> None:
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._outputs = {value.name for value in model.graph.output}
-        self._decoded = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        self._decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in model.graph.node:
             for name in node.input:
@@ -218,7 +218,8 @@ class _Fusion:
 
         One QuantizeLinear has to read the output, perhaps behind a ReLU or Clip that cuts nothing from the codes. The output of
         a matrix product may also stay in float, without such an operator behind it. A constant float bias gets codes only in
-        front of a QuantizeLinear.
+        front of a QuantizeLinear. The weight of a Gemm needs a stored zero point. A MatMul always counts, though ONNX Runtime
+        may join it with a sum behind it.
         """
         coder, after = self._coder(node.output[0]), self._only_reader(node.output[0])
         if after is not None and after.op_type in ABSORBED and self._only_reader(after.output[0]) is not None:
@@ -228,7 +229,9 @@ class _Fusion:
         elif coder is None and node.op_type == "Conv":
             return False
         bias = node.input[2] if len(node.input) > 2 else ""
-        return not bias or bias in self._decoded or (coder is not None and bias in self._stored)
+        if node.op_type == "Gemm" and len(self._decoders[node.input[1]].input) < 3:
+            return False
+        return not bias or bias in self._decoders or (coder is not None and bias in self._stored)
 
     def _only_reader(self, name: str) -> NodeProto | None:
         found = self._readers.get(name, [])

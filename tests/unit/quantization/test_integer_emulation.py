@@ -57,12 +57,12 @@ def qdq(nodes: list[onnx.NodeProto], outputs: list[str], *, weight: Array, zero:
     decoded = [
         helper.make_node("QuantizeLinear", ["input", "step", "zero"], ["x_codes"]),
         helper.make_node("DequantizeLinear", ["x_codes", "step", "zero"], ["x"]),
-        helper.make_node("DequantizeLinear", ["w_codes", "w_step"], ["w"]),
+        helper.make_node("DequantizeLinear", ["w_codes", "w_step", "w_zero"], ["w"]),
         helper.make_node("DequantizeLinear", ["b_codes", "b_step"], ["b"]),
     ]
     arrays = {
-        "step": np.float32(0.02), "zero": zero, "w_step": np.float32(0.01), "b_step": np.float32(0.0002), "w_codes": weight,
-        "b_codes": rng.integers(-999, 999, 8).astype(np.int32), "float": rng.normal(size=8).astype(np.float32),
+        "step": np.float32(0.02), "zero": zero, "w_step": np.float32(0.01), "w_zero": np.int8(0), "b_step": np.float32(0.0002),
+        "w_codes": weight, "b_codes": rng.integers(-999, 999, 8).astype(np.int32), "float": rng.normal(size=8).astype(np.float32),
         "low": np.float32(0), "high": np.float32(6), "narrow": np.float32(1), "out_step": np.float32(0.02),
     }  # fmt: skip
     value = helper.make_tensor_value_info
@@ -108,7 +108,6 @@ FORMS: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
     "product, float bias": ([made("Gemm", ["x", "w", "float"], "y", transB=1)], ["y"]),
     "product, float ReLU": ([made("Gemm", ["x", "w", "b"], "c", transB=1), RELU, made("Abs", ["r"], "y")], ["y"]),
     "matrix product": ([made("MatMul", ["x", "w"], "y")], ["y"]),
-    "matrix product with a sum": ([made("MatMul", ["x", "w"], "c"), made("Add", ["c", "float"], "y")], ["y"]),
     "rounded matrix product": ([made("MatMul", ["x", "w"], "c"), *coded("c")], ["y"]),
 }
 
