@@ -5,7 +5,7 @@ variance. Each is taken as normal (Nagel et al. 2019, arXiv 1906.04721). A tenso
 257 evenly spaced points of the normal distribution, from -4 to 4 standard deviations, with the density as weights. An
 elementwise operator (ReLU, clamp, Sigmoid, SiLU in any spelling, HardSwish) is computed at these points, which gives the
 moments of the clipped normal without a formula for each operator, and the range as their smallest and largest value. A sum of
-different tensors adds means and variances, and so does a layer without BatchNorm. Pooling keeps the distribution of its input.
+different tensors adds means and variances. Pooling keeps the distribution of its input.
 
 Folding removes BatchNorms and keeps their values: the output of a convolution with a folded BatchNorm is that BatchNorm's
 output. Original and folded file are evaluated in float64 on the same few samples, and a tensor with the same numbers is the
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,16 +104,15 @@ def spreads(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Spread]:
     """Return the spread of every tensor whose moments are known, or follow from known ones and assumed ones of the inputs."""
-    return _Propagation(plan, known, shapes).run(inputs)
+    return _Propagation(plan.model, known, shapes).run(inputs)
 
 
 class _Propagation:
     def __init__(
-        self, plan: QuantizationPlan, known: Mapping[str, TrainedMoments], shapes: Mapping[str, tuple[int, ...]]
+        self, model: ModelProto, known: Mapping[str, TrainedMoments], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
-        self._model, self._known, self._shapes = plan.model, known, shapes
-        self._layers = {layer.node.output[0]: layer for layer in plan.layers}
-        self._engine: Any = wide_evaluator(plan.model)
+        self._model, self._known, self._shapes = model, known, shapes
+        self._engine: Any = wide_evaluator(model)
         self._constants: dict[str, Any] = dict(self._engine.rt_inits_)
         self._bases = itertools.count()
         self._found: dict[str, Spread] = {}
@@ -153,8 +151,6 @@ class _Propagation:
             return None
         if not given:
             return self._gate(node)
-        if node.output[0] in self._layers:
-            return self._linear(self._layers[node.output[0]], given[0])
         if node.op_type in _ELEMENTWISE:
             return self._elementwise(node, runner, given)
         if node.op_type in _POOLS and len(given) == 1:
@@ -192,21 +188,6 @@ class _Propagation:
             return None
         values = result.reshape(len(_POINTS), -1)
         return Spread(values, first.base, first.axis, first.rank, _derived_from(first.source))
-
-    def _linear(self, layer: QuantizedLayer, given: Spread) -> Spread | None:
-        """Return the output of a layer without BatchNorm, as in squeeze-and-excitation, from independent inputs."""
-        width, channels = layer.outputs_first.shape[1], given.rank - 1 if layer.node.op_type == "MatMul" else 1
-        if given.axis != channels or given.mean.size != width * layer.groups:
-            return None
-        weight = (layer.outputs_first.astype(np.float64) * layer.inside).reshape(
-            -1, width, math.prod(layer.weight.shape[2:])
-        )
-        means = grouped(given.mean, len(weight), width, layer.groups)
-        squares = grouped(given.std**2, len(weight), width, layer.groups)
-        mean = (weight.sum(axis=2) * means).sum(axis=1) + layer.bias * (layer.node.op_type != "MatMul")
-        std = np.sqrt(((weight**2).sum(axis=2) * squares).sum(axis=1))
-        rank = len(self._shapes[layer.node.output[0]])
-        return Spread(mean + std * _POINTS[:, None], next(self._bases), given.axis, rank, "derived from BatchNorm")
 
     def _gate(self, node: NodeProto) -> Spread | None:
         """Return values spread evenly from 0 to 1 for an operator that is bounded by them; its input is not known."""

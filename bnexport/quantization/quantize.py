@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,16 @@ def quantise(
     plan = QuantizationPlan(folded, options.float_layers)
     values = {**example, **Float64Evaluator(plan.model).intermediate(example)}
     shapes = {name: array.shape for name, array in values.items()}
-    plan.set_sizes({name: shape[2:] for name, shape in shapes.items()})
     known = known_moments(norms(example), values)
     if calibration is None and not known:
         raise ModelError("the network has no BatchNorm from which ranges could be read", remedy=_UNKNOWN)
+    if calibration is None and (gates := _without_ranges(plan, known, shapes)):
+        options = replace(options, float_layers=(*options.float_layers, *gates))
+        plan = QuantizationPlan(folded, options.float_layers)
+        plan.kept |= dict.fromkeys(
+            gates.values(), "squeeze-and-excitation has no BatchNorm, which gives ranges; see --calibrate"
+        )
+    plan.set_sizes({name: shape[2:] for name, shape in shapes.items()})
     pixels = _pixel_range(folded, preprocessing)
     given = {name: TrainedMoments(*_moments(found, shapes[name][1]), "pixels") for name, found in pixels.items()}
     trained = spreads(plan, known, given, shapes)
@@ -162,6 +168,23 @@ def quantise(
             if name in trained and "BatchNorm" in (found := trained[name].range()).source
         }
     return Int8Result(model, record)
+
+
+def _without_ranges(
+    plan: QuantizationPlan, known: Mapping[str, TrainedMoments], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Return output -> name of the convolutions of one pixel in front of others, whose outputs have no trained moments.
+
+    They are those of squeeze-and-excitation, and cost next to nothing in float.
+    """
+    return {
+        str(layer.node.output[0]): layer.name
+        for layer in plan.layers
+        if layer.node.op_type == "Conv"
+        and layer.output not in known
+        and set(shapes[layer.input][2:]) == {1}
+        and plan.end(layer.output) in plan.tensors
+    }
 
 
 def _record(

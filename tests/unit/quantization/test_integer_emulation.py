@@ -62,8 +62,9 @@ def qdq(nodes: list[onnx.NodeProto], outputs: list[str], *, weight: Array, zero:
     ]
     arrays = {
         "step": np.float32(0.02), "zero": zero, "w_step": np.float32(0.01), "w_zero": np.int8(0), "b_step": np.float32(0.0002),
-        "w_codes": weight, "b_codes": rng.integers(-999, 999, 8).astype(np.int32), "float": rng.normal(size=8).astype(np.float32),
-        "low": np.float32(0), "high": np.float32(6), "narrow": np.float32(1), "out_step": np.float32(0.02),
+        "w_codes": weight, "b_codes": rng.integers(-999, 999, 8).astype(np.int32),
+        "float": rng.normal(size=8).astype(np.float32), "low": np.float32(0), "high": np.float32(6),
+        "narrow": np.float32(1), "out_step": np.float32(0.02),
     }  # fmt: skip
     value = helper.make_tensor_value_info
     graph = helper.make_graph(

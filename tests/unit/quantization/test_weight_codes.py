@@ -40,7 +40,7 @@ def test_no_order_of_pairs_can_saturate(seed: int, width: int, size: float) -> N
 
 
 def test_the_scale_of_a_pair_safe_channel_is_hardly_larger_than_necessary() -> None:
-    rest = np.zeros(200)  # more weights than those of channels whose scale may be larger
+    rest = np.zeros(600)  # more weights than those of channels whose scale may be larger
     one = encode(np.array([[1.0, 0.01, -0.02, *rest]]), pair_safe=True)  # one large weight: all 127 codes
     both = encode(np.array([[1.0, 0.99, -0.5, *rest]]), pair_safe=True)  # two: half of them
     assert np.abs(one.codes).max() == LARGEST
@@ -52,7 +52,7 @@ def test_channels_with_few_weights_have_the_scale_with_the_smallest_error_of_the
     rng = np.random.default_rng(2)
     weight = rng.standard_normal((64, 2, 3, 3))
     found = encode(weight, pair_safe=pair_safe)
-    smallest = encode(np.pad(weight, ((0, 0), (0, 200), (0, 0), (0, 0))), pair_safe=pair_safe)  # too many for a choice
+    smallest = encode(np.pad(weight, ((0, 0), (0, 600), (0, 0), (0, 0))), pair_safe=pair_safe)  # too many for a choice
     ratio = found.scales / smallest.scales
     assert ((ratio >= 1) & (ratio <= 1.26)).all()
     inputs = (rng.standard_normal((20_000, 2, 1)) + rng.standard_normal((20_000, 2, 9))).reshape(
