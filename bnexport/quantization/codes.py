@@ -23,8 +23,8 @@ LARGEST = 127
 PAIR = 128
 #: A scale grows by this factor until the rounded codes obey.
 _STEP = 1.002
-#: Channels with at most this number of weights take the scale with the smallest rounding error among scales up to 25 % larger. The
-#: error of more weights hardly depends on where their codes fall, and grows with the scale.
+#: Channels with at most this number of weights take the scale with the smallest error of their output among scales up to
+#: 25 % larger. The error of more weights hardly depends on where their codes fall, and grows with the scale.
 _FEW, _LARGER = 512, 1 + 0.005 * np.arange(1, 51)
 #: Assumed correlation of the inputs of two taps of one channel: they are neighbours in an image or a feature map.
 _ALIKE = 0.5

@@ -36,6 +36,7 @@ _BINS, _SHARES = 2048, 0.98 ** np.arange(80)
 _FAR = 8.0
 #: Share of the trained range by which a calibrated one may exceed it: ranges are kept with six digits.
 _SLACK = 1e-3
+_NO_RANGE = "squeeze-and-excitation has no BatchNorm, which gives ranges; see --calibrate"
 _UNKNOWN = (
     "Pass --calibrate with a data set, a folder of images or an .npy file, or keep its layer in float: --float-layers"
 )
