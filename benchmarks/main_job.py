@@ -98,12 +98,11 @@ def _ours(module: nn.Module, network: str, folder: Path) -> None:
 
 
 def _command(folder: Path) -> None:
-    """Run the command of BN-LeNet."""
-    from bnexport.cli.main import run
+    """Become the command of BN-LeNet."""
+    from bnexport.cli.main import main
 
     out = ("--out", str(_bundle(LENET, folder)), "--force", "--quiet")
-    if run(["fold-and-export", str(CHECKPOINT), *out, "--format", "onnx", "--format", "torchscript"]):
-        raise ModelError(f"fold-and-export of {LENET} failed", remedy="Its error is above")
+    main(["fold-and-export", str(CHECKPOINT), *out, "--format", "onnx", "--format", "torchscript"])
 
 
 def _verify(module: nn.Module, network: str, folder: Path) -> None:

@@ -243,13 +243,14 @@ def exported(network: str, folder: Path) -> tuple[dict[str, Path], dict[str, str
     scaling = {} if network == LENET else {"mean": (0.5,) * channels, "std": (0.25,) * channels}
     wanted: dict[str, dict[str, Any]] = {
         "float32": {"formats": ("onnx", "torchscript")},
-        "int8": {"precision": "int8"},
+        "int8": {"precision": "int8", **scaling},
         "uint8 input": {"input_type": "uint8", "formats": ("onnx",), **scaling},
     }
     found, missing = {}, {}
     for precision, extra in wanted.items():
         progress(f"{network}: {precision}")
-        out, shape = folder / network / precision / "1", "x".join(map(str, NETWORKS[network][0]))
+        out = folder / network / precision.replace(" ", "_") / "1"
+        shape = "x".join(map(str, NETWORKS[network][0]))
         try:
             fold_and_export(source, out, request=ExportRequest(inputs=(shape,), force=True, **extra))
             found[precision] = out
@@ -354,13 +355,11 @@ class Target(NamedTuple):
         return [self.what, self.compared, ranged(Spread.of(self.ratios), 3), *judged]
 
 
-def tuned(bundle: Path, rounds: int) -> Mapping[Goal, Choice]:
+def tuned(bundle: Path) -> Mapping[Goal, Choice]:
     """Measure a bundle by ``bnexport benchmark``, write its tuned.json even on a busy machine, and return the choices."""
     progress("bnexport benchmark of BN-LeNet")
     names = [name for name in ("onnxruntime-cpu", "openvino-cpu") if runner_spec(name).available() is None]
-    request = BenchmarkRequest(
-        (bundle,), runtimes=tuple(names), batches=TUNED_BATCHES, seconds=1.0, rounds=max(rounds, 5)
-    )
+    request = BenchmarkRequest((bundle,), runtimes=tuple(names), batches=TUNED_BATCHES)
     goals: dict[Goal, Choice] = {item.goal: item.best.choice for item in recommendations(benchmark(request).results)}
     write_tuning(bundle, Tuning.here(Bundle.open(bundle), goals))
     return goals
@@ -484,7 +483,7 @@ def targets(folder: Path, rounds: int, seconds: float, images: int) -> list[Targ
 
     bundle = folder / "tuned" / "1"
     shutil.copytree(REFERENCE, bundle)
-    choices = tuned(bundle, rounds)
+    choices = tuned(bundle)
     best = choices["throughput"]
     return [
         *throughput(bundle, best, rounds, seconds),

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from bnexport.cli.options import export_request, options_of
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest
-from bnexport.optional import collection_paused, need_packages
+from bnexport.optional import need_packages
 
 #: Option of fold-and-export that does not apply to an ONNX file -> reason.
 _REFUSED: dict[str, str] = {
@@ -172,9 +172,8 @@ def command(
 
     if is_onnx(source):
         return fold_onnx_source(source, out, options, as_json=as_json, quiet=quiet, verbose=verbose)
-    with collection_paused:
-        from bnexport.pipeline import fold_and_export
-        from bnexport.reporting.results import print_export
+    from bnexport.pipeline import fold_and_export
+    from bnexport.reporting.results import print_export
 
     request = export_request(**options)
     with stages(quiet=quiet) as progress, prints_aside():

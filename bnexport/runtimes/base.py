@@ -97,6 +97,8 @@ _DEVICE_REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
 _OTHER_FAULT = (
     "Try again in a new process, since a CUDA fault can break the old one; bnexport doctor tests the engine on this GPU"
 )
+#: Name, shape, numpy's element type and declaration of an output.
+_Output = tuple[str, tuple[int | str, ...], np.dtype[Any], TensorSpec]
 
 
 class Runner(ABC):
@@ -118,8 +120,10 @@ class Runner(ABC):
     effective_device: str
     description: dict[str, Any]
     _closed: bool = False
-    #: Shapes of the inputs of the last call, and the outputs that fit them, with numpy's element types
-    _expected: tuple[object, list[tuple[TensorSpec, np.dtype[Any]]]] = ((), [])
+    #: True where the engine gives every call contiguous outputs in new memory, so that no copy is needed.
+    _new_outputs: bool = False
+    #: Shapes of the inputs of the last call, and the outputs that fit them.
+    _expected: tuple[object, list[_Output]] = ((), [])
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch.
@@ -142,28 +146,29 @@ class Runner(ABC):
 
     def run_fitting(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run feeds that a server has checked at decoding; the other errors are those of ``run``."""
-        self._refuse_closed()
-        contiguous = {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in self.signature.inputs}
+        if self._closed:
+            self._refuse_closed()
+        contiguous, shapes = {}, []
+        for spec in self.signature.inputs:
+            contiguous[spec.name] = array = np.ascontiguousarray(feeds[spec.name])
+            shapes.append(array.shape)
         try:
             outputs = self._run(contiguous)
         except BnexportError:
             raise
         except Exception as error:  # engines raise various classes without a common base
             raise self._translated(error) from error
-        shapes = [array.shape for array in contiguous.values()]
         if shapes != self._expected[0]:
             self._expected = shapes, self._outputs_for(named_sizes(self.signature, feeds))
         return self._checked(outputs)
 
-    def _outputs_for(self, sizes: Mapping[str, int]) -> list[tuple[TensorSpec, np.dtype[Any]]]:
+    def _outputs_for(self, sizes: Mapping[str, int]) -> list[_Output]:
         """Return the outputs for sizes of named dimensions; a name that the inputs lack stays."""
-        shapes = [
-            [sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in s.shape] for s in self.signature.outputs
-        ]
-        return [
-            (TensorSpec(spec.name, spec.dtype, tuple(shape)), np.dtype(spec.dtype))
-            for spec, shape in zip(self.signature.outputs, shapes, strict=True)
-        ]
+        found = []
+        for spec in self.signature.outputs:
+            shape = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)
+            found.append((spec.name, shape, np.dtype(spec.dtype), TensorSpec(spec.name, spec.dtype, shape)))
+        return found
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -205,16 +210,16 @@ class Runner(ABC):
 
     def _checked(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
         checked = {}
-        for spec, dtype in self._expected[1]:
-            if spec.name not in outputs:
+        for name, shape, dtype, spec in self._expected[1]:
+            if name not in outputs:
                 have = ", ".join(map(repr, outputs)) or "none"
-                raise BundleError(f"{self.name} gave no output {spec.name!r}, only {have}", remedy=REBUILD)
-            array = np.array(outputs[spec.name], copy=True, order="C")
-            if array.shape != spec.shape or array.dtype != dtype:
+                raise BundleError(f"{self.name} gave no output {name!r}, only {have}", remedy=REBUILD)
+            array = outputs[name] if self._new_outputs else np.array(outputs[name], copy=True, order="C")
+            if array.shape != shape or array.dtype != dtype:
                 problem = spec.problem(array)
                 if problem is not None:  # a dimension's name may be missing in the inputs
                     raise BundleError(f"{self.name}: output {problem}", remedy=REBUILD)
-            checked[spec.name] = array
+            checked[name] = array
         return checked
 
 

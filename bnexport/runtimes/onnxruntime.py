@@ -16,6 +16,7 @@ from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared,
 from bnexport.runtimes.node_placement import counts, placed_nodes, with_unique_names
 from bnexport.runtimes.onnxruntime_session import (
     check_placement,
+    direct_run,
     in_effect,
     load_engine,
     open_session,
@@ -59,8 +60,10 @@ class OnnxRuntimeRunner(Runner):
         self._file, self._device = file, device
         self._outputs = [spec.name for spec in signature.outputs]
         self._settings = settings or RunSettings()
+        self._new_outputs = device == "cpu" and not self._settings.binding
         self._ort = load_engine()
         self._session, model = self._opened()
+        self._direct_run = direct_run(self._session)
         self._refuse_other_signature()
         nodes = placed_nodes(self._session)
         self.effective_device = check_placement(self._ort, self._session, nodes, self.name, device, model)
@@ -129,7 +132,7 @@ class OnnxRuntimeRunner(Runner):
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         if self._settings.binding:
             return self._run_bound(feeds)
-        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        return dict(zip(self._outputs, self._direct_run(self._outputs, feeds, None), strict=True))
 
     def _run_bound(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """Put inputs into the device's memory, and fetch the outputs that the engine left there."""
@@ -159,7 +162,7 @@ class OnnxRuntimeRunner(Runner):
     def close(self) -> None:
         """Free the session."""
         super().close()
-        del self._session
+        del self._session, self._direct_run
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from bnexport.reproducibility import OVERRIDE
 from bnexport.runtimes import cuda_libraries
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.node_placement import CPU, PlacedNode, counts, not_shape_arithmetic
+from bnexport.tensors import Array
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 #: Provider -> where its nodes run.
@@ -127,6 +128,16 @@ def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> 
         options.use_deterministic_compute = settings.precision == "float32"
     providers = [(name, provider_options(name, settings)) for name in TARGETS[device].providers]
     return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+
+
+def direct_run(session: Any) -> Callable[..., list[Array]]:
+    """Return the run of the compiled session (output names, feeds, run options), which InferenceSession.run wraps.
+
+    The wrapper checks the names of the inputs again: 4 us of 54 us for one image of BN-LeNet (AMD EPYC, onnxruntime 1.31.1).
+    A version without the private attribute gets the wrapper.
+    """
+    run: Callable[..., list[Array]] = getattr(session, "_sess", session).run
+    return run
 
 
 def prepare_device(ort: Any, name: str, device: str, settings: RunSettings) -> None:

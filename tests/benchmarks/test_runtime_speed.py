@@ -60,7 +60,7 @@ def test_the_command_measures_and_writes_its_page(tmp_path: Path, monkeypatch: p
     """Every measurement is real and short; the choice of ``bnexport benchmark`` and OpenVINO's tool are replaced."""
     bundles: list[Path] = []
 
-    def tuned(bundle: Path, _rounds: int) -> dict[str, Choice]:
+    def tuned(bundle: Path) -> dict[str, Choice]:
         bundles.append(bundle)
         assert read_tuning(bundle) is None
         return {"throughput": CHOICE, "latency": CHOICE}

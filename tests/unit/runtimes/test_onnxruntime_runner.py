@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, RuntimeUnavailable
 from bnexport.runtimes.base import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner, problem
-from bnexport.runtimes.onnxruntime_session import CUDA, LEVELS, provider_options
+from bnexport.runtimes.onnxruntime_session import CUDA, LEVELS, direct_run, provider_options
 from bnexport.tensors import Signature, TensorSpec
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
@@ -58,6 +60,46 @@ def test_every_setting_gives_the_same_answer(bundle: Bundle, level: str, binding
             np.testing.assert_allclose(answer, expected[:size], rtol=0, atol=1e-5 * np.abs(expected).max())
         answer[:] = 7  # the caller's own memory
         np.testing.assert_array_equal(runner.run({"input": X[:1]})["logits"] == 7, False)
+
+
+def test_outputs_of_a_session_on_the_cpu_are_in_new_memory_without_a_copy(tmp_path: Path) -> None:
+    """An output that is an input, or a constant of the file, is the caller's own too."""
+    names, shape = ("relu", "same", "constant"), (2, 3)
+    constant = np.arange(6, dtype=np.float32).reshape(2, 3)
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["input"], ["relu"]), helper.make_node("Identity", ["input"], ["same"])],
+        "outputs",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names],
+        [numpy_helper.from_array(constant, "constant")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    outputs = tuple(TensorSpec(name, "float32", shape) for name in names)
+    feed = np.ones((2, 3), np.float32)
+    with OnnxRuntimeRunner(tmp_path / "m.onnx", Signature((TensorSpec("input", "float32", shape),), outputs)) as runner:
+        assert runner._new_outputs
+        first = runner.run({"input": feed})
+        for array in first.values():
+            assert array.flags.c_contiguous
+            assert array.flags.writeable
+            array[:] = 7
+        second = runner.run({"input": feed})
+    assert (feed == 1).all()
+    assert all((array == 7).all() for array in first.values())
+    np.testing.assert_array_equal(second["constant"], constant)
+    np.testing.assert_array_equal(second["same"], feed)
+
+
+def test_the_direct_run_is_that_of_the_session(bundle: Bundle) -> None:
+    """It uses a private attribute of onnxruntime, and falls back to the public method without it."""
+    with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature) as runner:
+        session, feeds = runner._session, {"input": X}
+        assert direct_run(session) == session._sess.run
+        (expected,) = session.run(["logits"], feeds)
+        (found,) = direct_run(session)(["logits"], feeds, None)
+        np.testing.assert_array_equal(found, expected)
+        plain = SimpleNamespace(run=session.run)
+        assert direct_run(plain) == session.run
 
 
 def test_the_levels_are_really_different_graphs(bundle: Bundle) -> None:
