@@ -75,7 +75,7 @@ class Subject:
     images: Array
     labels: Array | None = None
     emulated: int = 8  # Images for the emulation with exact sums
-    saturated: int = 0  # Images for the emulation with 16-bit saturation; 0: it is left out
+    saturated: int = 8  # Images for the emulation with 16-bit saturation
 
     @property
     def input(self) -> str:
