@@ -274,7 +274,7 @@ def _encoded(node: NodeProto, stored: dict[str, Any], graph: Any) -> bool:
     shift = zero[0] if zero else np.zeros(scale.shape, np.uint8)
     if shift.dtype not in (np.int8, np.uint8):
         return False
-    axis = int(attributes(node).get("axis", 1)) % weight.ndim
+    axis = int(attributes(node).get("axis", 1)) % max(weight.ndim, 1)  # a scalar, as the 3 of a HardSwish, has no axis
     shape = [-1 if place == axis else 1 for place in range(weight.ndim)] if scale.size > 1 else [1] * weight.ndim
     limits = np.iinfo(shift.dtype)
     codes = np.clip(np.rint(weight / scale.reshape(shape)) + shift.reshape(shape), limits.min, limits.max)
