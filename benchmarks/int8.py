@@ -367,6 +367,7 @@ def reference_bundle(number: int = 0) -> Subject:
 
     bundle = Bundle.open(_BUNDLE)
     image = Preprocessing.from_json(bundle.manifest.preprocessing or {})
+    labels: Array | None
     pixels, labels = load_test_images("fashion-mnist")
     more = load_train_images("fashion-mnist")[0]
     training = image.apply(more[1000 * number :][:1000])

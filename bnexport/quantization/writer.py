@@ -56,7 +56,7 @@ class _Additions:
     def decoded(self, name: str, inputs: Sequence[str], axis: int | None = None) -> str:
         """Add a DequantizeLinear of the codes of a tensor, and return the name of its output."""
         free = self._names.free(name, "decoded")
-        settings = {} if axis is None else {"axis": axis}
+        settings: dict[str, Any] = {} if axis is None else {"axis": axis}
         self.nodes.append(helper.make_node("DequantizeLinear", inputs, [free], name=free, **settings))
         return free
 
