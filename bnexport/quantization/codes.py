@@ -49,8 +49,11 @@ class Codes:
         return self.codes.astype(np.float64) * _column(self.scales.astype(np.float64), self.codes.ndim)
 
 
-def encode(weight: Array, *, pair_safe: bool, least: Array | None = None) -> Codes:
-    """Round a weight (out, ...) to int8 with one scale per output channel, not below ``least`` (out,); 0 has the code 0."""
+def encode(weight: Array, *, pair_safe: bool, least: Array | None = None, corrected: bool = True) -> Codes:
+    """Round a weight (out, ...) to int8 with one scale per output channel, not below ``least`` (out,); 0 has the code 0.
+
+    The scale has the smallest error of the output only if the bias is corrected; otherwise the smallest scale is taken.
+    """
     flat = weight.reshape(len(weight), -1).astype(np.float64)
     scales = np.abs(flat).max(axis=1, initial=0.0) / LARGEST
     if pair_safe:
@@ -59,7 +62,7 @@ def encode(weight: Array, *, pair_safe: bool, least: Array | None = None) -> Cod
     scales = np.where(scales < np.finfo(np.float32).tiny, 1.0, scales).astype(np.float32)
     while (unfit := _unfit(_rounded(flat, scales), pair_safe=pair_safe)).any():
         scales[unfit] *= np.float32(_STEP)
-    if flat.shape[1] <= _FEW:
+    if corrected and flat.shape[1] <= _FEW:
         scales = _least_error(flat, scales, weight.shape[1], pair_safe=pair_safe)
     return Codes(_rounded(flat, scales).astype(np.int8).reshape(weight.shape), scales)
 

@@ -360,7 +360,8 @@ class _Repair(_Additions):
         name = node.input[2] if len(node.input) > 2 else ""
         bias = self._old(name).reshape(-1) if name else np.zeros(len(exact))
         constant = len(bias) == len(exact)
-        new = encode(exact, pair_safe=True, least=least_scales(bias, layer.step) if constant else None)
+        least = least_scales(bias, layer.step) if constant else None
+        new = encode(exact, pair_safe=True, least=least, corrected=mean is not None)
         node.input[1] = self.weight(node.input[1], new, int(transposed))
         if not name or not constant:
             return
