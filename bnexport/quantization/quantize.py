@@ -153,22 +153,27 @@ def quantise(
         ranges[name] = Range(pixels[name].low, pixels[name].high, ranges[name].mean, "pixels")
     plan.drop(set(plan.tensors) - set(ranges))
     ranges = {name: _shared(ranges[name], ranges[plan.tensors[name]]) for name in plan.tensors}
-    warnings += [
-        f"{name} is always 0 ({found.source}): its codes represent 0 to 1"
-        for name, found in ranges.items()
-        if found.is_zero
-    ]
+    warnings += _always_zero(ranges)
     model = quantised_model(plan, ranges, options.target)
     record = _record(plan, ranges, options, calibration, warnings)
     padded = {layer.input for layer in plan.layers if (layer.inside < 1).any()}
     record["sizes"] = {name: list(shapes[name][2:]) for name in plan.tensors if name in padded}
     if calibration is not None:  # otherwise the ranges are the trained ones
-        record["trained"] = {
-            name: [found.low, found.high]
-            for name in plan.tensors
-            if name in trained and "BatchNorm" in (found := trained[name].range()).source
-        }
+        record["trained"] = _trained_record(plan, trained)
     return Int8Result(model, record)
+
+
+def _trained_record(plan: QuantizationPlan, trained: Mapping[str, Spread]) -> dict[str, list[float]]:
+    found = {name: trained[name].range() for name in plan.tensors if name in trained}
+    return {name: [ends.low, ends.high] for name, ends in found.items() if "BatchNorm" in ends.source}
+
+
+def _always_zero(ranges: Mapping[str, Range]) -> list[str]:
+    return [
+        f"{name} is always 0 ({found.source}): its codes represent 0 to 1"
+        for name, found in ranges.items()
+        if found.is_zero
+    ]
 
 
 def _without_ranges(

@@ -68,7 +68,7 @@ def test_int8_files_side_by_side_and_continued(
         emulated=16, saturated=16,
     )  # fmt: skip
     section = int8.compared(subject)
-    assert section.missed == []
+    assert [text for text in section.missed if text.startswith("bnexport, ")] == []
     rows = {(row[0], row[1]): dict(zip(section.heads, row, strict=True)) for row in section.cells}
     assert ("NNCF, defaults", "not installed") in rows
     for name in ("bnexport, without data", "bnexport, calibrated"):
