@@ -154,13 +154,12 @@ def quantise(
     plan.drop(set(plan.tensors) - set(ranges))
     ranges = {name: _shared(ranges[name], ranges[plan.tensors[name]]) for name in plan.tensors}
     warnings += _always_zero(ranges)
-    model = quantised_model(plan, ranges, options.target)
     record = _record(plan, ranges, options, calibration, warnings)
     padded = {layer.input for layer in plan.layers if (layer.inside < 1).any()}
     record["sizes"] = {name: list(shapes[name][2:]) for name in plan.tensors if name in padded}
     if calibration is not None:  # otherwise the ranges are the trained ones
         record["trained"] = _trained_record(plan, trained)
-    return Int8Result(model, record)
+    return Int8Result(quantised_model(plan, ranges, options.target), record)
 
 
 def _trained_record(plan: QuantizationPlan, trained: Mapping[str, Spread]) -> dict[str, list[float]]:
