@@ -13,7 +13,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,9 @@ from bnexport.quantization.int8_plan import OLDEST_OPSET
 from bnexport.quantization.integer_emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
 from bnexport.quantization.moments import Seen, seen_in_file, seen_in_module
 from bnexport.quantization.quantize import Calibration, Int8Result, quantise
+from bnexport.quantization.writer import as_qdq
 from bnexport.tensors import Array
+from bnexport.verification.metrics import mcnemar
 
 ROOT = Path(__file__).parents[1]
 _BUNDLE, _PAGE = ROOT / "models" / "bn_lenet" / "1", ROOT / "docs" / "results" / "int8.md"
@@ -47,12 +49,18 @@ _LINES = ("page.png", "text.png")
 #: Environment variable with the Python of an environment that has nncf.
 NNCF = "BNEXPORT_NNCF"
 _ROUNDS, _DRAWS, _FACTOR, _SPEED = 15, 20, 1.5, 1.5
+_SETS, _SIGNIFICANT = 4, 0.05
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _OURS = "bnexport, "
 _HEADS = (
     "file", "kernels", "accuracy", "labels changed", "expected", "agreement", "SNR, dB", "SNR predicted, dB",
     "noise, measured / predicted", "channels that can saturate", "speed against float32",
 )  # fmt: skip
+_SET_HEADS = (
+    "network", "file", "labels changed, by set", "in all", "changed by this file alone", "by the peer alone", "p (McNemar)"
+)  # fmt: skip
+#: The peer that changes the fewest labels, with precise kernels.
+_BEST = "quantize_static, per channel"
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Subject:
     images: Array
     labels: Array | None = None
     emulated: int = 8  # Images for the emulation with exact sums
-    saturated: int = 0  # Images for the emulation with 16-bit saturation; 0: it is left out
+    saturated: int = 8  # Images for the emulation with 16-bit saturation
 
     @property
     def input(self) -> str:
@@ -108,14 +116,15 @@ onnx.save(nncf.quantize(model, data, subset_size=len(images)), target)
 """
 
 
-def files(subject: Subject) -> Iterator[tuple[str, ModelProto | None]]:
-    """Yield each way's name and int8 model; None for a tool that is not installed."""
-    for name, settings in PEERS.items():
-        yield name, _by_onnxruntime(subject, settings)
-    yield "NNCF, defaults", _by_nncf(subject)
-    yield f"{_OURS}without data", subject.int8(None).model
+def files(subject: Subject) -> dict[str, Callable[[], ModelProto | None]]:
+    """Return for each way the function that makes its int8 model; it returns None for a tool that is not installed."""
     calibrated = Calibration({subject.input: subject.calibration}, f"{len(subject.calibration)} images")
-    yield f"{_OURS}calibrated", subject.int8(calibrated).model
+    return {
+        **{name: partial(_by_onnxruntime, subject, settings) for name, settings in PEERS.items()},
+        "NNCF, defaults": lambda: _by_nncf(subject),
+        f"{_OURS}without data": lambda: subject.int8(None).model,
+        f"{_OURS}calibrated": lambda: subject.int8(calibrated).model,
+    }
 
 
 def _by_onnxruntime(subject: Subject, settings: Mapping[str, Any]) -> ModelProto:
@@ -184,12 +193,13 @@ def compared(subject: Subject) -> Section:
     exact = plain(subject.images)
     rows = [_Row("float32", "", exact, exact, subject.labels)]
     kinds = ["default", "precise", *(["OpenVINO"] if installed("openvino") else [])]
-    for name, model in files(subject):
+    for name, make in files(subject).items():
         progress(f"{subject.name}: {name}")
-        if model is None:
+        if (model := make()) is None:
             rows.append(_Row(name, "not installed", exact, exact, None))
             continue
-        layers = int8_layers(model)
+        plain_form = as_qdq(model)  # NNCF leaves weights to be rounded while the file is loaded
+        layers = int8_layers(plain_form)
         unsafe, channels = sum(int(layer.unsafe.sum()) for layer in layers), sum(len(layer.codes) for layer in layers)
         emulated: dict[str, Array] = {}
         for kernels in kinds:
@@ -206,7 +216,9 @@ def compared(subject: Subject) -> Section:
             images = subject.images[: subject.saturated if way == SATURATING else subject.emulated]
             if kernels != "OpenVINO" and len(images):
                 if way not in emulated:
-                    emulated[way] = next(iter(IntegerEmulator(model, way).evaluate({subject.input: images}).values()))
+                    emulated[way] = next(
+                        iter(IntegerEmulator(plain_form, way).evaluate({subject.input: images}).values())
+                    )
                 row.predict(emulated[way])
             row.speed = ranged(Spread.of(_ratios(plain, run, subject.images[:1])))
             rows.append(row)
@@ -215,6 +227,31 @@ def compared(subject: Subject) -> Section:
         f" emulation on {subject.emulated} of them (16-bit saturation: {subject.saturated})."
     ]
     return Section(subject.name, _HEADS, [row.cells() for row in rows], notes, _missed(rows))
+
+
+def repeated(make: Callable[[int], Subject]) -> Section:
+    """Count the labels that bnexport's files and the best peer change on other images, in several sets."""
+    found: dict[str, list[Array]] = {}
+    for number in range(_SETS):
+        subject = make(number)
+        labels = runner(subject.model)(subject.images).argmax(axis=1)
+        for name in (_BEST, *(name for name in files(subject) if name.startswith(_OURS))):
+            progress(f"{subject.name}, set {number + 1} of {_SETS}: {name}")
+            model = files(subject)[name]()
+            assert model is not None
+            scores = runner(model, "precise" if name == _BEST else "default")(subject.images)
+            found.setdefault(name, []).append(scores.argmax(axis=1) != labels)
+    peer, cells, missed = np.concatenate(found[_BEST]), [], []
+    for name, sets in found.items():
+        own, theirs, p = _pairs(np.concatenate(sets), peer)
+        counts = [int(part.sum()) for part in sets]
+        pairs = ["", "", ""] if name == _BEST else [str(own), str(theirs), f"{p:.2g}"]
+        cells.append([subject.name, name, ", ".join(map(str, counts)), str(sum(counts)), *pairs])
+        if own > theirs and p < _SIGNIFICANT:
+            missed.append(f"{name} changes more labels of {subject.name} than {_BEST}: p = {p:.2g}")
+    sizes = len(subject.images), len(subject.calibration)
+    notes = [f"{subject.name}: {_SETS} sets of {sizes[0]} images; each has {sizes[1]} other images for calibration."]
+    return Section("Labels changed on other images", _SET_HEADS, cells, notes, missed)
 
 
 class _Row:
@@ -233,7 +270,8 @@ class _Row:
         self.name, self.kernels, self.unsafe, self.channels = name, kernels, unsafe, channels
         self._scores, self._exact = scores.astype(np.float64), exact.astype(np.float64)
         self.accuracy = None if labels is None else float((scores.argmax(axis=1) == labels).mean())
-        self.changed = int((scores.argmax(axis=1) != exact.argmax(axis=1)).sum())
+        self.flipped = scores.argmax(axis=1) != exact.argmax(axis=1)
+        self.changed = int(self.flipped.sum())
         self.predicted: float | None = None
         self.factor: float | None = None
         self.speed = ""
@@ -277,16 +315,22 @@ def _missed(rows: Sequence[_Row]) -> list[str]:
     )
     found = [
         f"{row.name} changes {row.changed} labels ({row.expected:.0f} expected), {best.name} with precise kernels"
-        f" {best.changed} ({best.expected:.0f} expected)"
+        f" {best.changed} ({best.expected:.0f} expected); p = {_pairs(row.flipped, best.flipped)[2]:.2g}"
         for row in ours
         if best is not None and row.kernels == "default" and row.changed > best.changed
     ]
     found += [f"{row.name}: {row.unsafe} channels can saturate" for row in ours if row.unsafe]
     return found + [
         f"{row.name}, {row.kernels} kernels: the noise is {row.factor:.2f} of the predicted noise"
-        for row in ours
+        for row in rows
         if row.factor is not None and not 1 / _FACTOR <= row.factor <= _FACTOR
     ]
+
+
+def _pairs(one: Array, other: Array) -> tuple[int, int, float]:
+    """Return how many images only one of two files labels differently, for both, and McNemar's p."""
+    counts = int((one & ~other).sum()), int((other & ~one).sum())
+    return *counts, mcnemar(*counts)
 
 
 def _snr(scores: Array, exact: Array) -> float:
@@ -312,16 +356,23 @@ def _ratios(one: Callable[[Array], Array], other: Callable[[Array], Array], imag
 # --- subjects -----------------------------------------------------------------------------------------------------------------
 
 
-def reference_bundle() -> Subject:
-    """Return the reference bundle, calibrated on 1,000 training images and measured on the 10,000 test images."""
+def reference_bundle(number: int = 0) -> Subject:
+    """Return the reference bundle, calibrated on 1,000 training images and measured on the 10,000 test images.
+
+    Other numbers have other training images for both.
+    """
     from bnexport.data.datasets import load_test_images, load_train_images
     from bnexport.data.preprocessing import Preprocessing
     from bnexport.runtimes.torch_runners import original_network
 
     bundle = Bundle.open(_BUNDLE)
     image = Preprocessing.from_json(bundle.manifest.preprocessing or {})
+    labels: Array | None
     pixels, labels = load_test_images("fashion-mnist")
-    training = image.apply(load_train_images("fashion-mnist")[0][:1000])
+    more = load_train_images("fashion-mnist")[0]
+    training = image.apply(more[1000 * number :][:1000])
+    if number:
+        pixels, labels = more[10_000 * number :][:10_000], None
     norms, model = partial(seen_in_module, original_network(bundle)), read_model(bundle.file(MODEL_ONNX))
     return Subject(
         "BN-LeNet", model, norms, image.to_json(), training, image.apply(pixels), labels, emulated=512, saturated=512
@@ -334,7 +385,7 @@ def efficientnet() -> Subject:
     return _subject("EfficientNet-lite0", module, (127 / 255,) * 3, (128 / 255,) * 3, 96)
 
 
-def classifier() -> Subject:
+def classifier(seed: int = 0) -> Subject:
     """Return the classifier of the direction of text lines, calibrated on 256 crops of scanned text and measured on 1,024."""
     from bnexport.data.preprocessing import Preprocessing
     from bnexport.folding.onnx_backend.onnx_fold import fold_onnx
@@ -343,12 +394,12 @@ def classifier() -> Subject:
     file = unpacked(network) / network.member
     folded = fold_onnx(file, inputs={"x": (3, 48, 192)}).model
     image = Preprocessing(3, 48, 192, mean=(0.5,) * 3, std=(0.5,) * 3)
-    lines = image.apply(_crops(_LINES, 2048, (48, 192), 14))
+    lines = image.apply(_crops(_LINES, 2048, (48, 192), 14, seed))
     lines[::4] = lines[::4, :, ::-1, ::-1]  # upside down
     lines[1::4] = lines[1::4, :, ::-1, ::-1]
     norms = partial(seen_in_file, read_model(file.read_bytes()))
     model = upgraded(folded, "the file", OLDEST_OPSET)
-    return Subject(network.name, model, norms, image.to_json(), lines[1:512:2], lines[::2], emulated=64, saturated=4)
+    return Subject(network.name, model, norms, image.to_json(), lines[1:512:2], lines[::2], emulated=64, saturated=64)
 
 
 def _subject(name: str, module: Any, mean: tuple[float, ...], std: tuple[float, ...], n: int) -> Subject:
@@ -371,11 +422,11 @@ def _subject(name: str, module: Any, mean: tuple[float, ...], std: tuple[float, 
     return Subject(name, model, partial(seen_in_module, module), image.to_json(), crops[1::2], crops[::2])
 
 
-def _crops(names: Sequence[str], n: int, size: tuple[int, int], least: int) -> Array:
+def _crops(names: Sequence[str], n: int, size: tuple[int, int], least: int, seed: int = 0) -> Array:
     """Return random crops of scikit-image's pictures in turn, at least ``least`` pixels high, scaled to a size."""
     picture, home = require("PIL.Image", purpose="photos"), unpacked(_PHOTOS) / "skimage" / "data"
     found = [picture.open(home / name).convert("RGB") for name in names]
-    rng, aspect, crops = np.random.default_rng(0), size[1] / size[0], []
+    rng, aspect, crops = np.random.default_rng(seed), size[1] / size[0], []
     for number in range(n):
         photo = found[number // 2 % len(found)]  # two in a row, one for calibration and one for measurement
         height = int(rng.integers(least, min(photo.height, int(photo.width / aspect)) + 1))
@@ -472,6 +523,8 @@ PARTS: dict[str, Callable[[], Section]] = {
     "bn-lenet": lambda: compared(reference_bundle()),
     "efficientnet-lite0": lambda: compared(efficientnet()),
     "pp-ocr-cls": lambda: compared(classifier()),
+    "bn-lenet-sets": partial(repeated, reference_bundle),
+    "pp-ocr-cls-sets": partial(repeated, classifier),
     **{name: partial(zoo_ranges, name) for name in ZOO},
     "resnet18": partial(speed_of, "resnet18"),
 }

@@ -1,8 +1,8 @@
 """Measure what a uint8 input saves: bytes and CPU time from body to array, and CPU time of whole requests and of images.
 
-``python -m benchmarks.serving.pixels`` prints the table of docs/serving.md. It exports one small network with both types of
-input, and measures them in turn: the decoder and the conversion of images in this process, whole requests with one image as
-binary tensors over HTTP by the CPU time of one ``bnexport serve`` with both models. It takes 5 minutes.
+``python -m benchmarks.serving.pixels [CHANNELSxSIZE...]`` prints the table of docs/serving.md. It exports one small network
+with both types of input, and measures them in turn: the decoder and the conversion of images in this process, whole requests
+with one image as binary tensors over HTTP by the CPU time of one ``bnexport serve`` with both models. It takes 10 minutes.
 """
 
 from __future__ import annotations
@@ -131,8 +131,12 @@ def measured(channels: int, size: int) -> list[list[str]]:
 
 def main() -> None:
     """Print the table in Markdown, and its conditions."""
-    options("serving.pixels", __doc__).parse_args()
-    rows = [cells for channels, size in ((1, 28), (3, 224)) for cells in measured(channels, size)]
+    parser = options("serving.pixels", __doc__)
+    parser.add_argument("sizes", nargs="*", metavar="CHANNELSxSIZE", default=["1x28", "3x224", "3x640"])
+    rows: list[list[str]] = []
+    for shape in parser.parse_args().sizes:
+        channels, _, size = shape.partition("x")
+        rows += measured(int(channels), int(size))
     conditions = f"Least of {_ROUNDS} rounds, and median and range of the ratios within a round"
     print(table_page(["CPU time", "float32", "uint8", "float32 / uint8"], rows, conditions))
 

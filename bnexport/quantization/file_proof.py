@@ -12,8 +12,8 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from bnexport.errors import BnexportError
 from bnexport.onnx_files.models import mentions
-from bnexport.quantization.codes import LARGEST, Coding, Range, coding_of, correction, saturating_channels
-from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer, casts_of_pixels
+from bnexport.quantization.codes import LARGEST, Coding, Range, coding_of, saturating_channels
+from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer, casts_of_pixels, constants_stored
 from bnexport.tensors import Array
 
 #: A float32 scale carries a relative rounding of 6e-8; products of two and the quotient stay below.
@@ -38,7 +38,7 @@ class Int8File:
     """A float32 file, the int8 file made from it, and the record of its making (``quantize.Int8Result``)."""
 
     def __init__(self, float_model: ModelProto, int8_model: ModelProto, record: Mapping[str, Any]) -> None:
-        self.float_model, self.int8_model, self.record = float_model, int8_model, record
+        self.float_model, self.int8_model, self.record = constants_stored(float_model), int8_model, record
         self.stored = {tensor.name: tensor for tensor in int8_model.graph.initializer}
         self.decoders = {node.output[0]: node for node in int8_model.graph.node if node.op_type == "DequantizeLinear"}
         self.encoders = {node.output[0]: node for node in int8_model.graph.node if node.op_type == "QuantizeLinear"}
@@ -60,7 +60,9 @@ class Int8File:
     @functools.cached_property
     def plan(self) -> QuantizationPlan:
         """Return the layers and tensors that the record makes int8."""
-        return QuantizationPlan(self.float_model, tuple(self.record["float_layers"]))
+        plan = QuantizationPlan(self.float_model, tuple(self.record["float_layers"]))
+        plan.set_sizes(self.record.get("sizes", {}))
+        return plan
 
     def layers(self) -> Iterator[tuple[QuantizedLayer, NodeProto, NodeProto, NodeProto | None]]:
         """Yield each int8 layer with the DequantizeLinear of its input, its weight and its bias, which a MatMul lacks."""
@@ -115,12 +117,12 @@ def _structure(file: Int8File) -> tuple[int, str]:
         # A weight was replaced by its codes, which the next checks compare; a layer without a bias got one.
         plain = [name for name in names if name in weights or name not in file.stored]
         wanted = [name for name in other.input if name in plain or name not in weights]
-        same = (one.op_type, one.domain, one.name, list(one.output)) == (
-            other.op_type, other.domain, other.name, list(other.output)
-        )  # fmt: skip
         if other.output[0] not in own:
             plain, wanted = names, list(other.input)
-        if not same or list(one.attribute) != list(other.attribute) or plain != wanted:
+        same = all(
+            getattr(one, part) == getattr(other, part) for part in ("op_type", "domain", "name", "output", "attribute")
+        )
+        if not same or plain != wanted:
             raise _NotProved(
                 f"{other.name or other.output[0]} ({other.op_type}) is another node than in the float32 file"
             )
@@ -131,9 +133,8 @@ def _structure(file: Int8File) -> tuple[int, str]:
     for kind in ("input", "output"):
         if list(getattr(file.int8_model.graph, kind)) != list(getattr(before, kind)):
             raise _NotProved(f"the {kind}s are not those of the float32 file")
-    if unused := [
-        name for name, count in ((name, mentions(file.int8_model.graph)[name]) for name in file.stored) if not count
-    ]:
+    count = mentions(file.int8_model.graph)
+    if unused := [name for name in file.stored if not count[name]]:
         raise _NotProved(f"nothing reads {unused[0]!r}")
     return len(after), "without Q and DQ the graph is that of the float32 file, node by node"
 
@@ -165,8 +166,7 @@ def _biases(file: Int8File) -> tuple[int, str]:
     for layer, given, weight, bias in file.layers():
         codes, scales = _weight(file, layer, weight)
         rounded = codes * scales.astype(np.float64).reshape(-1, *(1,) * (codes.ndim - 1))
-        mean = layer.means(file.ranges[layer.input].mean)
-        wanted = layer.bias - correction(layer.outputs_first.astype(np.float64), rounded, mean, layer.groups)
+        wanted = layer.corrected_bias(rounded, file.ranges[layer.input].mean)
         if bias is None:
             count += _check_shift(file, layer, wanted)
             continue
@@ -221,9 +221,8 @@ def _zeros(file: Int8File) -> tuple[int, str]:
         if int(zero[0]) != wanted.zero:
             raise _NotProved(f"the zero point of {name!r} is {zero[0]}, its range gives {wanted.zero}")
         _check_reach(name, wanted, file.ranges[name])
-    return len(
-        named
-    ), f"{len(named)} tensors have the scale and zero point of their recorded range; 0 has a code in each"
+    text = f"{len(named)} tensors have the scale and zero point of their recorded range; 0 has a code in each"
+    return len(named), text
 
 
 def _check_reach(name: str, coding: Coding, found: Range) -> None:

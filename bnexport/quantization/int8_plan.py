@@ -8,15 +8,16 @@ The output of the last layers stays in float: rounding the logits alone cost 0.1
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError, UsageError
-from bnexport.onnx_files.models import attributes, opset_of, subgraphs
-from bnexport.quantization.codes import ABSORBED, MOVERS
+from bnexport.onnx_files.models import attributes, opset_of, refill, subgraphs
+from bnexport.quantization.codes import ABSORBED, MOVERS, correction
+from bnexport.quantization.integer_emulation import window_axes
 from bnexport.tensors import Array
 
 #: The first operator set whose DequantizeLinear has one scale for each channel.
@@ -30,12 +31,14 @@ class QuantizedLayer:
     """A layer that becomes int8."""
 
     node: NodeProto  # Conv, Gemm or MatMul
-    weight: Array  # Its weight as the file stores it
-    bias: Array  # Its bias (out,), zeros where it has none
+    weight: Array  # As the file stores it
+    bias: Array  # (out,), zeros without one
     axis: int  # Axis of the output channels in the weight
     groups: int  # Groups of a convolution, else 1
     depthwise: bool  # Each output channel reads one input channel
     shift: NodeProto | None = None  # The Add with the bias of a MatMul
+    #: Share of the output positions at which each tap of the kernel is inside the input, not in its padding: (*kernel)
+    inside: Array = field(default_factory=lambda: np.ones(()))
 
     @property
     def name(self) -> str:
@@ -52,10 +55,15 @@ class QuantizedLayer:
         """Return the name of its output with the bias."""
         return str((self.shift or self.node).output[0])
 
-    def means(self, mean: Sequence[float] | Array) -> Array:
-        """Return E[x] of each input channel; the mean of all where the given ones belong to another axis."""
-        found = np.asarray(mean, np.float64)
-        return found if found.size in (1, self.outputs_first.shape[1] * self.groups) else found.mean(keepdims=True)
+    def corrected_bias(self, rounded: Array, mean: Sequence[float] | Array) -> Array:
+        """Return the bias without the mean error of the outputs by a rounded weight, output channels first.
+
+        ``mean`` is E[x] of each input channel, or one number for all. Its average is taken where it belongs to another axis.
+        """
+        found, exact = np.asarray(mean, np.float64), self.outputs_first.astype(np.float64)
+        if found.size not in (1, exact.shape[1] * self.groups):
+            found = found.mean(keepdims=True)
+        return np.asarray(self.bias - correction(exact, rounded, found, self.groups, self.inside))
 
     @property
     def outputs_first(self) -> Array:
@@ -88,6 +96,7 @@ class QuantizationPlan:
 
     def __init__(self, model: ModelProto, float_layers: Sequence[str] = ()) -> None:
         _refuse_unfit(model)
+        model = constants_stored(model)
         self.model = model
         self.kept: dict[str, str] = {}
         self.outputs = {value.name for value in model.graph.output}
@@ -108,6 +117,10 @@ class QuantizationPlan:
             )
         self.required: set[str] = {layer.input for layer in self.layers}
         self.tensors = self._tensors()
+
+    def set_sizes(self, sizes: Mapping[str, Sequence[int]]) -> None:
+        """Give the layers the sizes (*size) of their inputs (n, channels, *size), for the share of the padding."""
+        self.layers = tuple(replace(layer, inside=_inside(layer, sizes.get(layer.input))) for layer in self.layers)
 
     def drop(self, names: set[str]) -> None:
         """Leave tensors without codes whose range is not known; none of them may be required."""
@@ -161,7 +174,7 @@ class QuantizationPlan:
     def _why_float(self, node: NodeProto) -> str:
         """Return why a linear operator stays in float; "" when it becomes int8."""
         if node.op_type == "ConvTranspose":
-            return "ConvTranspose stays in float"
+            return "ONNX Runtime has no integer ConvTranspose for CPUs"
         stored = self._weights.get(node.input[1])
         if stored is None or stored.data_type != TensorProto.FLOAT:
             return "its weight is not stored in float32"
@@ -231,6 +244,34 @@ class QuantizationPlan:
         return found
 
 
+def _inside(layer: QuantizedLayer, size: Sequence[int] | None) -> Array:
+    if layer.node.op_type != "Conv" or size is None:
+        return np.ones(())
+    share = np.ones(layer.weight.shape[2:])
+    for at, axis in enumerate(window_axes(layer.node, size, share.shape)):
+        taps = np.arange(axis.count)[:, None] * axis.stride + np.arange(axis.kernel) * axis.dilation - axis.before
+        seen = ((taps >= 0) & (taps < axis.size)).mean(axis=0)
+        share = share * seen.reshape([-1 if at == place else 1 for place in range(share.ndim)])
+    return share
+
+
+def constants_stored(model: ModelProto) -> ModelProto:
+    """Return a model whose tensors of Constant nodes are initializers: the same model if it has no such node."""
+    outputs = {value.name for value in model.graph.output}
+    found = [node for node in model.graph.node if node.op_type == "Constant" and node.output[0] not in outputs]
+    stored = [(node, value) for node in found if (value := attributes(node).get("value")) is not None]
+    if not stored:
+        return model
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    names = {node.output[0] for node, _ in stored}
+    refill(copy.graph.node, [node for node in copy.graph.node if not names & set(node.output)])
+    for node, value in stored:
+        copy.graph.initializer.add().CopyFrom(value)
+        copy.graph.initializer[-1].name = node.output[0]
+    return copy
+
+
 def casts_of_pixels(model: ModelProto) -> dict[str, str]:
     """Return output of a Cast -> the uint8 input of the model that it reads."""
     bytes_in = {value.name for value in model.graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8}
@@ -257,8 +298,7 @@ def layer_name(node: NodeProto) -> str:
 
 def _refuse_unfit(model: ModelProto) -> None:
     """Refuse (ModelError) graphs that the plan does not cover."""
-    inner: Iterable[NodeProto] = (node for node in model.graph.node if subgraphs(node))
-    if (node := next(iter(inner), None)) is not None:
+    if (node := next(filter(subgraphs, model.graph.node), None)) is not None:
         raise ModelError(
             f"the network has {node.op_type}, whose inner graphs can't be quantised",
             remedy="Leave --precision int8 out",

@@ -5,11 +5,14 @@ QuantizeLinear and DequantizeLinear around a float operator state, so the evalua
 that add neighbouring products in 16 bits (VPMADDUBSW) differ by what each pair loses. Neighbours are the next inputs along the
 kernel's rows, columns and channels, channels last. Against ONNX Runtime both emulations are off by an rms of 0.0027 of scale
 where saturation itself moves the outputs by 0.155.
+
+ONNX Runtime computes a layer in integers only if its output is requantised, or if it is a matrix product (``_Fusion``).
+It computes the other layers in float, where nothing saturates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +30,12 @@ if TYPE_CHECKING:
 #: Ways of computing an int8 file; ``onnx_files.emulation.words_of`` has the words for the first two.
 EXACT, SATURATING, LAST_BIT = "int8", "int8-saturating", "int8-last-bit"
 WAYS = (EXACT, SATURATING, LAST_BIT)
-_LARGEST, _SMALLEST = 32767, -32768
+_LARGEST, _SMALLEST = 32767.0, -32768.0
+#: Two codes of inputs with at most this sum can't saturate: 255 * 128 < 32,767.
+_HARMLESS = 255
 _SEED = 0
+#: Operators across which ONNX Runtime moves a QuantizeLinear to their input.
+_CROSSED = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
 #: Largest change of a value before it is requantised, in steps.
 _DITHER = 1 / 16
 
@@ -57,7 +64,7 @@ class IntegerEmulator(Float64Evaluator):
                 if node.op_type == "QuantizeLinear":
                     runner.run = self._dithered(runner.run)
         if way == SATURATING:
-            layers = {layer.output: layer for layer in int8_layers(model) if layer.can_saturate}
+            layers = {layer.output: layer for layer in int8_layers(model) if layer.can_saturate and layer.in_integers}
             for node, runner in nodes:
                 if node.output[0] in layers:
                     runner.run = _saturating(runner.run, layers[node.output[0]])
@@ -84,12 +91,16 @@ class Int8Layer:
         scales: Scale of each output channel, or one for all.
         step: Scale of the input.
         zero: Code of the input's 0, as an unsigned byte.
+        in_integers: ONNX Runtime computes it with integer kernels.
         depthwise: Each output channel reads one input channel.
+        unsafe: Channels that can saturate in some order of pairs (out,).
     """
 
-    def __init__(self, node: NodeProto, codes: Array, scales: Array, step: float, zero: int) -> None:
+    def __init__(
+        self, node: NodeProto, codes: Array, scales: Array, step: float, zero: int, *, in_integers: bool
+    ) -> None:
         self.node, self.codes, self.scales, self.step, self.zero = node, codes, scales, step, zero
-        self.output = str(node.output[0])
+        self.output, self.in_integers = str(node.output[0]), in_integers
         self.groups = int(attributes(node).get("group", 1))
         self.depthwise = self.groups > 1 and codes.shape[1] == 1
         self.unsafe = np.zeros(len(codes), bool) if self.depthwise else saturating_channels(codes)
@@ -101,49 +112,47 @@ class Int8Layer:
 
     def lost(self, x: Array) -> Array:
         """Return what 16-bit saturation takes from the outputs (n, out, *count) for decoded inputs x (n, in, *size)."""
-        codes = np.rint(x / self.step) + self.zero
-        windows = self._windows(codes)  # (rows, groups, in / groups * taps), channels last
-        weights = np.moveaxis(self.codes, 1, -1).reshape(len(self.codes), -1).astype(np.float64)
-        rows, per_group = windows[0].reshape(-1, self.groups, weights.shape[1]), len(weights) // self.groups
-        found = np.zeros((len(rows), len(weights)))
-        for channel in np.flatnonzero(self.unsafe):
-            found[:, channel] = _excess(rows[:, channel // per_group], weights[channel])
-        scaled = found * (self.step * np.broadcast_to(self.scales, (len(weights),)))
-        result = scaled.reshape(len(x), *windows[1], len(weights))
-        return np.asarray(np.moveaxis(result, -1, 1) if self.node.op_type == "Conv" else result)
+        codes = (np.rint(x / self.step) + self.zero).astype(np.uint8)
+        taps, shape = self._taps(codes)
+        weights = np.moveaxis(self.codes, 1, -1).reshape(self.groups, -1, taps.shape[1]).astype(np.float32)
+        found = np.stack([_excess(*pair) for pair in zip(taps, weights, strict=True)])  # (groups, out / groups, places)
+        steps = self.step * np.broadcast_to(self.scales, (len(self.codes),))
+        scaled = found.reshape(len(self.codes), *shape) * steps.reshape(-1, *(1,) * len(shape))
+        return np.moveaxis(scaled, 0, 1 if self.node.op_type == "Conv" else -1)
 
-    def _windows(self, codes: Array) -> tuple[Array, tuple[int, ...]]:
-        """Return the inputs of each output position, channels last within a group, and the shape of the positions."""
+    def _taps(self, codes: Array) -> tuple[Array, tuple[int, ...]]:
+        """Return the inputs of each tap, channels last, (groups, taps * in / groups, places), and the shape of the places."""
         if self.node.op_type != "Conv":
-            return codes.reshape(-1, codes.shape[-1]), codes.shape[1:-1]
-        settings, kernel = attributes(self.node), self.codes.shape[2:]
-        axes = kernels.axes_of(
-            codes.shape[2:], kernel, strides=settings.get("strides"), pads=settings.get("pads"),
-            dilations=settings.get("dilations"), auto_pad=settings.get("auto_pad", b"NOTSET").decode(),
-        )  # fmt: skip
+            return codes.reshape(1, -1, codes.shape[-1]).transpose(0, 2, 1), codes.shape[:-1]
+        axes = window_axes(self.node, codes.shape[2:], self.codes.shape[2:])
         pads = [(0, 0), (0, 0), *((axis.before, axis.after) for axis in axes)]
         padded = np.pad(codes, pads, constant_values=self.zero)
         view = np.lib.stride_tricks.sliding_window_view(
             padded, [axis.span for axis in axes], axis=tuple(range(2, codes.ndim))
         )
-        steps = (slice(None, None, axis.stride) for axis in axes)
-        view = view[(slice(None), slice(None), *steps, *(slice(None, None, axis.dilation) for axis in axes))]
-        n, channels, counts = view.shape[0], view.shape[1], view.shape[2 : 2 + len(axes)]
-        parted = view.reshape(n, self.groups, channels // self.groups, *view.shape[2:])
+        strides = (slice(None, None, axis.stride) for axis in axes)
+        view = view[(slice(None), slice(None), *strides, *(slice(None, None, axis.dilation) for axis in axes))]
         dims = len(axes)
-        order = (0, *range(3, 3 + dims), 1, *range(3 + dims, 3 + 2 * dims), 2)
-        return parted.transpose(order).reshape(n * int(np.prod(counts)), -1), counts
+        shape = (len(codes), *view.shape[2 : 2 + dims])
+        parted = view.reshape(len(codes), self.groups, -1, *view.shape[2:])
+        order = (1, *range(3 + dims, 3 + 2 * dims), 2, 0, *range(3, 3 + dims))
+        return parted.transpose(order).reshape(self.groups, -1, int(np.prod(shape))), shape
 
 
-def _excess(rows: Array, weights: Array) -> Array:
-    """Return sum of saturated pairs - sum of pairs, for codes (n, k) and the weight codes (k,) of one channel."""
-    k = len(weights) // 2 * 2  # an odd last product has a partner of 0 and can't saturate
-    first, second = weights[0:k:2], weights[1:k:2]
-    top = 255 * (np.maximum(first, 0) + np.maximum(second, 0))
-    low = 255 * (np.minimum(first, 0) + np.minimum(second, 0))
-    pairs = np.flatnonzero((top > _LARGEST) | (low < _SMALLEST))
-    sums = rows[:, 0:k:2][:, pairs] * first[pairs] + rows[:, 1:k:2][:, pairs] * second[pairs]
-    return np.asarray((np.clip(sums, _SMALLEST, _LARGEST) - sums).sum(axis=1))
+def _excess(taps: Array, weights: Array) -> Array:
+    """Return the sum of saturated pairs - the sum of pairs, (out, places), for codes (k, places) and weights (out, k)."""
+    found = np.zeros((len(weights), taps.shape[1]))
+    for at in range(0, taps.shape[0] - 1, 2):  # an odd last product has a partner of 0 and can't saturate
+        first, second = weights[:, at], weights[:, at + 1]
+        top = np.maximum(first, 0) + np.maximum(second, 0)
+        low = np.minimum(first, 0) + np.minimum(second, 0)
+        channels = np.flatnonzero((255 * top > _LARGEST) | (255 * low < _SMALLEST))
+        one, other = taps[at].astype(np.float32), taps[at + 1].astype(np.float32)
+        places = np.flatnonzero(one + other > _HARMLESS)
+        if channels.size and places.size:
+            sums = np.outer(first[channels], one[places]) + np.outer(second[channels], other[places])
+            found[np.ix_(channels, places)] += np.clip(sums, _SMALLEST, _LARGEST) - sums
+    return found
 
 
 def _saturating(run: Callable[..., Any], layer: Int8Layer) -> Callable[..., Any]:
@@ -158,7 +167,7 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
     """Return the layers of a QDQ file that integer kernels compute, in the order of the graph."""
     from onnx import numpy_helper
 
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    stored, fusion = {tensor.name: tensor for tensor in model.graph.initializer}, _Fusion(model)
     decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     found = []
     for node in model.graph.node:
@@ -175,8 +184,88 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
         zero = numpy_helper.to_array(stored[given.input[2]]).reshape(-1)[0] if len(given.input) > 2 else np.uint8(0)
         unsigned = int(zero) + (128 if zero.dtype == np.int8 else 0)  # kernels shift signed inputs by 128
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB", 0))
-        found.append(Int8Layer(node, codes.T if transposed else codes, scales, step, unsigned))
+        codes = codes.T if transposed else codes
+        found.append(Int8Layer(node, codes, scales, step, unsigned, in_integers=fusion.takes(node)))
     return found
+
+
+def window_axes(node: NodeProto, size: Sequence[int], kernel: Sequence[int]) -> tuple[kernels.WindowAxis, ...]:
+    """Return the windows of a Conv along each axis of an input of this size."""
+    found = attributes(node)
+    return kernels.axes_of(
+        size, kernel, strides=found.get("strides"), pads=found.get("pads"), dilations=found.get("dilations"),
+        auto_pad=found.get("auto_pad", b"NOTSET").decode(),
+    )  # fmt: skip
+
+
+class _Fusion:
+    """ONNX Runtime's choice of the layers that it computes in integers.
+
+    Source: qdq_selectors.cc, qdq_util.cc and weight_bias_quantization.cc of 1.31.
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._outputs = {value.name for value in model.graph.output}
+        self._decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        self._readers: dict[str, list[NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+
+    def takes(self, node: NodeProto) -> bool:
+        """Return whether a layer with codes of input and weight is computed in integers.
+
+        One QuantizeLinear has to read the output, perhaps behind a ReLU or Clip that cuts nothing from the codes. The output of
+        a matrix product may also stay in float, without such an operator behind it. A constant float bias gets codes only in
+        front of a QuantizeLinear. The weight of a Gemm needs a stored zero point. A MatMul always counts, though ONNX Runtime
+        may join it with a sum behind it.
+        """
+        coder, after = self._coder(node.output[0]), self._only_reader(node.output[0])
+        if after is not None and after.op_type in ABSORBED and self._only_reader(after.output[0]) is not None:
+            coder = self._coder(after.output[0])
+            if coder is None or not self._cuts_nothing(after, coder):
+                return False
+        elif coder is None and node.op_type == "Conv":
+            return False
+        bias = node.input[2] if len(node.input) > 2 else ""
+        if node.op_type == "Gemm" and len(self._decoders[node.input[1]].input) < 3:
+            return False
+        return not bias or bias in self._decoders or (coder is not None and bias in self._stored)
+
+    def _only_reader(self, name: str) -> NodeProto | None:
+        found = self._readers.get(name, [])
+        return found[0] if len(found) == 1 and name not in self._outputs else None
+
+    def _coder(self, name: str) -> NodeProto | None:
+        """Return the only QuantizeLinear behind a tensor, perhaps behind operators that only move numbers."""
+        found = self._only_reader(name)
+        if found is not None and found.op_type in _CROSSED:
+            return self._coder(found.output[0])
+        return found if found is not None and found.op_type == "QuantizeLinear" else None
+
+    def _cuts_nothing(self, clip: NodeProto, coder: NodeProto) -> bool:
+        """Return whether a ReLU or Clip changes no value that the codes represent."""
+        scale = self._number(coder.input[1], 0.0)
+        zero = self._array(coder.input[2]) if len(coder.input) > 2 else np.zeros(1, np.uint8)
+        limits, code = np.iinfo(zero.dtype), int(zero.reshape(-1)[0])
+        if clip.op_type == "Relu":
+            return code == limits.min
+        settings, given = attributes(clip), [*clip.input[1:], "", ""]
+        low = self._number(given[0], settings.get("min", -np.inf))
+        high = self._number(given[1], settings.get("max", np.inf))
+        return scale > 0 and np.rint(low / scale) + code <= limits.min and np.rint(high / scale) + code >= limits.max
+
+    def _number(self, name: str, otherwise: float) -> float:
+        """Return a stored number; NaN where it is computed, so that no comparison holds."""
+        if not name:
+            return otherwise
+        return float(self._array(name).reshape(-1)[0]) if name in self._stored else float("nan")
+
+    def _array(self, name: str) -> Array:
+        from onnx import numpy_helper
+
+        return numpy_helper.to_array(self._stored[name])
 
 
 class OneLayerEmulator:

@@ -25,7 +25,6 @@ from onnx import ModelProto, NodeProto
 
 from bnexport.errors import ModelError
 from bnexport.nn.statistics import NormView
-from bnexport.onnx_files import kernels
 from bnexport.onnx_files.float64 import Float64Evaluator, wide_evaluator
 from bnexport.onnx_files.models import attributes
 from bnexport.quantization.codes import Range, grouped
@@ -104,14 +103,7 @@ def spreads(
     inputs: Mapping[str, TrainedMoments],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Spread]:
-    """Return the spread of every tensor whose moments are known or follow from known ones.
-
-    Args:
-        plan: Of the folded model.
-        known: Tensor -> its trained moments (``moments.known_moments``).
-        inputs: Input of the model -> assumed moments.
-        shapes: Shape of every tensor for a small batch.
-    """
+    """Return the spread of every tensor whose moments are known, or follow from known ones and assumed ones of the inputs."""
     return _Propagation(plan.model, known, shapes).run(inputs)
 
 
@@ -289,19 +281,12 @@ def refined_means(
     layers: list[QuantizedLayer],
     known: Mapping[str, TrainedMoments],
     mean: Array,
-    shapes: Mapping[str, tuple[int, ...]],
 ) -> Array:
     """Return E[x] of a tensor, improved by the trained output means of the layers that read it.
 
     Each layer with a known output mean states W E[x] + b = beta: as many equations as it has outputs. The estimate is the ridge
-    solution nearest to the given means. It corrects what pooling and sums of dependent tensors leave unknown, and gives the
-    mean of the pixels, which no BatchNorm contains.
-
-    Args:
-        layers: Those that read the tensor.
-        known: Tensor -> its trained moments.
-        mean: First estimate (channels,).
-        shapes: Shape of every tensor for a small batch.
+    solution nearest to the first estimate ``mean`` (channels,). It corrects what pooling and sums of dependent tensors leave
+    unknown, and gives the mean of the pixels, which no BatchNorm contains.
     """
     stated = [layer for layer in layers if layer.output in known]
     if not stated:
@@ -312,7 +297,7 @@ def refined_means(
     start = np.broadcast_to(mean, (width,)).astype(np.float64)
     rows, sides = [], []
     for layer in stated:
-        seen = layer.outputs_first.astype(np.float64) * _inside(layer, shapes)
+        seen = layer.outputs_first.astype(np.float64) * layer.inside
         taps = seen.reshape(*seen.shape[:2], -1).sum(axis=2)
         columns = grouped(np.arange(width), len(taps), taps.shape[1], layer.groups).astype(int)
         matrix = np.zeros((len(taps), width))
@@ -323,25 +308,6 @@ def refined_means(
     normal = matrix.T @ matrix
     ridge = _RIDGE * max(float(np.trace(normal)) / width, np.finfo(np.float64).tiny)
     return np.asarray(start + np.linalg.solve(normal + ridge * np.eye(width), matrix.T @ side))
-
-
-def _inside(layer: QuantizedLayer, shapes: Mapping[str, tuple[int, ...]]) -> Array:
-    """Return which share of the output positions each tap of the kernel sees inside the input: (*kernel)."""
-    if layer.node.op_type != "Conv":
-        return np.ones(())
-    settings, size = attributes(layer.node), shapes[layer.input][2:]
-    kernel = layer.weight.shape[2:]
-    auto = settings.get("auto_pad", b"NOTSET").decode()
-    axes = kernels.axes_of(
-        size, kernel, strides=settings.get("strides"), pads=settings.get("pads"),
-        dilations=settings.get("dilations"), auto_pad=auto,
-    )  # fmt: skip
-    share = np.ones(kernel)
-    for at, axis in enumerate(axes):
-        taps = np.arange(axis.count)[:, None] * axis.stride + np.arange(axis.kernel) * axis.dilation - axis.before
-        seen = ((taps >= 0) & (taps < axis.size)).mean(axis=0)
-        share = share * seen.reshape([-1 if at == place else 1 for place in range(len(kernel))])
-    return share
 
 
 #: Largest difference, of scale, of one tensor in both evaluations: float32 weights against float64 ones, over many layers.
@@ -406,11 +372,9 @@ def seen_in_file(original: ModelProto, feeds: Mapping[str, Array]) -> list[Seen]
 
 
 def known_moments(seen: Sequence[Seen], values: Mapping[str, Array]) -> dict[str, TrainedMoments]:
-    """Return tensor of the folded file -> trained moments, for each tensor with the numbers of a BatchNorm's output or input.
+    """Return the trained moments of each tensor of the folded file with the numbers of a BatchNorm's output or input.
 
-    Args:
-        seen: Of the original network; an earlier entry wins.
-        values: Tensor -> its values in the folded file, on the same samples.
+    Both sides are values on the same samples. An earlier entry of ``seen``, from the original network, wins.
     """
     known: dict[str, TrainedMoments] = {}
     for entry in seen:

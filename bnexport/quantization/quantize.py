@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,13 @@ _MOST = 1000
 _FEWEST = 16
 #: Samples that are evaluated at once, with every tensor in float64.
 _CHUNK = 8
+#: Bins of a histogram on each side of 0, and the shares of the smallest and largest value that a range is chosen from.
+_BINS, _SHARES = 2048, 0.98 ** np.arange(80)
 #: A calibrated range beyond this many standard deviations of the trained one means other images than those of the training.
 _FAR = 8.0
 #: Share of the trained range by which a calibrated one may exceed it: ranges are kept with six digits.
 _SLACK = 1e-3
+_NO_RANGE = "squeeze-and-excitation has no BatchNorm, which gives ranges; see --calibrate"
 _UNKNOWN = (
     "Pass --calibrate with a data set, a folder of images or an .npy file, or keep its layer in float: --float-layers"
 )
@@ -114,7 +117,7 @@ def quantise(
         norms: Samples -> the original's BatchNorm outputs and inputs for them (``moments.known_moments``).
         options: Target, layers in float, allowed flips.
         preprocessing: JSON of the image preprocessing, which gives the range of the input.
-        calibration: Samples whose smallest and largest values are the ranges; None: ranges from BatchNorm.
+        calibration: Samples from whose values the ranges are chosen; None: ranges from BatchNorm.
 
     Raises:
         UsageError: A float layer that the model does not have.
@@ -123,38 +126,70 @@ def quantise(
     """
     options = options or Int8Options()
     plan = QuantizationPlan(folded, options.float_layers)
-    values = {**example, **Float64Evaluator(folded).intermediate(example)}
+    values = {**example, **Float64Evaluator(plan.model).intermediate(example)}
     shapes = {name: array.shape for name, array in values.items()}
     known = known_moments(norms(example), values)
     if calibration is None and not known:
         raise ModelError("the network has no BatchNorm from which ranges could be read", remedy=_UNKNOWN)
+    if calibration is None and (gates := _without_ranges(plan, known, shapes)):
+        options = replace(options, float_layers=(*options.float_layers, *gates))
+        plan = QuantizationPlan(folded, options.float_layers)
+        plan.kept |= dict.fromkeys(
+            gates.values(), "squeeze-and-excitation has no BatchNorm, which gives ranges; see --calibrate"
+        )
+    plan.set_sizes({name: shape[2:] for name, shape in shapes.items()})
     pixels = _pixel_range(folded, preprocessing)
     given = {name: TrainedMoments(*_moments(found, shapes[name][1]), "pixels") for name, found in pixels.items()}
     trained = spreads(plan, known, given, shapes)
     if calibration is None:
-        ranges, warnings = _trained_ranges(plan, trained, known, shapes), []
+        ranges, warnings = _trained_ranges(plan, trained, known), []
     else:
-        ranges = _calibrated(plan, calibration)
-        warnings = [text for name in plan.tensors if (text := _far_off(name, ranges[name], trained.get(name)))]
+        observed = _observed(plan, calibration)
+        inputs = {value.name for value in folded.graph.input}  # the caller's values are not clipped
+        ranges = {name: found.range(options.target, clipped=name not in inputs) for name, found in observed.items()}
+        warnings = [text for name, found in observed.items() if (text := _far_off(name, found, trained.get(name)))]
     pixels = {name: spread.range() for name, spread in trained.items() if spread.source == "pixels"} | pixels
     for name in ranges.keys() & pixels.keys():
         ranges[name] = Range(pixels[name].low, pixels[name].high, ranges[name].mean, "pixels")
     plan.drop(set(plan.tensors) - set(ranges))
     ranges = {name: _shared(ranges[name], ranges[plan.tensors[name]]) for name in plan.tensors}
-    warnings += [
+    warnings += _always_zero(ranges)
+    record = _record(plan, ranges, options, calibration, warnings)
+    padded = {layer.input for layer in plan.layers if (layer.inside < 1).any()}
+    record["sizes"] = {name: list(shapes[name][2:]) for name in plan.tensors if name in padded}
+    if calibration is not None:  # otherwise the ranges are the trained ones
+        record["trained"] = _trained_record(plan, trained)
+    return Int8Result(quantised_model(plan, ranges, options.target), record)
+
+
+def _trained_record(plan: QuantizationPlan, trained: Mapping[str, Spread]) -> dict[str, list[float]]:
+    found = {name: trained[name].range() for name in plan.tensors if name in trained}
+    return {name: [ends.low, ends.high] for name, ends in found.items() if "BatchNorm" in ends.source}
+
+
+def _always_zero(ranges: Mapping[str, Range]) -> list[str]:
+    return [
         f"{name} is always 0 ({found.source}): its codes represent 0 to 1"
         for name, found in ranges.items()
         if found.is_zero
     ]
-    model = quantised_model(plan, ranges, options.target)
-    record = _record(plan, ranges, options, calibration, warnings)
-    if calibration is not None:  # otherwise the ranges are the trained ones
-        record["trained"] = {
-            name: [found.low, found.high]
-            for name in plan.tensors
-            if name in trained and "BatchNorm" in (found := trained[name].range()).source
-        }
-    return Int8Result(model, record)
+
+
+def _without_ranges(
+    plan: QuantizationPlan, known: Mapping[str, TrainedMoments], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Return output -> name of the convolutions of one pixel in front of others, whose outputs have no trained moments.
+
+    They are those of squeeze-and-excitation, and cost next to nothing in float.
+    """
+    return {
+        str(layer.node.output[0]): layer.name
+        for layer in plan.layers
+        if layer.node.op_type == "Conv"
+        and layer.output not in known
+        and set(shapes[layer.input][2:]) == {1}
+        and plan.end(layer.output) in plan.tensors
+    }
 
 
 def _record(
@@ -205,7 +240,6 @@ def _trained_ranges(
     plan: QuantizationPlan,
     trained: Mapping[str, Spread],
     known: Mapping[str, TrainedMoments],
-    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Range]:
     """Return the ranges of all tensors whose moments are known.
 
@@ -222,13 +256,57 @@ def _trained_ranges(
             continue
         readers = [layer for layer in plan.layers if layer.input == name]
         spread = trained[name]
-        mean = refined_means(readers, known, spread.mean, shapes) if readers else np.zeros(1)
+        mean = refined_means(readers, known, spread.mean) if readers else np.zeros(1)
         ranges[name] = spread.range(mean)
     return ranges
 
 
-def _calibrated(plan: QuantizationPlan, calibration: Calibration) -> dict[str, Range]:
-    """Return the smallest and largest values on the samples, and the means of the channels, in a stream.
+class Observed:
+    """The values of one tensor in a stream of samples."""
+
+    def __init__(self) -> None:
+        self.low, self.high, self.n = np.inf, -np.inf, 0
+        self._sums: Array = np.zeros(1)
+        #: Numbers of values in bins of one width on both sides of 0; values of 0 have an exact code and are left out
+        self._counts, self._width = np.zeros(2 * _BINS), 0.0
+
+    def add(self, values: Array, channels: int) -> None:
+        """Count values (n, ...), whose channels are along one axis."""
+        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+        others = tuple(axis for axis in range(values.ndim) if axis != channels % values.ndim)
+        self._sums = self._sums + values.mean(axis=others) * len(values)
+        self.n += len(values)
+        largest = float(np.abs(values).max())
+        if not 0 < largest < np.inf:
+            return
+        width = 2.0 ** np.ceil(np.log2(largest / _BINS))
+        self._width = self._width or width
+        while self._width < width:  # two bins become one
+            self._width *= 2
+            self._counts = np.pad(self._counts.reshape(-1, 2).sum(axis=1), _BINS // 2)
+        places = np.clip(np.floor(values[values != 0] / self._width), -_BINS, _BINS - 1) + _BINS
+        self._counts += np.bincount(places.astype(np.int64), minlength=2 * _BINS)
+
+    def range(self, target: str, *, clipped: bool) -> Range:
+        """Return the range of the values, or the part of it whose codes have the smallest squared error on all values.
+
+        The error of a value inside is that of rounding, step ** 2 / 12. A value outside has its distance from the range.
+        """
+        lows, highs = min(self.low, 0.0) * _SHARES, max(self.high, 0.0) * _SHARES
+        at = to = 0
+        if clipped and self._width:
+            centres = (np.arange(-_BINS, _BINS) + 0.5) * self._width
+            below = (self._counts * np.maximum(lows[:, None] - centres, 0) ** 2).sum(axis=1)
+            above = (self._counts * np.maximum(centres - highs[:, None], 0) ** 2).sum(axis=1)
+            ends = lows[:, None], highs
+            steps = np.maximum(-ends[0], ends[1]) / 127 if target == "tensorrt" else (ends[1] - ends[0]) / 255
+            errors = below[:, None] + above + self._counts.sum() * steps**2 / 12
+            at, to = np.unravel_index(errors.argmin(), errors.shape)
+        return Range.of(lows[at], highs[to], self._sums / self.n, "calibration")
+
+
+def _observed(plan: QuantizationPlan, calibration: Calibration) -> dict[str, Observed]:
+    """Return the values of every tensor with codes on the samples.
 
     Raises:
         DataError: Too few samples, or samples that are all the same.
@@ -240,24 +318,16 @@ def _calibrated(plan: QuantizationPlan, calibration: Calibration) -> dict[str, R
         )
     if all((array == array[:1]).all() for array in calibration.feeds.values()):
         raise DataError("all samples of the calibration are the same", remedy="Give images that the network will see")
-    evaluator = Float64Evaluator(plan.model)
-    lows: dict[str, float] = {}
-    highs: dict[str, float] = {}
-    sums: dict[str, Array] = {}
+    evaluator, found = Float64Evaluator(plan.model), {name: Observed() for name in plan.tensors}
     for at in range(0, n, _CHUNK):
         part = {name: array[at : at + _CHUNK] for name, array in calibration.feeds.items()}
         values = {**part, **evaluator.intermediate(part)}
-        for name in plan.tensors:
-            array = values[name].astype(np.float64)
-            lows[name] = min(lows.get(name, np.inf), float(array.min()))
-            highs[name] = max(highs.get(name, -np.inf), float(array.max()))
-            channels = plan.channel_axis(name) % array.ndim
-            means = array.mean(axis=tuple(place for place in range(array.ndim) if place != channels))
-            sums[name] = sums.get(name, 0.0) + means * len(array)
-    return {name: Range.of(lows[name], highs[name], sums[name] / n, "calibration") for name in plan.tensors}
+        for name, observed in found.items():
+            observed.add(values[name], plan.channel_axis(name))
+    return found
 
 
-def _far_off(name: str, found: Range, trained: Spread | None) -> str:
+def _far_off(name: str, found: Observed, trained: Spread | None) -> str:
     """Return a warning if the samples exceed the trained range; "" otherwise."""
     if trained is None or "BatchNorm" not in trained.source:
         return ""

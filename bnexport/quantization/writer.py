@@ -19,6 +19,7 @@ from bnexport.errors import ModelError
 from bnexport.onnx_files.models import Names, attributes, check_written, mentions, nodes, refill
 from bnexport.onnx_files.normalisation import normalise, upgraded
 from bnexport.quantization.codes import (
+    Codes,
     Coding,
     Range,
     coding_of,
@@ -28,37 +29,52 @@ from bnexport.quantization.codes import (
     least_scales,
     saturating_channels,
 )
-from bnexport.quantization.int8_plan import OLDEST_OPSET, QuantizationPlan, QuantizedLayer
+from bnexport.quantization.int8_plan import OLDEST_OPSET, QuantizationPlan, QuantizedLayer, constants_stored
 from bnexport.quantization.integer_emulation import Int8Layer, int8_layers
 from bnexport.tensors import Array
 
 
-@dataclass(frozen=True)
-class LayerCodes:
-    """The stored numbers of one int8 layer, output channels first: weight codes, scales (out,), bias and its codes (out,)."""
+class _Additions:
+    """The tensors and nodes that are added to a model, under free names."""
 
-    codes: Array
-    scales: Array
-    corrected: Array
-    bias: Array
-    bias_scales: Array
+    def __init__(self, model: ModelProto) -> None:
+        self.nodes: list[NodeProto] = []
+        self.tensors: list[onnx.TensorProto] = []
+        self._names = Names(model)
 
+    def store(self, name: str, what: str, array: Array) -> str:
+        """Store a tensor, and return its name."""
+        free = self._names.free(name, what)
+        self.tensors.append(numpy_helper.from_array(array, free))
+        return free
 
-def layer_codes(layer: QuantizedLayer, coding: Coding, mean: Sequence[float]) -> LayerCodes:
-    """Return the stored numbers of a layer; the file proof repeats this computation.
+    def encoded(self, name: str, codes: str, scale: str, zero: str) -> None:
+        """Add a QuantizeLinear of a tensor."""
+        self.nodes.append(helper.make_node("QuantizeLinear", [name, scale, zero], [codes], name=codes))
 
-    Args:
-        layer: The float32 layer.
-        coding: Of its input.
-        mean: E[x] of each input channel, or one number for all.
-    """
-    exact = layer.outputs_first.astype(np.float64)
-    step = float(coding.scale)
-    least = least_scales(layer.bias, step)
-    found = encode(exact, pair_safe=not layer.depthwise, least=least)
-    bias = layer.bias - correction(exact, found.values, layer.means(mean), layer.groups)
-    scales = found.scales * coding.scale  # float32, as the file keeps them
-    return LayerCodes(found.codes, found.scales, bias, encode_bias(bias, scales), scales)
+    def decoded(self, name: str, inputs: Sequence[str], axis: int | None = None) -> str:
+        """Add a DequantizeLinear of the codes of a tensor, and return the name of its output."""
+        free = self._names.free(name, "decoded")
+        settings: dict[str, Any] = {} if axis is None else {"axis": axis}
+        self.nodes.append(helper.make_node("DequantizeLinear", inputs, [free], name=free, **settings))
+        return free
+
+    def weight(self, name: str, found: Codes, axis: int) -> str:
+        """Store the codes of a weight, whose output channels get along an axis of the file's layout, and decode them."""
+        codes = found.codes if axis == 0 else np.ascontiguousarray(found.codes.swapaxes(0, axis))
+        inputs = [
+            self.store(name, "codes", codes),
+            *self._scale(name, found.scales, np.zeros(len(found.scales), np.int8)),
+        ]
+        return self.decoded(name, inputs, axis)
+
+    def bias(self, name: str, bias: Array, scales: Array) -> str:
+        """Store the codes of a bias (out,) with float32 scales (out,), and decode them."""
+        inputs = [self.store(name, "codes", encode_bias(bias, scales)), self.store(name, "scale", scales)]
+        return self.decoded(name, inputs, 0)
+
+    def _scale(self, name: str, scale: Array, zero: Array) -> tuple[str, str]:
+        return self.store(name, "scale", scale), self.store(name, "zero", zero)
 
 
 def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target: str) -> ModelProto:
@@ -74,40 +90,33 @@ def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target:
         ExportError: The written model is not valid ONNX.
     """
     codings = {name: coding_of(name, ranges[name], target) for name in plan.tensors}
-    writer = _Writer(plan, codings, ranges)
-    model = writer.write()
+    model = _Writer(plan, codings, ranges).write()
     check_written(model, "the int8 file", remedy="Report it with the model")
     return model
 
 
-class _Writer:
+class _Writer(_Additions):
     def __init__(self, plan: QuantizationPlan, codings: Mapping[str, Coding], ranges: Mapping[str, Range]) -> None:
+        super().__init__(plan.model)
         self._plan, self._codings, self._ranges = plan, codings, ranges
-        self._model = ModelProto()
-        self._model.CopyFrom(plan.model)
-        self._names = Names(plan.model)
         self._stored = {tensor.name: tuple(tensor.dims) for tensor in plan.model.graph.initializer}
         self._layers = {layer.node.output[0]: layer for layer in plan.layers}
         self._codes: dict[str, tuple[str, str, str]] = {}
         self._shifts: dict[str, str] = {}  # Output of the Add after a MatMul -> its corrected constant
-        self._nodes: list[NodeProto] = []
-        self._tensors: list[onnx.TensorProto] = []
 
     def write(self) -> ModelProto:
-        graph = self._model.graph
+        model = ModelProto()
+        model.CopyFrom(self._plan.model)
+        graph = model.graph
         for value in graph.input:
             self._quantise(value.name)
-        for node in list(graph.node):
+        for node in graph.node:
             if not self._pixels_are_codes(node):
                 self._node(node)
                 for name in node.output:
                     self._quantise(name)
-        refill(graph.node, self._nodes)
-        graph.initializer.extend(self._tensors)
-        count = mentions(graph)
-        refill(graph.initializer, [tensor for tensor in graph.initializer if count[tensor.name]])
-        del graph.value_info[:]
-        return self._model
+        _put(self, model)
+        return model
 
     def _node(self, node: NodeProto) -> None:
         copy = NodeProto()
@@ -115,14 +124,14 @@ class _Writer:
         layer = self._layers.get(node.output[0]) if node.output else None
         for place, name in enumerate(node.input):
             if name in self._codes:
-                copy.input[place] = self._dequantised(name)
+                copy.input[place] = self.decoded(name, self._codes[name])
             elif node.output[0] in self._shifts and name in self._stored:
                 copy.input[place] = self._shifts[node.output[0]]
         if layer is not None:
             names = self._weights(layer)
             del copy.input[1:]
             copy.input.extend(names)
-        self._nodes.append(copy)
+        self.nodes.append(copy)
 
     def _pixels_are_codes(self, node: NodeProto) -> bool:
         """Return whether the codes of a Cast's output are the pixels that it reads: then readers decode these instead."""
@@ -130,58 +139,44 @@ class _Writer:
         coding = self._codings.get(name) if name in self._plan.pixels else None
         if coding is None or not coding.is_plain or name in self._plan.outputs:
             return False
-        scale, zero = self._store(name, "scale", np.array(coding.scale)), self._store(name, "zero", coding.zero_array)
-        self._codes[name] = (self._plan.pixels[name], scale, zero)
+        self._codes[name] = (self._plan.pixels[name], *self._scale(name, np.array(coding.scale), coding.zero_array))
         return True
 
     def _quantise(self, name: str) -> None:
-        coding = self._codings.get(name)
-        if coding is None:
-            return
-        scale, zero = self._store(name, "scale", np.array(coding.scale)), self._store(name, "zero", coding.zero_array)
-        codes = self._names.free(name, "codes")
-        self._add("QuantizeLinear", [name, scale, zero], codes)
-        self._codes[name] = (codes, scale, zero)
-
-    def _dequantised(self, name: str) -> str:
-        codes, scale, zero = self._codes[name]
-        value = self._names.free(name, "decoded")
-        self._add("DequantizeLinear", [codes, scale, zero], value)
-        return value
+        if (coding := self._codings.get(name)) is not None:
+            scale = self._scale(name, np.array(coding.scale), coding.zero_array)
+            self._codes[name] = (self._names.free(name, "codes"), *scale)
+            self.encoded(name, *self._codes[name])
 
     def _weights(self, layer: QuantizedLayer) -> list[str]:
         """Store the codes of a layer's weight and bias, and return the names of their decoded values.
 
         The bias of a MatMul, which an Add has, stays in float.
         """
-        coding = self._codings[layer.input]
-        found = layer_codes(layer, coding, self._ranges[layer.input].mean)
-        name = str(layer.node.input[1])
-        bias = str(layer.node.input[2]) if len(layer.node.input) > 2 and layer.node.input[2] else f"{name}_bias"
-        codes = self._store(name, "codes", np.ascontiguousarray(layer.stored(found.codes)))
-        zeros = self._store(name, "zero", np.zeros(len(found.scales), np.int8))
-        scales = self._store(name, "scale", found.scales)
-        weight = self._names.free(name, "decoded")
-        self._add("DequantizeLinear", [codes, scales, zeros], weight, axis=layer.axis)
-        if layer.node.op_type == "MatMul":
-            if layer.shift is not None:
-                (shape,) = (self._stored[name] for name in layer.shift.input if name in self._stored)
-                self._shifts[layer.output] = self._store(
-                    layer.output, "bias", found.corrected.astype(np.float32).reshape(shape)
-                )
-            return [weight]
-        shift = self._names.free(bias, "decoded")
-        inputs = [self._store(bias, "codes", found.bias), self._store(bias, "scale", found.bias_scales)]
-        self._add("DequantizeLinear", inputs, shift, axis=0)
-        return [weight, shift]
+        coding, mean = self._codings[layer.input], self._ranges[layer.input].mean
+        least = least_scales(layer.bias, float(coding.scale))
+        found = encode(layer.outputs_first.astype(np.float64), pair_safe=not layer.depthwise, least=least)
+        corrected = layer.corrected_bias(found.values, mean)
+        weight = self.weight(str(layer.node.input[1]), found, layer.axis)
+        if layer.node.op_type != "MatMul":
+            name = str(layer.node.input[2]) if len(layer.node.input) > 2 else ""
+            return [weight, self.bias(name or f"{layer.node.input[1]}_bias", corrected, found.scales * coding.scale)]
+        if layer.shift is not None:
+            (shape,) = (self._stored[name] for name in layer.shift.input if name in self._stored)
+            self._shifts[layer.output] = self.store(layer.output, "bias", corrected.astype(np.float32).reshape(shape))
+        return [weight]
 
-    def _store(self, name: str, what: str, array: Array) -> str:
-        free = self._names.free(name, what)
-        self._tensors.append(numpy_helper.from_array(array, free))
-        return free
 
-    def _add(self, operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
-        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))
+def _put(added: _Additions, model: ModelProto) -> None:
+    """Give a model its new nodes and tensors, without those that nothing reads."""
+    count = mentions(model.graph)
+    count.update(name for node in added.nodes for name in node.input)
+    kept = [node for node in added.nodes if node.op_type != "DequantizeLinear" or count[node.output[0]]]
+    refill(model.graph.node, kept)
+    count = mentions(model.graph)
+    tensors = [tensor for tensor in (*model.graph.initializer, *added.tensors) if count[tensor.name]]
+    refill(model.graph.initializer, tensors)
+    del model.graph.value_info[:]
 
 
 # --- files of other tools -----------------------------------------------------------------------------------------------------
@@ -205,14 +200,11 @@ def is_int8_model(model: ModelProto) -> bool:
 def as_qdq(model: ModelProto) -> ModelProto:
     """Return a sorted copy in the QDQ form, with constants and quantised weights stored as initializers."""
     result = ModelProto()
-    result.CopyFrom(model)
+    result.CopyFrom(constants_stored(model))
     normalise(result)
     graph, names, written = result.graph, Names(result), list[NodeProto]()
     for node in graph.node:
-        values = attributes(node)
-        if node.op_type == "Constant" and "value" in values:
-            graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(values["value"]), node.output[0]))
-        elif node.op_type in _QOPERATORS:
+        if node.op_type in _QOPERATORS:
             written += _split(node, names, graph)
         else:
             written.append(node)
@@ -281,7 +273,7 @@ def _encoded(node: NodeProto, stored: dict[str, Any], graph: Any) -> bool:
     shift = zero[0] if zero else np.zeros(scale.shape, np.uint8)
     if shift.dtype not in (np.int8, np.uint8):
         return False
-    axis = int(attributes(node).get("axis", 1)) % weight.ndim
+    axis = int(attributes(node).get("axis", 1)) % max(weight.ndim, 1)  # a scalar, as the 3 of a HardSwish, has no axis
     shape = [-1 if place == axis else 1 for place in range(weight.ndim)] if scale.size > 1 else [1] * weight.ndim
     limits = np.iinfo(shift.dtype)
     codes = np.clip(np.rint(weight / scale.reshape(shape)) + shift.reshape(shape), limits.min, limits.max)
@@ -341,59 +333,46 @@ def repaired(model: ModelProto, means: Mapping[str, Array] | None = None) -> Mod
     if not layers:
         raise ModelError("no channel can saturate, so there is nothing to repair", remedy="Leave --repair out")
     repair = _Repair(result)
-    written: list[NodeProto] = []
     for node in result.graph.node:
         if node.output[0] in layers:
             layer = layers[node.output[0]]
-            written += repair.layer(layer, node, (means or {}).get(layer.output))
-        written.append(node)
-    refill(result.graph.node, written)
-    result.graph.initializer.extend(repair.tensors)
-    _drop_unread(result)
-    del result.graph.value_info[:]
+            repair.layer(layer, node, (means or {}).get(layer.output))
+        repair.nodes.append(node)
+    _put(repair, result)
     check_written(result, "the repaired file", remedy="Report it with the file")
     return result
 
 
-class _Repair:
-    """Rounds layers again; ``tensors`` are the new numbers."""
+class _Repair(_Additions):
+    """Rounds layers again."""
 
     def __init__(self, model: ModelProto) -> None:
-        self.tensors: list[onnx.TensorProto] = []
-        self._names = Names(model)
+        super().__init__(model)
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
 
-    def layer(self, layer: Int8Layer, node: NodeProto, mean: Array | None) -> list[NodeProto]:
-        """Connect a layer to new weights, and return the nodes that decode them."""
-        old = self._decoded(node.input[1])
+    def layer(self, layer: Int8Layer, node: NodeProto, mean: Array | None) -> None:
+        """Connect a layer to new weights."""
+        old = self._old(node.input[1])
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB", 0))
         exact = old.T if transposed else old
         name = node.input[2] if len(node.input) > 2 else ""
-        bias = self._decoded(name).reshape(-1) if name else np.zeros(len(exact))
+        bias = self._old(name).reshape(-1) if name else np.zeros(len(exact))
         constant = len(bias) == len(exact)
-        new = encode(exact, pair_safe=True, least=least_scales(bias, layer.step) if constant else None)
-        codes = self._store(node.input[1], "codes", np.ascontiguousarray(new.codes.T if transposed else new.codes))
-        zero = self._store(node.input[1], "zero", np.zeros(len(exact), np.int8))
-        scales = self._store(node.input[1], "scale", new.scales)
-        weight = self._names.free(node.input[1], "decoded")
-        nodes = [helper.make_node("DequantizeLinear", [codes, scales, zero], [weight], axis=int(transposed))]
-        node.input[1] = weight
+        least = least_scales(bias, layer.step) if constant else None
+        new = encode(exact, pair_safe=True, least=least, corrected=mean is not None)
+        node.input[1] = self.weight(node.input[1], new, int(transposed))
         if not name or not constant:
-            return nodes
+            return
         plain = attributes(node).get("alpha", 1.0) == 1 and attributes(node).get("beta", 1.0) == 1
         if mean is not None and plain:
             bias = bias - correction(exact, new.values, mean, layer.groups)
-        if name not in self._decoders:
-            node.input[2] = self._store(name, "corrected", bias.astype(np.float32))
-            return nodes
-        steps = new.scales * np.float32(layer.step)
-        shift = self._names.free(name, "decoded")
-        inputs = [self._store(name, "codes", encode_bias(bias, steps)), self._store(name, "scale", steps)]
-        node.input[2] = shift
-        return [*nodes, helper.make_node("DequantizeLinear", inputs, [shift], axis=0)]
+        if name in self._decoders:
+            node.input[2] = self.bias(name, bias, new.scales * np.float32(layer.step))
+        else:
+            node.input[2] = self.store(name, "corrected", bias.astype(np.float32))
 
-    def _decoded(self, name: str) -> Array:
+    def _old(self, name: str) -> Array:
         """Return the real numbers of a stored or decoded tensor."""
         decoder = self._decoders.get(name)
         if (name if decoder is None else decoder.input[0]) not in self._stored:
@@ -407,17 +386,3 @@ class _Repair:
         shape = [-1 if place == axis else 1 for place in range(codes.ndim)]
         parts = [part.reshape(shape) if part.size > 1 else part.reshape(-1)[0] for part in (scale, *zero)]
         return np.asarray((codes - (parts[1] if zero else 0.0)) * parts[0])
-
-    def _store(self, name: str, what: str, array: Array) -> str:
-        free = self._names.free(name, what)
-        self.tensors.append(numpy_helper.from_array(array, free))
-        return free
-
-
-def _drop_unread(model: ModelProto) -> None:
-    """Drop DequantizeLinear nodes and stored tensors that nothing reads."""
-    count = mentions(model.graph)
-    kept = [node for node in model.graph.node if node.op_type != "DequantizeLinear" or count[node.output[0]]]
-    refill(model.graph.node, kept)
-    count = mentions(model.graph)
-    refill(model.graph.initializer, [tensor for tensor in model.graph.initializer if count[tensor.name]])

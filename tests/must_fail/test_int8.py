@@ -139,8 +139,8 @@ def test_the_bundle_is_replayed_as_a_server_does(int8_bundle: Bundle) -> None:
 def pixels() -> np.ndarray:
     """Images of random size of structure, so that their scores differ: uint8 (n, height, width, channels)."""
     rng = np.random.default_rng(4)
-    coarse = rng.integers(0, 256, (24, 4, 4, 3), dtype=np.uint8)
-    return np.ascontiguousarray(coarse.repeat(4, 1).repeat(4, 2))
+    coarse = rng.integers(0, 256, (24, 2, 2, 3), dtype=np.uint8)
+    return np.ascontiguousarray(coarse.repeat(8, 1).repeat(8, 2))
 
 
 @pytest.fixture(scope="module")

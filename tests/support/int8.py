@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 from onnx import ModelProto
 from torch import Tensor, nn
@@ -79,3 +82,12 @@ def snr(candidate: Mapping[str, Array] | Array, exact: Array) -> float:
     """Return the signal-to-noise ratio in dB."""
     values = candidate if isinstance(candidate, np.ndarray) else next(iter(candidate.values()))
     return float(10 * np.log10((exact**2).sum() / ((values - exact) ** 2).sum()))
+
+
+def optimised(file: Path) -> Counter[str]:
+    """Count the operators of the graph that ONNX Runtime computes."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(file.with_suffix(".optimised.onnx"))
+    options.log_severity_level = 4  # a warning about the written graph
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)

@@ -293,16 +293,15 @@ def _drop_correction(file: Int8File) -> str:
 
 
 def _use_full_range(file: Int8File) -> str:
-    from bnexport.quantization.codes import correction, encode, encode_bias, saturating_channels
+    from bnexport.quantization.codes import encode, encode_bias, saturating_channels
 
     for layer, given, weight, bias in file.layers():
         exact = layer.outputs_first.astype(np.float64)
         found = encode(exact, pair_safe=False)
         if bias is None or layer.depthwise or not saturating_channels(found.codes).any():
             continue
-        mean = np.asarray(file.ranges[layer.input].mean)
         steps = found.scales * file.array(given.input[1]).reshape(())
-        corrected = layer.bias - correction(exact, found.values, mean, layer.groups)
+        corrected = layer.corrected_bias(found.values, file.ranges[layer.input].mean)
         for name, array in (
             (weight.input[0], layer.stored(found.codes)), (weight.input[1], found.scales),
             (bias.input[0], encode_bias(corrected, steps)), (bias.input[1], steps),

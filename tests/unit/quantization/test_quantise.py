@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import onnxruntime
 import pytest
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from support.int8 import PIXELS, exact_statistics, folded, images, residual, snr
+from support.int8 import PIXELS, exact_statistics, folded, images, optimised, residual, snr
 from torch import nn
 
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.quantization.codes import Range, coding_of, encode
 from bnexport.quantization.file_proof import Int8File, findings
 from bnexport.quantization.int8_plan import QuantizationPlan, layer_name
 from bnexport.quantization.integer_emulation import (
@@ -29,7 +29,7 @@ from bnexport.quantization.integer_emulation import (
     int8_layers,
 )
 from bnexport.quantization.moments import seen_in_file, seen_in_module
-from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise
+from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, Observed, quantise
 
 
 @pytest.fixture(scope="module")
@@ -42,32 +42,42 @@ def made(model: ModelProto, *, network: nn.Module | None = None, **options: Any)
     return quantise(model, {"input": images(2)}, lambda feeds: seen_in_module(network or residual(), feeds), **options)
 
 
+def failures(model: ModelProto, result: Int8Result) -> dict[str, str]:
+    """Return the failed checks of the file proof, and why."""
+    found = findings(Int8File(model, result.model, result.record))
+    return {item.check: item.reason for item in found if not item.passed}
+
+
+def logits(model: ModelProto, feeds: np.ndarray) -> np.ndarray:
+    """Return the outputs in float64."""
+    return Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+
+
 def outputs(model: ModelProto, feeds: np.ndarray) -> np.ndarray:
+    """Return the outputs of ONNX Runtime."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"input": feeds})[0])
 
 
 def test_ranges_from_batchnorm_are_as_good_as_calibrated_ones(model: ModelProto) -> None:
     feeds = images(64, seed=9)
-    exact = Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+    exact = logits(model, feeds)
     free = made(model)
     calibrated = made(model, calibration=Calibration({"input": images(64, seed=1)}, "64 images"))
     assert free.record["calibration"] == "none: ranges from BatchNorm"
-    assert {entry["source"] for entry in free.record["ranges"].values()} == {
-        "pixels",
-        "BatchNorm",
-        "derived from BatchNorm",
-    }
+    sources = {entry["source"] for entry in free.record["ranges"].values()}
+    assert sources == {"pixels", "BatchNorm", "derived from BatchNorm"}
     assert snr(outputs(free.model, feeds), exact) > max(20.0, snr(outputs(calibrated.model, feeds), exact) - 3)
     ranges = free.record["ranges"]["input"]
     assert (ranges["low"], ranges["high"]) == pytest.approx(((0 - 0.4) / 0.25, (1 - 0.3) / 0.2))
 
 
 def test_the_bias_correction_makes_the_mean_output_right(model: ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnexport.quantization.codes._FEW", 0)  # scales that leave a mean error
     feeds = images(64, seed=9)
-    exact = Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+    exact = logits(model, feeds)
     with_correction = snr(outputs(made(model).model, feeds), exact)
-    monkeypatch.setattr("bnexport.quantization.writer.correction", lambda exact, *_: np.zeros(len(exact)))
+    monkeypatch.setattr("bnexport.quantization.int8_plan.correction", lambda exact, *_: np.zeros(len(exact)))
     assert with_correction > snr(outputs(made(model).model, feeds), exact)
 
 
@@ -87,7 +97,7 @@ def test_the_file_is_valid_reproducible_and_ends_in_float(model: ModelProto) -> 
 @pytest.mark.parametrize("target", ["cpu", "tensorrt"])
 def test_the_file_proof_passes_and_the_kernels_compute_what_the_file_states(model: ModelProto, target: str) -> None:
     result = made(model, options=Int8Options(target))
-    assert [item.reason for item in findings(Int8File(model, result.model, result.record)) if not item.passed] == []
+    assert failures(model, result) == {}
     feeds = images(32, seed=5)
     exact = IntegerEmulator(result.model, EXACT).evaluate({"input": feeds})["logits"]
     assert np.abs(outputs(result.model, feeds) - exact).max() < 0.02 * np.abs(exact).max()
@@ -102,9 +112,8 @@ def test_saturation_is_emulated_where_weights_have_full_range(
 ) -> None:
     from bnexport.quantization import writer
 
-    plain = writer.encode
     monkeypatch.setattr(
-        writer, "encode", lambda weight, *, pair_safe, least: plain(weight, pair_safe=False, least=least)
+        writer, "encode", lambda weight, *, pair_safe, least: encode(weight, pair_safe=False, least=least)
     )
     result = made(model)
     assert any(layer.can_saturate for layer in int8_layers(result.model))
@@ -112,17 +121,14 @@ def test_saturation_is_emulated_where_weights_have_full_range(
     exact = IntegerEmulator(result.model, EXACT).evaluate({"input": feeds})["logits"]
     saturated = IntegerEmulator(result.model, SATURATING).evaluate({"input": feeds})["logits"]
     assert np.abs(exact - saturated).max() > 1e-3 * np.abs(exact).max()
-    failed = {
-        item.check: item.reason for item in findings(Int8File(model, result.model, result.record)) if not item.passed
-    }
-    assert list(failed) == ["saturation"]
+    assert list(failures(model, result)) == ["saturation"]
 
 
 def test_layers_can_stay_in_float(model: ModelProto) -> None:
     result = made(model, options=Int8Options(float_layers=("wide",)))
     assert len(int8_layers(result.model)) == 4
     assert result.record["kept_in_float"] == {QuantizationPlan(model).layers[2].name: "--float-layers"}
-    assert all(item.passed for item in findings(Int8File(model, result.model, result.record)))
+    assert failures(model, result) == {}
     with pytest.raises(UsageError, match="the layer 'wider', to be kept in float, does not exist"):
         made(model, options=Int8Options(float_layers=("wider",)))
 
@@ -188,14 +194,6 @@ def test_onnx_runtime_keeps_a_residual_network_in_int8_to_the_pooled_head(tmp_pa
     assert (kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == (2, 1)  # the input, and around the mean
 
 
-def optimised(file: Path) -> Counter[str]:
-    """Count the operators of the graph that ONNX Runtime computes."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(file.with_suffix(".optimised.onnx"))
-    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
-
-
 def test_a_relu_behind_batchnorm_has_a_trained_range_too(tmp_path: Path) -> None:
     network = exact_statistics(Chain())
     model = folded(network, tmp_path)
@@ -240,7 +238,7 @@ def test_matrix_products_become_int8_and_their_bias_is_corrected(tmp_path: Path)
     feeds = {"x": rng.normal(1.0, 1.0, (64, 7, 12)).astype(np.float32)}
     result = quantise(plain, feeds, lambda _feeds: [], calibration=Calibration(feeds, "64 rows"))
     assert len(result.record["ranges"]["x"]["mean"]) == 12
-    assert [item.reason for item in findings(Int8File(plain, result.model, result.record)) if not item.passed] == []
+    assert failures(plain, result) == {}
     emulator = OneLayerEmulator(plain, result.model, feeds)
     everything = emulator.power(IntegerEmulator(result.model).evaluate(feeds))
     assert emulator.noise("p") + emulator.noise("y") == pytest.approx(everything, rel=0.3)
@@ -264,8 +262,7 @@ def test_a_changed_constant_of_another_operator_fails_the_proof(model: ModelProt
     copy.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(axes)[:1], "other"))
     copy.graph.initializer.remove(axes)
     node.input[1] = "other"
-    failed = [item.check for item in findings(Int8File(model, copy, result.record)) if not item.passed]
-    assert failed == ["structure"]
+    assert list(failures(model, Int8Result(copy, result.record))) == ["structure"]
 
 
 def test_a_transposed_convolution_stays_in_float(model: ModelProto) -> None:
@@ -273,22 +270,106 @@ def test_a_transposed_convolution_stays_in_float(model: ModelProto) -> None:
     changed.CopyFrom(model)
     changed.graph.node[0].op_type = "ConvTranspose"
     plan = QuantizationPlan(changed)
-    assert plan.kept == {plan.model.graph.node[0].name: "ConvTranspose stays in float"}
+    assert plan.kept == {plan.model.graph.node[0].name: "ONNX Runtime has no integer ConvTranspose for CPUs"}
+
+
+def test_weights_in_constant_nodes_become_int8(model: ModelProto) -> None:
+    """As in files of tf2onnx and PaddlePaddle."""
+    constants = ModelProto()
+    constants.CopyFrom(model)
+    del constants.graph.initializer[:]
+    for place, tensor in enumerate(model.graph.initializer):
+        constants.graph.node.insert(place, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    result = made(constants)
+    assert len(int8_layers(result.model)) == 5
+    assert result.record["kept_in_float"] == {}
+    assert failures(constants, result) == {}
+    feeds = {"input": images(8, seed=3)}
+    plain = IntegerEmulator(made(model).model).evaluate(feeds)["logits"]
+    np.testing.assert_array_equal(IntegerEmulator(result.model).evaluate(feeds)["logits"], plain)
+    emulator = OneLayerEmulator(constants, result.model, feeds)
+    assert emulator.noise(next(iter(emulator.layers))) > 0
+
+
+class Excited(nn.Module):
+    """A convolution with BatchNorm, squeeze-and-excitation without one, and another convolution with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.last, self.bn2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.stem(x)))
+        gate = self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True))))
+        return self.head(torch.relu(self.bn2(self.last(x * torch.sigmoid(gate)))).mean((2, 3)))
+
+
+def test_squeeze_and_excitation_stays_in_float_without_data(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = exact_statistics(Excited())
+    model = folded(network, tmp_path)
+    free = made(model, network=network)
+    calibrated = made(model, network=network, calibration=Calibration({"input": images(32)}, "images"))
+    assert len(int8_layers(free.model)) == 3
+    assert len(int8_layers(calibrated.model)) == 5
+    assert [reason.split(";")[0] for reason in free.record["kept_in_float"].values()] == 2 * [
+        "squeeze-and-excitation has no BatchNorm, which gives ranges"
+    ]
+    assert failures(model, free) == failures(model, calibrated) == {}
+    feeds = images(32, seed=4)
+    assert snr(outputs(free.model, feeds), logits(model, feeds)) > 20
+
+
+def squares(ends: Range, values: np.ndarray, target: str) -> float:
+    """Return the mean squared error of values in the codes of a range."""
+    coding = coding_of("x", ends, target)
+    codes = np.clip(np.rint(values / float(coding.scale)) + coding.zero, *coding.limits)
+    return float(((float(coding.scale) * (codes - coding.zero) - values) ** 2).mean())
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("shape", ["normal", "ReLU", "heavy", "even"])
+def test_a_calibrated_range_has_the_smallest_squared_error(shape: str, target: str) -> None:
+    rng = np.random.default_rng(0)
+    values = {
+        "normal": rng.normal(0.5, 1, 200_000), "ReLU": np.maximum(rng.normal(0, 1, 200_000), 0),
+        "heavy": rng.standard_t(4, 200_000), "even": rng.uniform(-3, 1, 200_000),
+    }[shape].reshape(-1, 10, 100)  # fmt: skip
+    values[0, 0, 0] = 30 * (shape != "even")  # an outlier
+    observed = Observed()
+    for part in np.array_split(values, 7):  # the bins widen when the outlier comes
+        observed.add(part, 1)
+    whole, found = observed.range(target, clipped=False), observed.range(target, clipped=True)
+    assert (whole.low, whole.high) == pytest.approx((values.min(), values.max()), rel=1e-5)
+    np.testing.assert_allclose(found.mean, values.mean(axis=(0, 2)), rtol=1e-4, atol=1e-6)
+    error = squares(found, values, target)
+    tried = [
+        squares(Range(whole.low * one, whole.high * other, (0.0,), ""), values, target)
+        for one in np.linspace(0.05, 1, 20)
+        for other in np.linspace(0.05, 1, 20)
+    ]
+    assert error <= 1.02 * min(tried)
+    assert error <= squares(whole, values, target) * (1 if shape == "even" else 0.9)
+
+
+def test_the_values_of_an_input_are_not_clipped(model: ModelProto) -> None:
+    feeds = images(64, seed=1)
+    feeds[0, 0, 0, 0] = 50
+    record = made(model, preprocessing=None, calibration=Calibration({"input": feeds}, "images")).record
+    assert record["ranges"]["input"]["high"] == 50
 
 
 def branching() -> ModelProto:
-    branch = helper.make_graph(
-        [helper.make_node("Identity", ["input"], ["b"])],
-        "b",
-        [],
-        [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
-    )
+    value = helper.make_tensor_value_info
+    result = value("b", TensorProto.FLOAT, None)
+    branch = helper.make_graph([helper.make_node("Identity", ["input"], ["b"])], "b", [], [result])
     node = helper.make_node("If", ["flag"], ["out"], then_branch=branch, else_branch=branch)
-    value = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3])
     flag = numpy_helper.from_array(np.array(True), "flag")
-    graph = helper.make_graph(
-        [node], "g", [value], [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)], [flag]
-    )
+    inputs, results = [value("input", TensorProto.FLOAT, ["n", 3])], [value("out", TensorProto.FLOAT, None)]
+    graph = helper.make_graph([node], "g", inputs, results, [flag])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
 
 
@@ -347,8 +428,8 @@ def test_gammas_of_zero_and_ranges_without_width_are_exact(
     calibration = Calibration({"input": images(samples, seed=1)}, "images") if samples else None
     result = made(model, network=network, calibration=calibration, options=Int8Options(target))
     feeds = images(16, seed=2)
-    exact = Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+    exact = logits(model, feeds)
     assert snr(outputs(result.model, feeds), exact) > (20 if share < 1 else 80)
-    assert [item.reason for item in findings(Int8File(model, result.model, result.record)) if not item.passed] == []
+    assert failures(model, result) == {}
     always_zero = [text for text in result.record["warnings"] if "is always 0" in text]
     assert bool(always_zero) == (share == 1)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 
+from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.quantization.codes import (
     LARGEST,
     PAIR,
@@ -15,6 +18,7 @@ from bnexport.quantization.codes import (
     least_scales,
     saturating_channels,
 )
+from bnexport.quantization.int8_plan import QuantizationPlan
 
 
 @given(st.integers(0, 10_000), st.integers(1, 40), st.sampled_from([1e-6, 1.0, 300.0]))
@@ -36,10 +40,27 @@ def test_no_order_of_pairs_can_saturate(seed: int, width: int, size: float) -> N
 
 
 def test_the_scale_of_a_pair_safe_channel_is_hardly_larger_than_necessary() -> None:
-    one = encode(np.array([[1.0, 0.01, -0.02]]), pair_safe=True)  # one large weight: all 127 codes
-    both = encode(np.array([[1.0, 0.99, -0.5]]), pair_safe=True)  # two: half of them
+    rest = np.zeros(600)  # more weights than those of channels whose scale may be larger
+    one = encode(np.array([[1.0, 0.01, -0.02, *rest]]), pair_safe=True)  # one large weight: all 127 codes
+    both = encode(np.array([[1.0, 0.99, -0.5, *rest]]), pair_safe=True)  # two: half of them
     assert np.abs(one.codes).max() == LARGEST
     assert both.codes[0, :2].astype(int).sum() in (PAIR - 1, PAIR)
+
+
+@pytest.mark.parametrize("pair_safe", [True, False])
+def test_channels_with_few_weights_have_the_scale_with_the_smallest_error_of_the_output(pair_safe: bool) -> None:
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((64, 2, 3, 3))
+    found = encode(weight, pair_safe=pair_safe)
+    smallest = encode(np.pad(weight, ((0, 0), (0, 600), (0, 0), (0, 0))), pair_safe=pair_safe)  # too many for a choice
+    ratio = found.scales / smallest.scales
+    assert ((ratio >= 1) & (ratio <= 1.26)).all()
+    inputs = (rng.standard_normal((20_000, 2, 1)) + rng.standard_normal((20_000, 2, 9))).reshape(
+        -1, 18
+    )  # correlation 0.5
+    errors = [(inputs @ (one.values[:, :2] - weight).reshape(64, 18).T).std(axis=0) for one in (found, smallest)]
+    assert (errors[0] <= 1.02 * errors[1]).all()
+    assert errors[0].mean() < 0.7 * errors[1].mean()
 
 
 def test_full_range_codes_can_saturate_and_are_found() -> None:
@@ -62,3 +83,22 @@ def test_the_correction_is_the_mean_error_of_a_grouped_convolution() -> None:
     mean = rng.standard_normal(4)  # 2 groups of 2 inputs, 3 outputs each
     expected = [sum((rounded[o, i] - exact[o, i]).sum() * mean[2 * (o // 3) + i] for i in range(2)) for o in range(6)]
     np.testing.assert_allclose(correction(exact, rounded, mean, 2), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"pads": [2, 2, 2, 2]}, {"pads": [0, 1, 2, 0], "strides": [2, 1]}, {}])
+def test_the_correction_counts_the_padding_as_zeros(settings: dict[str, list[int]]) -> None:
+    rng = np.random.default_rng(3)
+    weight, mean = rng.standard_normal((6, 4, 5, 5)).astype(np.float32), rng.standard_normal(4)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], **settings)], "g", [value("x", 1, ["n", 4, 6, 7])],
+        [value("y", 1, None)], [numpy_helper.from_array(weight, "w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    plan = QuantizationPlan(model)
+    plan.set_sizes({"x": (6, 7)})
+    rounded = encode(weight, pair_safe=True).values
+    image = np.broadcast_to(mean[:, None, None], (1, 4, 6, 7)).astype(np.float32)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array((rounded - weight).astype(np.float32), "w"))
+    errors = Float64Evaluator(model).evaluate({"x": image})["y"]
+    np.testing.assert_allclose(-plan.layers[0].corrected_bias(rounded, mean), errors.mean(axis=(0, 2, 3)), rtol=1e-4)
