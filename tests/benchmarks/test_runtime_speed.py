@@ -56,6 +56,7 @@ def test_the_median_ratio_judges_a_target(ratios: list[float], at_least: bool, m
     assert target.cells()[-1] == ("met" if met else "missed")
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every measurement is real and short; the choice of ``bnexport benchmark`` and OpenVINO's tool are replaced."""
     bundles: list[Path] = []

@@ -114,7 +114,7 @@ def everything(folder: Path) -> set[Path]:
 
 
 @pytest.mark.usefixtures("no_engine")
-@pytest.mark.parametrize("name", CORPUS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == _LARGE)) for name in CORPUS])
 def test_the_library_refuses_in_one_sentence(name: str, good: Good, place: Path) -> None:
     path = build(name, good, place)
     before = everything(place)

@@ -44,6 +44,7 @@ def test_refused_with_a_reason(
     alive(server, channel, images, logits)
 
 
+@pytest.mark.slow
 def test_bombs_leave_nothing_behind(server: Server, channel: grpc.Channel) -> None:
     bombs = [case for case in CASES if "bomb" in case.name]
     assert len(bombs) == 2
