@@ -134,9 +134,7 @@ def quantise(
     if calibration is None and (gates := _without_ranges(plan, known, shapes)):
         options = replace(options, float_layers=(*options.float_layers, *gates))
         plan = QuantizationPlan(folded, options.float_layers)
-        plan.kept |= dict.fromkeys(
-            gates.values(), "squeeze-and-excitation has no BatchNorm, which gives ranges; see --calibrate"
-        )
+        plan.kept |= dict.fromkeys(gates.values(), _NO_RANGE)
     plan.set_sizes({name: shape[2:] for name, shape in shapes.items()})
     pixels = _pixel_range(folded, preprocessing)
     given = {name: TrainedMoments(*_moments(found, shapes[name][1]), "pixels") for name, found in pixels.items()}
