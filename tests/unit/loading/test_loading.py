@@ -67,7 +67,8 @@ def test_a_checkpoint_brings_everything(checkpoint):
 def test_round_trip(checkpoint, tmp_path):
     first = load_source(str(checkpoint[0]))
     again = checkpoint_of(first)
-    assert again.metadata == METADATA
+    eps = {name: module.eps for name, module in first.module.named_modules() if hasattr(module, "eps")}
+    assert again.metadata == {**METADATA, "eps": eps}
     save_checkpoint(tmp_path / "again.safetensors", again)
     second = load_source(str(tmp_path / "again.safetensors"))
     assert same(second.module, first.module)
@@ -79,7 +80,7 @@ def test_round_trip_of_a_network_about_which_little_is_known(factory, tmp_path):
     metadata = load_checkpoint(tmp_path / "a").metadata
     assert metadata == {
         "network": {"source": f"{factory}:make", "options": {}}, "dataset": None, "labels": None, "preprocessing": None,
-        "training": {}, "recalibrated": False,
+        "training": {}, "recalibrated": False, "eps": {"1": 1e-5},
     }  # fmt: skip
     assert f"holds the weights of your own network {factory}:make, but not its code" in message(str(tmp_path / "a"))
 
