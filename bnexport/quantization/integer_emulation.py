@@ -33,7 +33,6 @@ WAYS = (EXACT, SATURATING, LAST_BIT)
 _LARGEST, _SMALLEST = 32767.0, -32768.0
 #: Two codes of inputs with at most this sum can't saturate: 255 * 128 < 32,767.
 _HARMLESS = 255
-_SEED = 0
 #: Operators across which ONNX Runtime moves a QuantizeLinear to their input.
 _CROSSED = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
 #: Largest change of a value before it is requantised, in steps.
@@ -49,15 +48,16 @@ class IntegerEmulator(Float64Evaluator):
     Args:
         source: The file, its bytes, or the model read from it (which is not changed).
         way: One of WAYS.
+        seed: Seed of the random parts.
 
     Raises:
         BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.
     """
 
-    def __init__(self, source: bytes | Path | ModelProto, way: str = EXACT) -> None:
+    def __init__(self, source: bytes | Path | ModelProto, way: str = EXACT, *, seed: int = 0) -> None:
         model = read_model(source) if isinstance(source, bytes | Path) else source
         super().__init__(model)
-        self._random = np.random.default_rng(_SEED)
+        self._seed, self._random = seed, np.random.default_rng(seed)
         nodes = zip(model.graph.node, self._engine.rt_nodes_, strict=True)
         if way == LAST_BIT:
             for node, runner in nodes:
@@ -71,7 +71,7 @@ class IntegerEmulator(Float64Evaluator):
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return outputs in float64, the same for the same inputs; otherwise as ``Float64Evaluator.evaluate``."""
-        self._random = np.random.default_rng(_SEED)
+        self._random = np.random.default_rng(self._seed)
         return super().evaluate(feeds)
 
     def _dithered(self, run: Callable[..., Any]) -> Callable[..., Any]:
