@@ -15,16 +15,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from benchmarks.clock import Spread
 from benchmarks.command import finish, known, options, progress
 from benchmarks.pages import ranged, render, write_page
 from bnexport.environment import describe, environment
 from bnexport.errors import ModelError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results" / "main_job.md"
@@ -59,21 +55,17 @@ def run_way(way: str, network: str, folder: str) -> None:
     """Do one side's job for a network that ``prepare`` wrote into a folder; a child process calls this.
 
     Raises:
-        ModelError: The verdict is FAIL, or the plain way's outputs differ.
+        ModelError: The plain way's outputs differ.
+        SystemExit: The end of a command, with its exit code.
     """
-    if (way, network) == ("ours", LENET):
-        _command(Path(folder))
-        return
-    import torch
-
-    module = torch.load(Path(folder, f"{network}.module"), weights_only=False)  # written by this program
-    {"plain": _plain, "ours": _ours, "verify": _verify}[way](module, network, Path(folder))
+    {"plain": _plain, "ours": _ours, "verify": _verify}[way](network, Path(folder))
 
 
-def _plain(module: nn.Module, network: str, folder: Path) -> None:
+def _plain(network: str, folder: Path) -> None:
     import onnxruntime
     import torch
 
+    module = torch.load(folder / f"{network}.module", weights_only=False)  # written by this program
     x = torch.randn(2, *NETWORKS[network], generator=torch.Generator().manual_seed(_SEED))
     file = folder / "plain.onnx"
     shapes = ({0: torch.export.Dim("batch")},)
@@ -87,33 +79,22 @@ def _plain(module: nn.Module, network: str, folder: Path) -> None:
         raise ModelError(f"{network}: the plain way's outputs differ", remedy="Report it with the versions")
 
 
-def _ours(module: nn.Module, network: str, folder: Path) -> None:
-    from bnexport.exporting.request import ExportRequest
-    from bnexport.pipeline import fold_and_export
-
-    shape = "x".join(map(str, NETWORKS[network]))
-    request = ExportRequest(inputs=(shape,), formats=("onnx", "torchscript"), force=True)
-    result = fold_and_export(module, _bundle(network, folder), request=request)
-    _need_pass(network, result.verification)
-
-
-def _command(folder: Path) -> None:
-    """Become the command of BN-LeNet."""
+def _ours(network: str, folder: Path) -> None:
     from bnexport.cli.main import main
 
-    out = ("--out", str(_bundle(LENET, folder)), "--force", "--quiet")
-    main(["fold-and-export", str(CHECKPOINT), *out, "--format", "onnx", "--format", "torchscript"])
+    source = [str(CHECKPOINT)]
+    if network != LENET:
+        shape = "x".join(map(str, NETWORKS[network]))
+        source = [f"torchvision:{network}", "--weights", str(folder / f"{network}.pth"), "--input", shape]
+    formats = ("--format", "onnx", "--format", "torchscript")
+    main(["fold-and-export", *source, "--out", str(_bundle(network, folder)), "--force", "--quiet", *formats])
 
 
-def _verify(module: nn.Module, network: str, folder: Path) -> None:
-    from bnexport.verification.verify import verify
+def _verify(network: str, folder: Path) -> None:
+    from bnexport.cli.main import main
 
-    _need_pass(network, verify(_bundle(network, folder), module=module, runtimes=("onnxruntime-cpu",)))
-
-
-def _need_pass(network: str, report: Any) -> None:
-    if not report.passed:
-        raise ModelError(f"{network}: the verdict is FAIL: {report.summary()}", remedy="Run bnexport verify")
+    source = ("--source", f"torchvision.models:{network}")
+    main(["verify", str(_bundle(network, folder)), *source, "--runtime", "onnxruntime-cpu"])
 
 
 def _bundle(network: str, folder: Path) -> Path:
@@ -140,6 +121,7 @@ def prepare(network: str, folder: Path) -> None:
             torch.nn.init.uniform_(norm.weight, 0.75, 1.25)
             torch.nn.init.normal_(norm.bias, 0, 0.1)
     torch.save(module, folder / f"{network}.module")
+    torch.save(module.state_dict(), folder / f"{network}.pth")
 
 
 def measure(way: str, network: str, folder: Path) -> Run:
