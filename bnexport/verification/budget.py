@@ -34,7 +34,7 @@ _BATCH_SIZES, _ALWAYS = (1, 2, 7, 64), 2
 
 
 class Work(NamedTuple):
-    """What one sample of a network costs; without bytes, only the multiplications bound the samples."""
+    """The work of one sample of a network; without bytes, only the multiplications bound the samples."""
 
     multiplications: int
     kept: int = 0  # Bytes of its inputs and outputs in float32
