@@ -36,12 +36,18 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def measured_in_child(what: str, *words: str, remedy: str, env: Mapping[str, str] | None = None) -> Any:
+def measured_in_child(
+    what: str, *words: str, remedy: str, env: Mapping[str, str] | None = None, timeout: float | None = None
+) -> Any:
     """Run ``python -m`` with these words, and return the JSON of the last line that it prints.
 
-    RuntimeUnavailable: it failed; the message has the last line of its errors.
+    RuntimeUnavailable: it failed, or took more than ``timeout`` seconds; the message has the last line of its errors.
     """
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False, env=env)
+    command = [sys.executable, "-m", *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeUnavailable(f"{what} can't be measured: it took over {timeout} s", remedy=remedy) from error
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise RuntimeUnavailable(f"{what} can't be measured: {last[:200]}", remedy=remedy)

@@ -34,7 +34,7 @@ from bnexport.benchmarking.benchmark import benchmark
 from bnexport.benchmarking.report import recommendations
 from bnexport.benchmarking.request import BenchmarkRequest
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
-from bnexport.environment import available_cores, describe, environment
+from bnexport.environment import available_cores
 from bnexport.errors import BnexportError, RuntimeUnavailable
 from bnexport.optional import one_line, require
 from bnexport.runtimes.base import RunSettings
@@ -503,7 +503,7 @@ def main() -> int:
             parts.append((network, cells_of(rows), missing, NETWORKS[network][1]))
     page = render(
         "runtime_speed.md.jinja", parts=parts, targets=[item.cells() for item in found], rounds=given.rounds,
-        seconds=given.seconds, load=load, load_after=os.getloadavg()[0], machine=describe(environment()),
+        seconds=given.seconds, load=load, load_after=os.getloadavg()[0],
     )  # fmt: skip
     write_page([page], given.out)
     return 0 if all(item.met for item in found) else 1

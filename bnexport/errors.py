@@ -37,7 +37,7 @@ _FLAGS = (
 _ARGUMENTS = {"model-option": "model_options", "format": "formats"}
 #: An option, its value in capitals, digits or quotes, and the command before it; value and command are optional.
 _OPTION = re.compile(
-    r"(?P<command>bnexport [a-z-]+ )?--(?P<name>[a-z][a-z-]*[a-z])" r"""(?P<value> (?=[A-Z0-9'"]|folder:))?"""
+    r"""(?P<command>bnexport [a-z-]+ )?--(?P<name>[a-z][a-z-]*[a-z])(?P<value> (?=[A-Z0-9'"]|folder:))?"""
 )
 
 

@@ -62,7 +62,7 @@ def terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def blocked(*numbers: signal.Signals) -> Iterator[None]:
-    """Delay signals until after the block. Processes that start in the block inherit this."""
+    """Delay signals until after the block. Processes that start in the block keep them blocked."""
     if sys.platform == "win32":
         yield
         return

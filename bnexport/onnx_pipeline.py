@@ -173,10 +173,10 @@ def _judged(
     manifest = bundle.manifest
     if request.dataset is None or len(manifest.signature.inputs) != 1:
         return report
-    golden, _ = bundle.golden()
+    golden, expected = bundle.golden()
     engine = evaluator(original)
     cost, values = work_of(original, {name: array.shape[1:] for name, array in golden.items()})
-    kept = sum(array.nbytes // len(array) for array in golden.values())
+    kept = sum(array.nbytes // len(array) for array in (*golden.values(), *expected.values()))
     budget = budget_of(Work(cost, kept, values), thorough=request.thorough, most=_MOST_JUDGED)
     place = request.images_at(request.dataset)
     suite = build_suite(manifest, golden, data_dir=place, seed=0, budget=budget)

@@ -45,7 +45,7 @@ def write_chapter(results: Results, page: Path) -> None:
 
 
 def _means(setting: Setting) -> list[str]:
-    """Seeds that learned, and three means of the last epoch."""
+    """Return the number of seeds that learned, and three means of the last epoch."""
     return [counted(setting), *_cells(setting, "train_loss", "train_accuracy", "test_accuracy")]
 
 

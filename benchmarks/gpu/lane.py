@@ -125,13 +125,11 @@ def table(job: LaneInput) -> tuple[Sweep, ...]:
 
 def measure_part(job: LaneInput, sweep: Sweep | None) -> Iterator[Lane]:
     """Measure a sweep, or the training speed, in this process; yield the results each time there are more."""
-    machine = (gpu_machine() or {"GPU": "without a name"}) if job.real else {}
-    found = replace(job.empty(), machine=machine)
     if sweep is not None and (reason := plain_reason_of(sweep.spec)):
         yield replace(job.empty(), absent={sweep.spec.name: reason})
     elif sweep is not None:
         result = measure(sweep, job.bundle, data_dir=job.data_dir, max_samples=job.max_samples)
-        yield replace(found, sweeps={sweep.name: result})
+        yield replace(job.empty(), sweeps={sweep.name: result}, machine=_machine(job))
     else:
         import torch
 
@@ -140,9 +138,14 @@ def measure_part(job: LaneInput, sweep: Sweep | None) -> Iterator[Lane]:
         if job.real and not torch.cuda.is_available():
             yield replace(job.empty(), absent={TRAINING: "torch sees no CUDA device"})
             return
+        found = replace(job.empty(), machine=_machine(job))
         for row in gpu_speeds(torch.device("cuda" if job.real else "cpu"), **({} if job.real else _SMALL)):
             found = replace(found, training=(*found.training, row))
             yield found
+
+
+def _machine(job: LaneInput) -> dict[str, str]:
+    return (gpu_machine() or {"GPU": "without a name"}) if job.real else {}
 
 
 def _in_child(job: LaneInput, part: str, seconds: float, stop: threading.Event) -> Lane:
@@ -206,7 +209,8 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     data_dir = None if request["data_dir"] is None else Path(request["data_dir"])
     job = LaneInput(Bundle.open(request["bundle"]), data_dir, request["max_samples"], request["real"])
-    sweep = {each.name: each for each in table(job)}.get(request["part"])
+    part = request["part"]
+    sweep = None if part == TRAINING else {each.name: each for each in table(job)}[part]
     for found in measure_part(job, sweep):
         write_results(found, Path(request["out"]))
 

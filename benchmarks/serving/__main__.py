@@ -63,7 +63,7 @@ def cpu_ratios(speeds: ServingSpeeds, name: str, other: str, clients: int) -> Sp
 
 
 def _clean(speeds: ServingSpeeds, *names: str) -> bool:
-    """True if no request of these servers failed: a server with errors does not meet a target."""
+    """Return True if no request of these servers failed: a server with errors does not meet a target."""
     return not any(sample.load.errors for name in names for rows in speeds.samples[name].values() for sample in rows)
 
 

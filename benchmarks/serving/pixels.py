@@ -129,14 +129,17 @@ def measured(channels: int, size: int) -> list[list[str]]:
         ]
 
 
+def _size(text: str) -> tuple[int, int]:
+    channels, size = text.split("x")
+    return int(channels), int(size)
+
+
 def main() -> None:
     """Print the table in Markdown, and its conditions."""
     parser = options("serving.pixels", __doc__)
-    parser.add_argument("sizes", nargs="*", metavar="CHANNELSxSIZE", default=["1x28", "3x224", "3x640"])
-    rows: list[list[str]] = []
-    for shape in parser.parse_args().sizes:
-        channels, _, size = shape.partition("x")
-        rows += measured(int(channels), int(size))
+    default = [(1, 28), (3, 224), (3, 640)]
+    parser.add_argument("sizes", nargs="*", type=_size, metavar="CHANNELSxSIZE", default=default)
+    rows = [cells for size in parser.parse_args().sizes for cells in measured(*size)]
     conditions = f"Least of {_ROUNDS} rounds, and median and range of the ratios within a round"
     print(table_page(["CPU time", "float32", "uint8", "float32 / uint8"], rows, conditions))
 

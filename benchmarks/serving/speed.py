@@ -238,5 +238,5 @@ def grpc_answer(port: int, request: WireRequest) -> bytes:
 def _alone(bundle: Path) -> Alone:
     words = ("benchmarks.serving.alone", str(bundle), str(_ALONE_SECONDS))
     env = WAYS["binary"].environment()
-    found = measured_in_child("onnxruntime alone", *words, remedy="Run bnexport doctor", env=env)
+    found = measured_in_child("onnxruntime alone", *words, remedy="Run bnexport doctor", env=env, timeout=300)
     return Alone(**found | {"batches": {int(size): us for size, us in found["batches"].items()}})

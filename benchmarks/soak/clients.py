@@ -175,6 +175,7 @@ class Client:
             return None
         headers = {name.lower(): value for name, value in answer.getheaders()}
         if problem := self.traffic.problem(request, answer.status, headers, got):
+            problem = problem if kind == request.name else f"{request.name}: {problem}"
             self.ledger.add(WRONG, Fault(kind, problem, port, started, time.monotonic()))
             return None
         self.ledger.right(kind)

@@ -51,7 +51,7 @@ class Traffic:
         """Return the fault of an answer; None if it is right."""
         if status != request.status:
             shown = body[:200].decode(errors="replace")
-            return f"{request.name}: status {status} instead of {request.status}: {shown}"
+            return f"status {status} instead of {request.status}: {shown}"
         if request.expected is None:
             return None
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -117,6 +118,8 @@ def _measure(part: str, source: str, run: ZooRun) -> dict[str, Any]:
         line = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else ended
     except subprocess.TimeoutExpired:
         pass
+    except (ValueError, IndexError):
+        line = {"problem": "its process printed no result"}
     return {"name": source, "part": part, **line, "seconds": round(time.perf_counter() - started, 2)}
 
 
@@ -144,8 +147,9 @@ def child(part: str, source: str, seed: int, memory_gb: float) -> None:
         line = {"problem": f"more than {memory_gb:g} GB of memory"}
     except Exception as error:  # a fault of a network or of bnexport is a line of the table, too
         line = {"problem": f"{type(error).__name__}: {one_line(error)}"}
-    print("\n" + json.dumps(line))
+    print("\n" + json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
     child(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    os._exit(0)  # so that no package prints after the line

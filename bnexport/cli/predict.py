@@ -12,6 +12,7 @@ from bnexport.cli.options import PATH, RUNTIME
 from bnexport.cli.output import BarDisplay
 from bnexport.errors import UsageError
 from bnexport.optional import require
+from bnexport.runtimes.catalogue import DEFAULT_RUNTIME
 from bnexport.serving.bulk.bulk_request import BulkProgress
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ _BULK = {
 @click.argument("bundle", type=PATH)
 @click.argument("images", nargs=-1, required=True, type=PATH)
 @click.option(
-    "--runtime", type=RUNTIME, default="onnxruntime-cpu", show_default=True, metavar="NAME",
+    "--runtime", type=RUNTIME, default=DEFAULT_RUNTIME, show_default=True, metavar="NAME",
     help="Engine and device. bnexport doctor lists them.",
 )  # fmt: skip
 @click.option(

@@ -11,6 +11,7 @@ import click
 from bnexport.cli.options import PATH, RUNTIME
 from bnexport.errors import UsageError
 from bnexport.optional import require
+from bnexport.runtimes.catalogue import DEFAULT_RUNTIME
 
 #: Options that are fields of ServerSettings under the same name.
 _PLAIN = (
@@ -66,7 +67,7 @@ class _Seconds(click.FloatRange):
 @click.option(
     "--runtime",
     type=RUNTIME,
-    default="onnxruntime-cpu",
+    default=DEFAULT_RUNTIME,
     show_default=True,
     metavar="NAME",
     help="Engine and device. bnexport doctor lists them. A missing runtime is an error and is never replaced by another.",

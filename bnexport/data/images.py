@@ -202,13 +202,13 @@ def _read_npy(file: Path) -> Array:
 def map_npy(file: Path, *, remedy: str = _REMEDY, most: int | None = None) -> np.memmap[Any, np.dtype[Any]]:
     """Map the array of a .npy file, after a check that the file has the bytes that its header declares."""
     try:
-        with refusing(f"{file} is not a complete .npy file: it", DataError, remedy=remedy), file.open("rb") as opened:
+        with refusing(f"{file} can't be used: it", DataError, remedy=remedy), file.open("rb") as opened:
             check_header(opened.read(limit("npy-header") + 12), size := file.stat().st_size)
             if most is not None and size > most:
                 raise Refusal(f"has {size} bytes, more than {most}")
         mapped: np.memmap[Any, np.dtype[Any]] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        raise DataError(f"{file} is not a complete .npy file: {one_line(error)}", remedy=remedy) from error
+        raise DataError(f"{file} can't be read: {one_line(error)}", remedy=remedy) from error
     return mapped
 
 

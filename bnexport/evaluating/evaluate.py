@@ -22,7 +22,8 @@ from bnexport.errors import DataError, UsageError
 from bnexport.evaluating.confusion import TOP_K, ClassScores, ConfusionCounts, wilson_interval
 from bnexport.evaluating.network_options import EvaluationRequest, needed_dataset
 from bnexport.optional import need_packages
-from bnexport.serving.predictor import DEFAULT_RUNTIME, Predictor
+from bnexport.runtimes.catalogue import DEFAULT_RUNTIME
+from bnexport.serving.predictor import Predictor
 from bnexport.tensors import Array
 
 #: Called after each batch with the images done and the images in all.

@@ -27,7 +27,7 @@ DEFAULT_MAX_GROWTH = 1.1
 #: Warning of a network whose rounding hides the error of a fold.
 AMPLIFIES = (
     "a change in the last digit of the input or of the weights changes much of the output, so the network as a whole is"
-    " compared in float64 only up to that change: each fold was proved separately"
+    " compared in float64 only up to 100 times that effect; each fold was also proved separately"
 )
 
 
@@ -106,7 +106,7 @@ def forward_arguments(example_inputs: Tensor | Sequence[Any], dynamic_shapes: An
     inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
     if odd := [item for item in inputs if type(item).__module__ == "numpy"]:
         raise UsageError(
-            f"fold takes example inputs as tensors, not as a numpy.{type(odd[0]).__name__}",
+            f"bnexport takes example inputs as tensors, not as a numpy.{type(odd[0]).__name__}",
             remedy="Give a tensor with the batch first, torch.from_numpy(array), or a tuple of tensors",
         )
     return two_samples(inputs) if dynamic_shapes is None else inputs
@@ -146,7 +146,7 @@ def fold_traced(
 def judged(
     name: str, proof: tuple[float, float] | None, folded: bool, rough: Callable[[], float | None]
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Return the error of the whole network in float64, and a warning if it can't be compared.
+    """Return the error of the whole network in float64, and a warning if it has none or only a large bound.
 
     ``proof`` is the result of ``torch_fold_error``; ``rough`` returns the error in the network's own element types. ``folded``
     is True if any BatchNorm is gone. An error above its bound raises ProofError.

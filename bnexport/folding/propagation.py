@@ -448,7 +448,7 @@ def _on_output(op: Op, layer: Layer, gained: Tensor) -> Tensor:
 
 
 def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
-    """Return the result of a constant input, one value per position: near a border, fewer kernel taps read it."""
+    """Return the result of a constant input, one value per position: outputs near a border use fewer kernel taps."""
     refused = f"its shift can't be folded into {op.name}"
     if not plan.maps and layer.layout == "transposed":
         raise Refused(f"{refused}, whose output positions use different kernel taps")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
 from bnexport.errors import MissingDependency, ModelError
+from bnexport.files import Refusal
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_arrays
 from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, eps_of, layer_statistics
 from bnexport.optional import installed
 from bnexport.validation.file_kinds import kind_of
 from bnexport.validation.json_text import parse_json
-from bnexport.validation.limits import limit, refusing
+from bnexport.validation.limits import limit
 
 _BY_NAME = "the layers are sorted by name, because this file does not state their order"
 _ASSUMED = f"eps is not in this file: {DEFAULT_EPS:g} is assumed"
@@ -48,25 +49,27 @@ def inspect_path(path: Path) -> Inspection:
             remedy="Inspect the bundle that fold-and-export made of it, or save the weights with safetensors.torch.save_file",
         )
     state, metadata = read_arrays(file)
-    eps = _stated_eps(file, metadata)
+    eps = _known_eps(file, metadata)
     layers = _in_order(layer_statistics(state, eps=eps), [*eps] or order)
     if not layers:
         raise ModelError(
             f"{file} holds no BatchNorm", remedy="Inspect a network that was trained with batch normalization"
         )
-    notes += ([] if eps else [_ASSUMED]) + ([] if eps or order else [_BY_NAME])
+    notes += ([] if all(layer.name in eps for layer in layers) else [_ASSUMED]) + ([] if eps or order else [_BY_NAME])
     return Inspection(file, layers, "; ".join(notes))
 
 
-def _stated_eps(file: Path, metadata: Mapping[str, str]) -> dict[str, float]:
+def _known_eps(file: Path, metadata: Mapping[str, str]) -> dict[str, float]:
     """Return path -> eps of a checkpoint's layers in the network's order: as stated, else of the network built again.
 
     Files of earlier versions do not state eps. Without torch, and for a user's network, the result is empty then.
     """
     if METADATA_KEY not in metadata:
         return {}
-    with refusing(f"the metadata of {file} can't be read: it", ModelError, remedy="Write the file again"):
+    try:
         stated = parse_json(metadata[METADATA_KEY].encode(), max_bytes=limit("safetensors-header"))
+    except Refusal:  # the statistics can be read without it
+        return {}
     eps = stated.get("eps") if isinstance(stated, dict) else None
     if isinstance(eps, dict) and all(type(value) in (int, float) for value in eps.values()):
         return {name: float(value) for name, value in eps.items()}

@@ -41,7 +41,7 @@ def unknown_reason(network: Mapping[str, Any]) -> str | None:
     if isinstance(source, str) and zoo_of(source) is not None:
         problem = zoo_problem(source)
         return None if problem is None else f"{source}, which can't be built here: {problem}"
-    return f"whose code ({source}) only its author has"
+    return f"whose code is not in the bundle ({source})"
 
 
 def build_known(network: Mapping[str, Any]) -> nn.Module:

@@ -113,9 +113,9 @@ class BatchNorm(nn.Module):
     def __init__(
         self, num_features: int, num_dims: int, *, eps: float = 1e-5, momentum: float = 0.9, unbiased: bool = False
     ) -> None:
-        """Create the layer; ``num_dims`` is 2 after a fully connected layer and 4 after a convolution.
+        """Create the layer for ``num_features`` channels; ``num_dims`` is 2 after a linear layer, 4 after a convolution.
 
-        The other arguments are those of ``batch_norm``; UsageError for a value that is out of range.
+        ``eps``, ``momentum`` and ``unbiased`` are those of ``batch_norm``; UsageError for a value that is out of range.
         """
         super().__init__()
         _check_options(num_features, num_dims, eps, momentum)

@@ -107,13 +107,13 @@ class Float64Evaluator:
     def _not_evaluated(self, error: Exception) -> BundleError:
         return BundleError(
             f"the written file can't be evaluated in {self.arithmetic}: {one_line(error, 200)}",
-            remedy="Check that the file is the one that was exported, and the inputs those it takes",
+            remedy="Check that the file is the exported one, and that the inputs fit it",
         )
 
 
 def samples_at_once(feeds: Mapping[str, Array]) -> int:
     """Return how many samples an evaluation in float64 takes at once, which bounds its memory."""
-    elements = sum(array.size // max(len(array), 1) for array in feeds.values())
+    elements = sum(array.size // max(len(array), 1) for array in feeds.values() if array.ndim)
     return min(max(_ELEMENTS // max(elements, 1), 1), _MOST)
 
 

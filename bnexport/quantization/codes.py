@@ -68,7 +68,7 @@ def encode(weight: Array, *, pair_safe: bool, least: Array | None = None, correc
 
 
 def _least_error(flat: Array, scales: Array, channels: int, *, pair_safe: bool) -> Array:
-    """Return for each output channel the scale with the smallest error of its output among fitting ones, from given ones on.
+    """Return the scale (out,) with the smallest error of each channel's output: the given one, or a larger one that fits.
 
     The variance of the error is that of inputs which are correlated between the taps of one input channel, and independent
     between channels.

@@ -92,7 +92,7 @@ def findings(file: Int8File) -> list[Finding]:
             found.append(Finding(name, True, text, n))
         except _NotProved as failure:
             found.append(Finding(name, False, str(failure), 0))
-        except (BnexportError, KeyError, IndexError, ValueError, TypeError) as error:
+        except (BnexportError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             found.append(Finding(name, False, f"it can't be read: {error}", 0))
     return found
 
@@ -179,7 +179,7 @@ def _biases(file: Int8File) -> tuple[int, str]:
             raise _NotProved(f"the bias of {layer.name} is not int32 with its zero at 0")
         # The float32 scale of a bias with a large code is off by more than half a step of that code.
         room = 0.5 * steps * (1 + _ROUNDING) + _ROUNDING * np.abs(wanted)
-        off = np.abs(stored * steps - wanted) > room
+        off = ~(np.abs(stored * steps - wanted) <= room)  # NaN is off, too
         if off.any():
             channel = int(np.flatnonzero(off)[0])
             raise _NotProved(
@@ -194,7 +194,7 @@ def _check_shift(file: Int8File, layer: QuantizedLayer, wanted: Array) -> int:
     if layer.shift is None:
         return 0
     stored = file.shift(layer)
-    if stored.shape != wanted.shape or (np.abs(stored - wanted) > _ROUNDING * np.abs(wanted)).any():
+    if stored.shape != wanted.shape or not (np.abs(stored - wanted) <= _ROUNDING * np.abs(wanted)).all():
         raise _NotProved(f"the bias of {layer.name} is not the corrected one")
     return len(stored)
 

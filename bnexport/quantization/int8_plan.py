@@ -249,8 +249,11 @@ def _inside(layer: QuantizedLayer, size: Sequence[int] | None) -> Array:
         return np.ones(())
     share = np.ones(layer.weight.shape[2:])
     for at, axis in enumerate(window_axes(layer.node, size, share.shape)):
-        taps = np.arange(axis.count)[:, None] * axis.stride + np.arange(axis.kernel) * axis.dilation - axis.before
-        seen = ((taps >= 0) & (taps < axis.size)).mean(axis=0)
+        if axis.count < 1:  # sizes of a manifest are anybody's
+            raise ValueError(f"an input of size {axis.size} is too small for {layer.name}")
+        offset = axis.before - np.arange(axis.kernel) * axis.dilation  # a tap reads position * stride - offset
+        first = np.clip(-(-offset // axis.stride), 0, axis.count)
+        seen = (np.clip((axis.size - 1 + offset) // axis.stride + 1, first, axis.count) - first) / axis.count
         share = share * seen.reshape([-1 if at == place else 1 for place in range(share.ndim)])
     return share
 

@@ -240,14 +240,19 @@ class _Fusion:
     def _coder(self, name: str) -> NodeProto | None:
         """Return the only QuantizeLinear behind a tensor, perhaps behind operators that only move numbers."""
         found = self._only_reader(name)
-        if found is not None and found.op_type in _CROSSED:
-            return self._coder(found.output[0])
+        while found is not None and found.op_type in _CROSSED:
+            found = self._only_reader(found.output[0])
         return found if found is not None and found.op_type == "QuantizeLinear" else None
 
     def _cuts_nothing(self, clip: NodeProto, coder: NodeProto) -> bool:
         """Return whether a ReLU or Clip changes no value that the codes represent."""
         scale = self._number(coder.input[1], 0.0)
-        zero = self._array(coder.input[2]) if len(coder.input) > 2 else np.zeros(1, np.uint8)
+        name = coder.input[2] if len(coder.input) > 2 else ""
+        if name and name not in self._stored:
+            return False
+        zero = self._array(name) if name else np.zeros(1, np.uint8)
+        if zero.dtype.kind not in "iu":  # 8-bit floats
+            return False
         limits, code = np.iinfo(zero.dtype), int(zero.reshape(-1)[0])
         if clip.op_type == "Relu":
             return code == limits.min

@@ -176,7 +176,7 @@ def _always_zero(ranges: Mapping[str, Range]) -> list[str]:
 def _without_ranges(
     plan: QuantizationPlan, known: Mapping[str, TrainedMoments], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """Return output -> name of the convolutions of one pixel in front of others, whose outputs have no trained moments.
+    """Return output -> name of each convolution that reads one pixel, feeds another int8 layer, and has no trained moments.
 
     They are those of squeeze-and-excitation, and cost next to nothing in float.
     """

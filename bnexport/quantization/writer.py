@@ -155,7 +155,9 @@ class _Writer(_Additions):
         """
         coding, mean = self._codings[layer.input], self._ranges[layer.input].mean
         least = least_scales(layer.bias, float(coding.scale))
-        found = encode(layer.outputs_first.astype(np.float64), pair_safe=not layer.depthwise, least=least)
+        biased = layer.node.op_type != "MatMul" or layer.shift is not None
+        exact = layer.outputs_first.astype(np.float64)
+        found = encode(exact, pair_safe=not layer.depthwise, least=least, corrected=biased)
         corrected = layer.corrected_bias(found.values, mean)
         weight = self.weight(str(layer.node.input[1]), found, layer.axis)
         if layer.node.op_type != "MatMul":
@@ -360,11 +362,12 @@ class _Repair(_Additions):
         bias = self._old(name).reshape(-1) if name else np.zeros(len(exact))
         constant = len(bias) == len(exact)
         least = least_scales(bias, layer.step) if constant else None
-        new = encode(exact, pair_safe=True, least=least, corrected=mean is not None)
+        plain = attributes(node).get("alpha", 1.0) == 1 and attributes(node).get("beta", 1.0) == 1
+        corrected = mean is not None and bool(name) and constant and plain
+        new = encode(exact, pair_safe=True, least=least, corrected=corrected)
         node.input[1] = self.weight(node.input[1], new, int(transposed))
         if not name or not constant:
             return
-        plain = attributes(node).get("alpha", 1.0) == 1 and attributes(node).get("beta", 1.0) == 1
         if mean is not None and plain:
             bias = bias - correction(exact, new.values, mean, layer.groups)
         if name in self._decoders:

@@ -134,7 +134,7 @@ class Runner(ABC):
 
     def run_fitting(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run feeds that a server has checked at decoding; the other errors are those of ``run``."""
-        if self._closed:
+        if self._closed:  # saves a call in each run
             self._refuse_closed()
         contiguous, shapes = {}, []
         for spec in self.signature.inputs:

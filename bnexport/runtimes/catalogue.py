@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+#: The runtime that serves and predicts unless another one is named.
+DEFAULT_RUNTIME = "onnxruntime-cpu"
+
+
 @dataclass(frozen=True)
 class RunnerSpec:
     """One row of RUNNERS."""
@@ -43,7 +47,7 @@ class RunnerSpec:
 
         Args:
             bundle: Its file is opened without a check of its hash, which ``Bundle.check`` does.
-            module: The original network, for torch eager on a bundle whose network only its author has.
+            module: The original network, for torch eager on a bundle without its network's code.
             settings: Settings of the run; default: strict float32 as users serve it.
 
         Raises:

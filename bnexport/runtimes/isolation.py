@@ -218,7 +218,8 @@ def start_child(module: str, name: str, stderr: IO[bytes], precision: str = "flo
     except (OSError, ValueError) as error:
         stderr.close()
         raise RuntimeUnavailable(
-            f"{name} can't start a separate process: {one_line(error)}", remedy="End other processes"
+            f"{name} can't start a separate process: {one_line(error)}",
+            remedy="Free memory, or check that Python can be started",
         ) from error
 
 

@@ -54,7 +54,7 @@ class TorchEagerRunner(torch_outputs.TorchRunner):
 def open_bundle(
     bundle: Bundle, *, device: str = "cpu", module: nn.Module | None = None, settings: RunSettings | None = None
 ) -> TorchEagerRunner:
-    """Open a bundle's original network; ``module`` is the live one, for a bundle whose network only its author has."""
+    """Open a bundle's original network; ``module`` is the live one, for a bundle without its network's code."""
     torch_outputs.need(f"torch-{device}", device)
     if module is None:
         from bnexport.loading.sources import unknown_reason

@@ -16,10 +16,8 @@ from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing, preprocessing_of
 from bnexport.errors import BundleError, DataError, UsageError
 from bnexport.runtimes.base import Runner
-from bnexport.runtimes.catalogue import runner_spec
+from bnexport.runtimes.catalogue import DEFAULT_RUNTIME, runner_spec
 from bnexport.tensors import Array, TensorSpec
-
-DEFAULT_RUNTIME = "onnxruntime-cpu"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 from bnexport.bundle import MANIFEST, Bundle, bundle_hint
 from bnexport.errors import BnexportError, BundleError, NotServing, RequestError, Unavailable
 from bnexport.optional import one_line
-from bnexport.serving.protocol.messages import printable
+from bnexport.plain_table import printable
 from bnexport.serving.served_model import ServedModel, ServingSettings, open_served
 from bnexport.validation.limits import shown
 

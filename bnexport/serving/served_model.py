@@ -17,11 +17,11 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import available_cores
 from bnexport.errors import BnexportError
 from bnexport.runtimes.base import Runner, RunSettings
-from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
+from bnexport.runtimes.catalogue import DEFAULT_RUNTIME, RunnerSpec, runner_spec
 from bnexport.runtimes.replay import Replay, replay_golden
 from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.counters import ModelStatistics
-from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, check_labels, image_preprocessing
+from bnexport.serving.predictor import batches, check_labels, image_preprocessing
 from bnexport.serving.protocol.decoding import Decoder
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse, answer
 from bnexport.serving.serving_limits import ServingLimits

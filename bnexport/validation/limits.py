@@ -23,7 +23,7 @@ _KB, _MB, _GB = 2**10, 2**20, 2**30
 
 LIMITS: dict[str, Limit] = {
     # Names
-    "name-bytes": Limit(255, "bytes in one part of a file name", "file systems allow no longer names"),
+    "name-bytes": Limit(255, "bytes in one part of a file name", "the limit of common file systems"),
     "name-parts": Limit(
         16, "levels of folders above a file", "a bundle has two levels, an archive of torch about eight"
     ),

@@ -139,7 +139,6 @@ def _expanded(nodes: Counter[Call], sizes: Mapping[Call, int]) -> int:
     return min(sum(count * sizes.get(call, 1) for call, count in nodes.items()), 10**18)
 
 
-_EXTERNAL = 1
 _FIXED = {4: (FIXED32, 4), 10: (FIXED64, 8)}
 _LAST_BYTES = bytes(range(0x80))
 
@@ -163,7 +162,7 @@ def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, o
         raise Refusal(f"has the tensor {shown(name)} in segments, which readers do not support")
     typed = sum(_entries(content, number, found[number]) for number in TYPED if number in found)
     location = found[14][0].value if 14 in found else 0
-    if location == _EXTERNAL or (13 in found and location):
+    if location:  # 1 is outside; protobuf reads only 32 bits of the number
         if 9 in found or typed:
             raise Refusal(f"has the tensor {shown(name)} inside and in another file")
         _check_outside(content, found.get(13, []), name, (elements * kind.bits + 7) // 8, outside)

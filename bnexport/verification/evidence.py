@@ -100,7 +100,7 @@ class Evidence:
         if not any(map(has_labels, self.cases[0].expected.values())):
             return ()
         return (
-            "the inputs are synthetic: other numbers of labels change on noise than on real samples; "
+            "the inputs are synthetic: the number of labels that change on noise differs from that on real samples; "
             "give real ones with --dataset (and --source for your own network)",
         )
 

@@ -112,6 +112,7 @@ class Forecast:
         self._rounding: dict[str, float] = {}
         self._found: dict[tuple[str, str], Emulated | None] = {}
         self._functions: dict[tuple[str, str], FunctionNoise | None] = {}
+        self._last_bits: dict[str, float] = {}
 
     @property
     def possible(self) -> bool:
@@ -283,10 +284,13 @@ class Forecast:
         exact, other = self.emulated(EXACT, case), self.emulated(LAST_BIT, case)
         if exact is None or other is None or self._int8 is None:
             return None
-        draws, few = [other.outputs], self.front(case).batch
-        if exact.n <= _ALL:
-            draws += [IntegerEmulator(self._int8, LAST_BIT, seed=seed).evaluate(few.feeds) for seed in range(1, _DRAWS)]
-        return max(measure(draw, exact.outputs, bound=0.0, scales=case.scales).error for draw in draws)
+        if (name := case.batch.name) not in self._last_bits:
+            draws, few = [other.outputs], self.front(case).batch
+            if exact.n <= _ALL:
+                draws += [IntegerEmulator(self._int8, LAST_BIT, seed=n).evaluate(few.feeds) for n in range(1, _DRAWS)]
+            errors = (measure(draw, exact.outputs, bound=0.0, scales=case.scales).error for draw in draws)
+            self._last_bits[name] = max(errors)
+        return self._last_bits[name]
 
     def saturates(self) -> bool:
         """Return whether 16-bit sums can saturate in the int8 file."""

@@ -73,7 +73,7 @@ def verify(
         dataset: The data set to verify on: a name, or ``folder:PATH``. None: the one that the bundle names.
         data_dir: Folder of the data set. Nothing is downloaded.
         samples: A file or folder of inputs to use in place of the data set's images (``samples.load_samples``).
-        module: The original network, for a bundle whose network only its author has. Never changed.
+        module: The original network, for a bundle without its network's code. Never changed.
         seed: Random seed of the synthetic inputs.
         scope: Precisions, optimisation levels, ways of calling, number of samples.
         progress: Called before each step.

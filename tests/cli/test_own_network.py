@@ -342,7 +342,7 @@ def test_python_callers_get_messages_in_python_s_terms(home: Home, exported: Bun
     assert str(caught.value).startswith(
         "preprocessing has no 'channels', 'height', 'width', 'scale'. Give bnexport.Prep"
     )
-    with pytest.raises(UsageError, match=r"fold takes example inputs as tensors, not as a numpy\.ndarray"):
+    with pytest.raises(UsageError, match=r"bnexport takes example inputs as tensors, not as a numpy\.ndarray"):
         bnexport.fold(home.network(), np.zeros((2, 3, 32, 32), np.float32))  # type: ignore[arg-type]
     with pytest.raises(bnexport.BnexportError, match="is not the network of the bundle"):
         bnexport.verify(exported, module=bnexport.bn_lenet(), runtimes=["onnxruntime-cpu"])

@@ -352,7 +352,7 @@ def test_saturating_kernels_fail_and_are_named(
         return {name: array.astype(np.float32) for name, array in outputs.items()}
 
     monkeypatch.setattr(
-        writer, "encode", lambda weight, *, pair_safe, least: plain(weight, pair_safe=False, least=least)
+        writer, "encode", lambda weight, *, pair_safe, least, **_: plain(weight, pair_safe=False, least=least)
     )
     monkeypatch.setattr(OnnxRuntimeRunner, "_run", saturate)  # whatever this machine's kernels do
     result = fold_and_export(residual(), tmp_path / "net" / "1", request=REQUEST)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.hostile import Good, Hostile, Member, hostile, members_of, replaced, write_zip, zeros_deflated
+from support.hostile import Good, Member, hostile, members_of, replaced, write_zip, zeros_deflated
 
 _BIG = 2**30
 
@@ -258,13 +258,6 @@ SCRIPTS = hostile("torchscript", {
     ),
     "script: foreign file": (script_with(append(Member("model/x.so", b"\x7fELF"))), "not part of a TorchScript"),
 })  # fmt: skip
-SCRIPTS["script: bomb beside an honest file"] = Hostile(
-    "npz",
-    npz(Member("x.npy", b"", 8, size=2**24, packed=zeros_deflated(2**24)),
-            Member("y.npy", b"", 8, size=2**20, packed=bytes(2**20))),
-    "unpacks 'x.npy' to",
-)  # fmt: skip
-
 CHECKPOINTS = hostile("weights", {
     "checkpoint: code": (checkpoint(call("os.mkdir")), "names 'os.mkdir'"),
     "checkpoint: code of pickle.dumps": (raw("weights.pt", pickle.dumps(Code())), "names 'posix.mkdir'"),
@@ -314,6 +307,11 @@ CHECKPOINTS = hostile("weights", {
 })  # fmt: skip
 
 ARRAYS = hostile("npz", {
+    "npz: bomb beside an honest file": (
+        npz(Member("x.npy", b"", 8, size=2**24, packed=zeros_deflated(2**24)),
+            Member("y.npy", b"", 8, size=2**20, packed=bytes(2**20))),
+        "unpacks 'x.npy' to",
+    ),
     "npz: objects": (
         npz(Member("x.npy", npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", pickle.dumps([1])))),
         "not of plain numbers",

@@ -13,6 +13,7 @@ from typing import Any
 
 from support.hostile import Good, forge, hostile
 from support.hostile_archives import npy, raw
+from support.pictures import grey_png
 
 
 def text(change: Callable[[bytes], bytes]) -> Callable[[Path, Good], Path]:
@@ -144,22 +145,13 @@ BUNDLES = hostile("bundle", {
 })  # fmt: skip
 
 
-def png(width: int, height: int, data: bytes) -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
 def idx(dims: tuple[int, ...], data: bytes = b"") -> bytes:
     return bytes([0, 0, 8, len(dims)]) + b"".join(struct.pack(">I", dim) for dim in dims) + data
 
 
 def sparse_file(folder: Path, good: Good) -> Path:
     """A picture of a terabyte that takes no room on the disk."""
-    (folder / "x.png").write_bytes(png(28, 28, zlib.compress(bytes(29 * 28))))
+    (folder / "x.png").write_bytes(grey_png(28, 28, zlib.compress(bytes(29 * 28))))
     os.truncate(folder / "x.png", 2**40)
     return folder / "x.png"
 
@@ -170,10 +162,10 @@ def picture_pipe(folder: Path, good: Good) -> Path:
 
 
 PICTURES = hostile("images", {
-    "picture: bomb": (raw("x.png", png(60_000, 60_000, zlib.compress(b""))), "pixels"),
-    "picture: more than 50 million pixels": (raw("x.png", png(8000, 8000, zlib.compress(b""))), "the limit is"),
-    "picture: sizes beyond 31 bits": (raw("x.png", png(2**31 - 1, 2**31 - 1, b"")), "pixels"),
-    "picture: cut off": (raw("x.png", png(28, 28, zlib.compress(bytes(29 * 28)))[:-30]), "can't be read"),
+    "picture: bomb": (raw("x.png", grey_png(60_000, 60_000, zlib.compress(b""))), "pixels"),
+    "picture: more than 50 million pixels": (raw("x.png", grey_png(8000, 8000, zlib.compress(b""))), "the limit is"),
+    "picture: sizes beyond 31 bits": (raw("x.png", grey_png(2**31 - 1, 2**31 - 1, b"")), "pixels"),
+    "picture: cut off": (raw("x.png", grey_png(28, 28, zlib.compress(bytes(29 * 28)))[:-30]), "can't be read"),
     "picture: data of a terabyte": (sparse_file, "the limit is"),
     "picture: a pipe": (picture_pipe, "is not a plain file"),
     "picture: a script": (raw("x.png", b"%!PS-Adobe\n(hacked) (w) file"), "not a PNG"),

@@ -134,6 +134,9 @@ ONNX = hostile("onnx", {
     "onnx: data inside and outside": (
         content(model_with(stored((1,), raw=bytes(4), more=number(14, 1)))), "inside and in another file",
     ),
+    "onnx: data outside by more than 32 bits": (
+        content(model_with(stored((1,), raw=bytes(4), more=number(14, 2**32 + 1)))), "inside and in another file",
+    ),
     "onnx: place stated twice": (
         content(model_with(stored((1,), more=field(13, field(1, b"location") + field(2, b"a")) * 2 + number(14, 1)))),
         "states 'location' twice",

@@ -53,14 +53,19 @@ def write_parts(root: Path, *, train: int = 3, test: int = 2, name: str = "val")
     return root
 
 
-def bomb(side: int = 60_000) -> bytes:
-    """Return a PNG whose header promises side x side pixels."""
+def grey_png(width: int, height: int, data: bytes) -> bytes:
+    """Return a grey PNG of this size with any compressed data."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def bomb(side: int = 60_000) -> bytes:
+    """Return a PNG whose header promises side x side pixels."""
+    return grey_png(side, side, zlib.compress(bytes(10_000)))
 
 
 def idx(array: Array, code: int = 8) -> bytes:

@@ -72,9 +72,10 @@ class Triton:
 
 @contextlib.contextmanager
 def triton(found: Installation, folder: Path, *, mode: str = "explicit") -> Iterator[Triton]:
-    """A server that completes no configuration; it is always ended. Its folder has its ``repository``, or gets one.
+    """A server that completes no configuration; it is killed at the end.
 
-    Model control by ``mode``: "none" loads all models at the start, "explicit" none.
+    A ``repository`` is made in the folder if it is missing. Model control by ``mode``: "none" loads all models at
+    the start, "explicit" none.
     """
     (folder / "repository").mkdir(parents=True, exist_ok=True)
     shutil.copytree(found.root / "backends" / "python", folder / "backends" / "python")

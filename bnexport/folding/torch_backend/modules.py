@@ -33,7 +33,7 @@ FORMAT = 1
 _REST = "scale_shift"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKED = "a hook reads its value, which a fold would change"
-_OVERWRITTEN = "its result is changed in place; without it, its input would be, which has other readers"
+_OVERWRITTEN = "its result is changed in place; without it, that change would reach its input, which has other readers"
 _ARITHMETIC = "its numbers are in the code, which stays as it is"
 
 

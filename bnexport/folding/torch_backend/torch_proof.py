@@ -157,7 +157,8 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
     for name, tensor in (*graph_module.named_parameters(), *graph_module.named_buffers()):
         value = exact.get(name, tensor.detach()).to(tensor.device)
         wide = value.double() if value.is_floating_point() else value
-        is_parameter = isinstance(tensor, nn.Parameter)  # forward may change a buffer
+        is_parameter = isinstance(tensor, nn.Parameter)
+        # A buffer is cloned, because forward may change it.
         memo[id(tensor)] = nn.Parameter(wide, requires_grad=False) if is_parameter else wide.clone()
     module = copy.deepcopy(graph_module, memo)
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from bnexport.environment import available_cores
 from bnexport.errors import UsageError
-from bnexport.runtimes.catalogue import runner_spec
-from bnexport.serving.predictor import DEFAULT_RUNTIME
+from bnexport.runtimes.catalogue import DEFAULT_RUNTIME, runner_spec
 from bnexport.tuned import Choice
 
 #: Rows that are read at once, and the images of one call, unless options or tuned.json set other numbers.

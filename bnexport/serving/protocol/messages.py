@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 
 from bnexport.errors import BadInput, BnexportError, BundleError, MissingDependency, NotServing, RequestError
+from bnexport.plain_table import printable
 from bnexport.serving.serving_limits import BoundedCache
 from bnexport.tensors import ELEMENT_TYPES, Array
 
@@ -76,11 +77,6 @@ def status_of(error: BnexportError) -> int:
 def sentence_of(error: BnexportError) -> str:
     """Return fact and remedy without control characters."""
     return printable(error.sentence)
-
-
-def printable(text: str) -> str:
-    """Replace control characters, which could change a terminal, and characters that are not UTF-8."""
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def all_finite(array: Array) -> bool:

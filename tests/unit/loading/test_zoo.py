@@ -160,6 +160,6 @@ def test_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_networks_that_can_not_be_rebuilt():
-    assert "only its author has" in str(unknown_reason({"source": "net.py:make"}))
+    assert "whose code is not in the bundle (net.py:make)" in str(unknown_reason({"source": "net.py:make"}))
     assert "has no model 'resnet19'" in str(unknown_reason({"source": "torchvision:resnet19"}))
     assert unknown_reason({"source": "bn_lenet"}) is None

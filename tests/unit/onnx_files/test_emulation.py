@@ -32,7 +32,7 @@ from bnexport.onnx_files.emulation import (
     round_to,
     step_of,
 )
-from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.float64 import Float64Evaluator, samples_at_once
 from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.tensors import Signature
 
@@ -368,3 +368,8 @@ def test_the_reference_bundles_noise_is_that_of_the_measurements() -> None:
     assert 5.2e-4 / 2.5 < noise["tf32-convolutions"] <= noise["tf32"] < 7.6e-4 * 2.5
     assert 9.5e-4 / 2.5 < noise["float16"] < 9.5e-4 * 2.5
     assert 4 * noise["float16"] < noise["bfloat16"] < 12 * noise["float16"]
+
+
+def test_an_input_without_dimensions_does_not_count_for_the_samples_at_once() -> None:
+    feeds = {"x": np.zeros((5, 1000, 1000)), "factor": np.zeros(())}
+    assert samples_at_once(feeds) == 2

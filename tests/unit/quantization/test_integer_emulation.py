@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,13 @@ def test_onnx_runtime_has_no_integer_kernel_for_transposed_convolutions(tmp_path
     model = qdq(nodes, ["y"], weight=np.ones((4, 8, 3, 3), np.int8), zero=np.uint8(0))
     onnx.save(model, tmp_path / "m.onnx")
     assert optimised(tmp_path / "m.onnx")["ConvTranspose"] == 1
+
+
+def test_a_long_chain_and_a_computed_zero_point_are_read() -> None:
+    names = ["c", *(f"c{index}" for index in range(3000))]
+    chain = [made("Transpose", [one], other) for one, other in itertools.pairwise(names)]
+    stored = qdq([CONV, *chain, *coded(names[-1])], ["y"], weight=np.ones((8, 4, 3, 3), np.int8), zero=np.uint8(0))
+    sums = made("Add", ["zero", "zero"], "sum")
+    rounded = made("QuantizeLinear", ["r", "out_step", "sum"], "y")
+    computed = qdq([CONV, RELU, sums, rounded], ["y"], weight=np.ones((8, 4, 3, 3), np.int8), zero=np.uint8(0))
+    assert [layer.in_integers for model in (stored, computed) for layer in int8_layers(model)] == [True, False]

@@ -113,7 +113,7 @@ def test_saturation_is_emulated_where_weights_have_full_range(
     from bnexport.quantization import writer
 
     monkeypatch.setattr(
-        writer, "encode", lambda weight, *, pair_safe, least: encode(weight, pair_safe=False, least=least)
+        writer, "encode", lambda weight, *, pair_safe, least, **_: encode(weight, pair_safe=False, least=least)
     )
     result = made(model)
     assert any(layer.can_saturate for layer in int8_layers(result.model))
@@ -263,6 +263,17 @@ def test_a_changed_constant_of_another_operator_fails_the_proof(model: ModelProt
     copy.graph.initializer.remove(axes)
     node.input[1] = "other"
     assert list(failures(model, Int8Result(copy, result.record))) == ["structure"]
+
+
+@pytest.mark.parametrize("sizes", [[], "text", {"input": "text"}, {"input": [0, 0]}, {"input": [10**12, 10**12]}])
+def test_sizes_that_a_manifest_may_state_never_prove_another_bias(model: ModelProto, sizes: object) -> None:
+    result = made(model)
+    spoiled = ModelProto()
+    spoiled.CopyFrom(result.model)
+    bias = next(item for item in spoiled.graph.initializer if item.data_type == TensorProto.INT32)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 1000, bias.name))
+    found = findings(Int8File(model, spoiled, {**result.record, "sizes": sizes}))
+    assert "biases" in [item.check for item in found if not item.passed]
 
 
 def test_a_transposed_convolution_stays_in_float(model: ModelProto) -> None:

@@ -12,6 +12,7 @@ from support.reports import full_report, large_report
 
 from bnexport.environment import environment
 from bnexport.folding.report import OUTCOMES, FoldReport, FoldRow
+from bnexport.plain_table import printable
 from bnexport.reporting.tables import (
     LEGEND,
     STYLES,
@@ -136,7 +137,7 @@ def test_every_report_fits_80_columns(report: VerificationReport, encoding: str)
     lines = printed(print_verification, report, encoding).splitlines()
     # Only the verdict is longer: a program reads it as one line.
     assert max(map(len, lines[1:])) <= 80
-    assert lines[0] == "".join(char if char.isprintable() else "?" for char in report.summary())
+    assert lines[0] == printable(report.summary())
     assert "\x1b[31m" not in "".join(lines)
 
 

@@ -240,7 +240,7 @@ def test_only_the_golden_vectors_represent_a_users_network(bundle: Bundle, tmp_p
     found = verify(foreign)
     assert found.passed, found.failures
     assert found.reference == (
-        "the bundle's golden vectors, not the original network, whose code (mine.py:net) only its author has"
+        "the bundle's golden vectors, not the original network, whose code is not in the bundle (mine.py:net)"
     )
     assert "mine.py:net" in found.skipped["torch-cpu"]
     assert {row.case for row in found.rows if row.stage in ("strict", "file-proof")} == {"golden"}

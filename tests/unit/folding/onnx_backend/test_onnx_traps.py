@@ -302,7 +302,7 @@ def test_it_folds_as_many_as_the_torch_backend(build: Any):
 
 
 @pytest.mark.parametrize(("factor", "decides"), [(1e3, True), (1e9, False)])
-def test_rounding_that_the_file_amplifies_is_no_fault(
+def test_rounding_that_the_file_amplifies_excuses_no_wrong_fold(
     factor: float, decides: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     g = Builder(dtype="float64")
@@ -310,7 +310,6 @@ def test_rounding_that_the_file_amplifies_is_no_fault(
     g.output(g.node("Sin", g.node("Mul", y, g.init("factor", value=np.float64(factor)))), rank=4)
     report = bnexport.fold_onnx(g.model()).report
     assert [row.outcome for row in report.rows] == ["backward"]
-    assert report.error is not None
     assert (report.error <= 1e-9, report.warnings) == ((True, ()) if decides else (False, (AMPLIFIES,)))
     write = OnnxWriter.write
 

@@ -35,7 +35,7 @@ BAD_SOURCES = {
     "two.npz": "no array 'image', only 'a', 'b'",
     "float.npz": "expected a stack of uint8",
     "cut.npz": "",
-    "cut.npy": "not a complete .npy file",
+    "cut.npy": "declares an array of",
     "text.parquet": "not a Parquet file",
     "a.txt": "neither a folder nor a .npy, .npz or Parquet file",
     "none": "contains no image",
