@@ -408,14 +408,14 @@ def _subject(name: str, module: Any, mean: tuple[float, ...], std: tuple[float, 
 
     from bnexport.data.preprocessing import Preprocessing
     from bnexport.exporting.export_onnx import export_onnx
-    from bnexport.exporting.signature import signature_of
+    from bnexport.exporting.signature import ExportJob, signature_of
     from bnexport.folding.fold import fold
 
     inputs = (torch.randn(2, 3, 224, 224),)
     folded = fold(module, inputs).model
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, MODEL_ONNX)
-        export_onnx(folded, inputs, file, signature=signature_of(folded, inputs, input_names=("input",)))
+        export_onnx(ExportJob(folded, inputs, signature_of(folded, inputs, input_names=("input",))), file)
         model = read_model(file)
     image = Preprocessing(3, 224, 224, mean=mean, std=std)
     crops = image.apply(_crops(_PICTURES, 2 * n, (224, 224), 180))

@@ -205,10 +205,8 @@ class Bundle:
         path = self.path / name
         if name not in self.manifest.files or not path.is_file():
             raise BundleError(f"{self.path} has no {name}", remedy=REBUILD)
-        try:
+        with input_errors(f"{self.path}: {name}", BundleError, remedy=REBUILD):
             problem = place_problem(self.path, name)
-        except OSError as error:
-            problem = _unreadable(name, error)
         if problem is not None:
             raise BundleError(f"{self.path}: {problem}", remedy=REBUILD)
         return path
@@ -218,7 +216,7 @@ class Bundle:
         try:
             return self._change(name)
         except OSError as error:
-            return _unreadable(name, error)
+            return f"{name} can't be read: {one_line(error)}"
 
     def _change(self, name: str) -> str | None:
         path, expected = self.path / name, self.manifest.files[name]
@@ -244,10 +242,8 @@ class Bundle:
     def check(self) -> None:
         """Raise BundleError with the first file that is missing, changed or unlisted."""
         for name in self.manifest.files:
-            try:
+            with input_errors(f"{self.path}: {name}", BundleError, remedy="Let this user read it"):
                 problem = self._change(name)
-            except OSError as error:
-                raise BundleError(f"{self.path}: {_unreadable(name, error)}", remedy="Let this user read it") from error
             if problem is not None:
                 raise BundleError(f"{self.path}: {problem}", remedy=REBUILD)
         if unlisted := self.unlisted():
@@ -272,10 +268,6 @@ class Bundle:
             if path.stat().st_size > limit("onnx-bytes"):
                 raise Refusal("has more than 2 GB, which protobuf can't read")
             return read_tensor(path.read_bytes())[1]
-
-
-def _unreadable(name: str, error: OSError) -> str:
-    return f"{name} can't be read: {one_line(error)}"
 
 
 def _unlisted(name: str) -> str:

@@ -184,17 +184,12 @@ def gpu_name() -> str | None:
 
     If torch is not installed, as on serving machines, it is the first GPU that the driver lists.
     """
-    if not installed("torch"):
-        return _driver_gpu_name()
+    if not installed("torch"):  # the driver's files contain "Model: <tab> NVIDIA H100 80GB HBM3"
+        return next(filter(None, (_entry(file, "Model:") for file in sorted(_DRIVER.glob("*/information")))), None)
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
     return str(torch.cuda.get_device_name(0))
-
-
-def _driver_gpu_name() -> str | None:
-    """Return the name from the driver's files, which contain "Model: <tab> NVIDIA H100 80GB HBM3"."""
-    return next(filter(None, (_entry(file, "Model:") for file in sorted(_DRIVER.glob("*/information")))), None)
 
 
 def describe(record: dict[str, Any]) -> str:

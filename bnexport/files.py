@@ -162,10 +162,8 @@ def refuse_overlap(out: Path, source: Path) -> None:
 def held(folder: Path) -> Iterator[None]:
     """Lock a folder for this process inside the block; the folder is created, and the lock ends with the process.
 
-    On Windows, and on file systems without locks, there is no lock.
-
-    Raises:
-        OutputError: Another process has the lock, or the folder can't be created.
+    On Windows, and on file systems without locks, there is no lock. An OutputError reports that another process has the lock,
+    or that the folder can't be created.
     """
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

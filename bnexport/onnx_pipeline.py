@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, write_golden
 from bnexport.data.preprocessing import Preprocessing, original_feeds
 from bnexport.environment import environment
 from bnexport.errors import ExportError, UsageError
+from bnexport.exporting.export_onnx import stamp
 from bnexport.exporting.request import ExportRequest, InputSpec, parse_inputs
 from bnexport.exporting.signature import FILE_ALONE, check_labels, of_dtype, signature_of_file
 from bnexport.files import refuse_existing_file, write_atomically
@@ -26,7 +28,7 @@ from bnexport.onnx_files.normalisation import upgraded
 from bnexport.pipeline import Source, onnx_facts, publish, with_int8
 from bnexport.progress import Progress, silent
 from bnexport.quantization.int8_plan import OLDEST_OPSET
-from bnexport.quantization.moments import Seen, seen_in_file
+from bnexport.quantization.moments import seen_in_file
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import Array, Signature, TensorSpec
 from bnexport.verification.budget import Work, budget_of
@@ -79,15 +81,11 @@ def fold_and_export_onnx(
         BadInput: Another fault of the source, the request or the output path; nothing was written.
         ProofError: A fold is not exact; nothing was written.
     """
-    given = request or ExportRequest()
-
-    def make(name: str, version: int) -> Source:
-        return _file_source(Path(source), name, version, given, progress)
-
-    return publish(make, Path(out), given, progress)
+    request = request or ExportRequest()
+    return publish(partial(_file_source, Path(source), request, progress), Path(out), request, progress)
 
 
-def _file_source(file: Path, name: str, version: int, request: ExportRequest, progress: Progress) -> Source:
+def _file_source(file: Path, request: ExportRequest, progress: Progress, name: str, version: int) -> Source:
     """Check and fold a file."""
     progress("folding and proving the fold", 0, 1)
     result = fold_onnx(file, max_growth=request.max_growth, clamps=request.clamps, inputs=_requested(request.inputs))
@@ -109,7 +107,8 @@ def _file_source(file: Path, name: str, version: int, request: ExportRequest, pr
     )  # fmt: skip
 
     def write(stage: Path, report: Progress) -> Manifest:
-        write_atomically(stage / MODEL_ONNX, _stamped(model, manifest))
+        stamp(model, {item.key: item.value for item in model.metadata_props} | manifest.model_facts())
+        write_atomically(stage / MODEL_ONNX, model.SerializeToString(deterministic=True))
         written = _int8(stage, manifest, result, request)
         report("writing golden vectors", 0.2, 1)
         _write_golden(stage, written, result.original, request)
@@ -133,11 +132,7 @@ def _int8(stage: Path, manifest: Manifest, result: OnnxFoldResult, request: Expo
     if manifest.takes_pixels:
         rng = np.random.default_rng(0)
         example = {name: rng.integers(0, 256, array.shape, np.uint8) for name, array in example.items()}
-
-    def norms(feeds: Mapping[str, Array]) -> list[Seen]:
-        return seen_in_file(result.original, original_feeds(manifest, feeds))
-
-    return with_int8(stage, manifest, example, norms, request)
+    return with_int8(stage, manifest, example, partial(seen_in_file, result.original), request)
 
 
 def _requested(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -227,15 +222,3 @@ def _named(specs: tuple[InputSpec, ...], signature: Signature) -> Mapping[str, I
     if set(given) != set(names):
         raise UsageError(f"the file has the inputs {', '.join(names)}", remedy="Name each: --input NAME=3x224x224")
     return given
-
-
-def _stamped(model: ModelProto, manifest: Manifest) -> bytes:
-    """Return the file's bytes with a server's facts added to its metadata."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    entries = {item.key: item.value for item in copy.metadata_props} | manifest.model_facts()
-    del copy.metadata_props[:]
-    for key in sorted(entries):
-        copy.metadata_props.add(key=key, value=entries[key])
-    content: bytes = copy.SerializeToString(deterministic=True)
-    return content

@@ -83,18 +83,13 @@ def require(name: str, *, purpose: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
+        package = INSTALL.get(package, package)
+        if package in RUNTIME_EXTRAS and not installed("torch"):  # an extra of bnexport-runtime (pyproject.toml)
+            package = package.replace("bnexport", "bnexport-runtime")
         raise MissingDependency(
             f"{purpose} needs {name}, which can't be imported ({one_line(error)})",
-            remedy=f"Install it: pip install '{_to_install(package)}'",
+            remedy=f"Install it: pip install '{package}'",
         ) from error
-
-
-def _to_install(package: str) -> str:
-    """Return the requirement for pip; without torch, an extra is that of bnexport-runtime (pyproject.toml)."""
-    what = INSTALL.get(package, package)
-    if what in RUNTIME_EXTRAS and not installed("torch"):
-        return what.replace("bnexport", "bnexport-runtime")
-    return what
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

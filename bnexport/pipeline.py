@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from bnexport.errors import BnexportError, DataError, ModelError, RefusedModel, 
 from bnexport.evaluating.network import TrainedNetwork, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.export_onnx import stamp_metadata
-from bnexport.exporting.formats import FORMATS, ExportJob
+from bnexport.exporting.formats import FORMATS
 from bnexport.exporting.half import PRECISIONS, in_precision
 from bnexport.exporting.request import (
     ExportRequest,
@@ -36,7 +37,7 @@ from bnexport.exporting.request import (
     parse_inputs,
     read_share,
 )
-from bnexport.exporting.signature import check_labels, of_dtype, signature_of
+from bnexport.exporting.signature import ExportJob, check_labels, of_dtype, signature_of
 from bnexport.exporting.triton_config import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, refuse_existing_file, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
@@ -117,7 +118,7 @@ def publish(make: Callable[[str, int], Source], path: Path, request: ExportReque
             report = source.judge(sealed, report)
             if not report.passed:
                 raise _Failed
-            _finish(stage, replace(source, manifest=manifest), report, path, request.data_dir)
+            _finish(stage, manifest, source, report, path, request.data_dir)
             # Before the bundle: all of it, or nothing.
             write_triton_config(path, name, manifest.signature, force=request.force)
     except _Failed:
@@ -204,7 +205,10 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
         shipped, given = _on_pixels(result.model, inputs, manifest)
         shipped = in_precision(shipped, given, request.precision)
         _write_models(stage, ExportJob(shipped, given, signature, request.onnx), request, part_of(report, 0, 0.9))
-        written = _int8(stage, manifest, loaded.module, given, request)
+        written = manifest
+        if request.precision == "int8":
+            example = {spec.name: tensor.numpy() for spec, tensor in zip(signature.inputs, given, strict=True)}
+            written = with_int8(stage, manifest, example, partial(seen_in_module, loaded.module), request)
         if (stage / MODEL_ONNX).is_file():
             stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
         save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
@@ -322,21 +326,6 @@ def _write_models(stage: Path, job: ExportJob, request: ExportRequest, progress:
         row.write(job, stage / row.file)
 
 
-def _int8(
-    stage: Path, manifest: Manifest, module: nn.Module, inputs: tuple[Tensor, ...], request: ExportRequest
-) -> Manifest:
-    """Make model.onnx int8 where that is requested, and return the manifest with the record of it."""
-    if request.precision != "int8":
-        return manifest
-    names = [spec.name for spec in manifest.signature.inputs]
-    example = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-
-    def norms(feeds: Mapping[str, Array]) -> list[Seen]:
-        return seen_in_module(module, original_feeds(manifest, feeds))
-
-    return with_int8(stage, manifest, example, norms, request)
-
-
 def with_int8(
     stage: Path,
     manifest: Manifest,
@@ -346,18 +335,22 @@ def with_int8(
 ) -> Manifest:
     """Make the model.onnx of a folder int8, keep its float32 original next to it, and return the manifest with the record.
 
-    Ranges come from BatchNorm where the request names no calibration, and from the training images of the manifest's data set
-    where BatchNorm does not give all ranges. If the model can't be quantised (BadInput), the folder is unchanged.
+    ``norms`` returns the BatchNorm outputs and inputs of the original for its inputs, as for ``quantise``. Ranges come from
+    BatchNorm where the request names no calibration, and from the training images of the manifest's data set where BatchNorm
+    does not give all ranges. If the model can't be quantised (BadInput), the folder is unchanged.
     """
     model = read_model(stage / MODEL_ONNX)
     options = Int8Options(request.target, request.float_layers, read_share(request.allow_flips, "--allow-flips"))
     image = preprocessing_of(manifest)
 
+    def seen(feeds: Mapping[str, Array]) -> Sequence[Seen]:
+        return norms(original_feeds(manifest, feeds))
+
     def made(named: str | None) -> Int8Result:
         folder = request.images_at(named) if named == manifest.dataset else request.data_dir
         calibration = calibration_of(named, manifest.signature, image, folder)
         return quantise(
-            model, example, norms, options=options, preprocessing=manifest.preprocessing, calibration=calibration
+            model, example, seen, options=options, preprocessing=manifest.preprocessing, calibration=calibration
         )
 
     try:
@@ -408,9 +401,10 @@ def onnx_facts(request: ExportRequest, model: ModelProto | None = None) -> dict[
     return facts | ({"input_type": "uint8"} if request.input_type == "uint8" else {})
 
 
-def _finish(stage: Path, source: Source, report: VerificationReport, path: Path, data_dir: Path | None) -> None:
+def _finish(
+    stage: Path, manifest: Manifest, source: Source, report: VerificationReport, path: Path, data_dir: Path | None
+) -> None:
     """Write the verdict into the page and the manifest; the model files stay as they were verified, byte for byte."""
-    manifest = source.manifest
     commands = [verify_command(manifest, path, report, data_dir=data_dir)]
     if source.module is not None:
         commands.append(shlex.join(["bnexport", "inspect", str(path)]))

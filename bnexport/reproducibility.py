@@ -90,11 +90,8 @@ def strict_float32() -> contextlib.AbstractContextManager[None]:
 def seeded(seed: int, *, devices: Sequence[Any] = ()) -> Iterator[None]:
     """Start the generators of torch, numpy and Python from a seed inside the block, and restore their states after it.
 
-    The generators belong to the process, so other threads draw from them too.
-
-    Args:
-        seed: 0 to 2**63 - 1; numpy uses its lowest 32 bits.
-        devices: CUDA devices whose generators are also restored.
+    The generators belong to the process, so other threads draw from them too. The seed is 0 to 2**63 - 1; numpy uses its lowest
+    32 bits. ``devices`` are CUDA devices whose generators are also restored.
     """
     import random
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from bnexport.data.datasets import DATASETS, load_test_images
+from bnexport.data.dataset_table import DATASETS
+from bnexport.data.datasets import load_test_images
 from bnexport.errors import BnexportError
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnexport.cli.options import PATH, RUNTIME
+from bnexport.cli.options import PATH, RUNTIME, given_options
 from bnexport.cli.output import BarDisplay
 from bnexport.errors import UsageError
 from bnexport.optional import require
@@ -57,13 +57,6 @@ class BulkDisplay(BarDisplay, BulkProgress):
             self._console.print(f"{self._done} of {self._rows} images")
 
 
-#: Options that apply only with --out -> their flags.
-_BULK = {
-    "engine": "--engine", "workers": "--workers", "batch_size": "--batch-size", "shard_rows": "--shard-rows",
-    "column": "--column", "id_column": "--id-column", "logits": "--logits", "force": "--force",
-}  # fmt: skip
-
-
 @click.command("predict", epilog="Example: bnexport predict models/bn_lenet/1 shirt.png")
 @click.argument("bundle", type=PATH)
 @click.argument("images", nargs=-1, required=True, type=PATH)
@@ -106,9 +99,8 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
         _in_bulk(bundle, images, out, {"runtime": runtime, **given}, as_json=as_json)
         return
     if given:
-        raise UsageError(
-            f"{_BULK[next(iter(given))]} is for --out", remedy="Pass --out FOLDER, or leave the option out"
-        )
+        flag = given_options()[next(iter(given))]
+        raise UsageError(f"{flag} is for --out", remedy="Pass --out FOLDER, or leave the option out")
     if many := [image for image in images if image.is_dir() or image.suffix.lower() in (".parquet", ".npz")]:
         few = f", or the pictures themselves: {many[0]}/*" if many[0].is_dir() else ""
         raise UsageError(

@@ -141,23 +141,14 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
         from bnexport.evaluating.network import network_of_bundle
 
         module = network_of_bundle(opened, options["source"])
-    common = {
-        "runtimes": options["runtimes"] or None,
-        "dataset": options["dataset"],
-        "data_dir": options["data_dir"],
-        "samples": options["samples"],
-        "module": module,
-        "seed": options["seed"],
-    }
+    common = {name: options[name] for name in ("dataset", "data_dir", "samples", "seed")}
+    common |= {"runtimes": options["runtimes"] or None, "module": module}
     scope = Scope(
         options["precisions"] or None,
         options["optimisations"] or ("all",),
         (False, True) if options["io_binding"] else (False,),
         options["conv_searches"] or ("heuristic",),
-        max_samples=options["max_samples"],
-        thorough=options["thorough"],
-        drift=options["drift"],
-        allow_low_accuracy=options["allow_low_accuracy"],
+        **{name: options[name] for name in ("max_samples", "thorough", "drift", "allow_low_accuracy")},
     )
     with stages(logged=False) as progress:
         report = verify(opened, **common, scope=scope, progress=progress)
@@ -181,12 +172,8 @@ def _write_files(report: VerificationReport, opened: Bundle, path: Path, options
     if (target := options["html_file"]) is not None:
         from bnexport.reporting.html import verification_page
 
-        write_result(
-            target,
-            verification_page(
-                opened, report, command=_again(path, options), run_command=_again(path, options, runs=False)
-            ).encode(),
-        )
+        commands = {"command": _again(path, options), "run_command": _again(path, options, runs=False)}
+        write_result(target, verification_page(opened, report, **commands).encode())
 
 
 #: Options of the written files, and options of each run, which the page adds to the command.

@@ -41,10 +41,8 @@ _LEAST_USEFUL = 0.1
 def check_classes(labels: Sequence[str] | None, classes: Sequence[str], *, dataset: str, scores: int | None) -> None:
     """Refuse a data set whose classes are not the network's; case, spaces, hyphens and underscores are ignored.
 
-    ``labels`` and ``scores`` (the number of scores) are None if they are unknown.
-
-    Raises:
-        UsageError: Another number of classes, other names, or the same names in another order.
+    ``labels`` and ``scores`` (the number of scores) are None if they are unknown. A UsageError reports another number of
+    classes, other names, or the same names in another order.
     """
     if labels is None:
         if scores is not None and scores != len(classes):
@@ -86,28 +84,20 @@ def check_dataset(
 ) -> None:
     """Refuse a data set, named by the user, that can't be used by a network with this preprocessing (JSON), labels and scores.
 
-    ``remedy`` is that for an unknown preprocessing.
-
-    Raises:
-        UsageError: The name or the preprocessing is unknown, ``data_dir`` is given for embedded images, or the classes
-            are not the network's.
-        DataError: The images are missing or damaged.
+    A UsageError reports an unknown name, an unknown preprocessing (``remedy``), a ``data_dir`` for embedded images, and classes
+    that are not the network's; a DataError reports images that are missing or damaged.
     """
     if not is_dataset(dataset):
-        raise UsageError(f"the data set {dataset!r} is unknown", remedy=dataset_remedy(dataset))
+        own = f"For your own images pass --dataset folder:{dataset}"
+        known = f"Choose one of {', '.join(DATASETS)}, or folder:PATH"
+        there = dataset and Path(dataset).is_dir()
+        raise UsageError(f"the data set {dataset!r} is unknown", remedy=own if there else known)
     if preprocessing is None:
         raise UsageError(
             f"the images of {dataset} can't be used: the preprocessing of the network is unknown", remedy=remedy
         )
     check_classes(labels, dataset_labels(dataset, data_dir=data_dir), dataset=dataset, scores=scores)
     load_test_images(dataset, data_dir=data_dir, preprocessing=Preprocessing.from_json(preprocessing))
-
-
-def dataset_remedy(name: str) -> str:
-    """Return the remedy for an unknown data set: the existing folder of that name, else the known names."""
-    if name and Path(name).is_dir():
-        return f"For your own images pass --dataset folder:{name}"
-    return f"Choose one of {', '.join(DATASETS)}, or folder:PATH"
 
 
 def reordered(labels: Sequence[str], classes: Sequence[str]) -> bool:

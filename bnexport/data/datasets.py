@@ -9,25 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from bnexport.data import digits
-from bnexport.data.dataset_table import DATASETS, Dataset, DatasetInfo, Images, Labels, dataset_info, folder_of
+from bnexport.data.dataset_table import Dataset, DatasetInfo, Images, Labels, dataset_info, folder_of
 from bnexport.data.decoded import PictureProgress
-from bnexport.data.folder import Part, folder_labels, load_folder, load_folder_part
+from bnexport.data.folder import Part, folder_layout, load_folder, load_folder_part
 from bnexport.data.images import read_idx
-from bnexport.data.locate import DATA_VARIABLE, DownloadProgress, locate
+from bnexport.data.locate import DownloadProgress, locate
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
-
-__all__ = [
-    "DATASETS",
-    "DATA_VARIABLE",
-    "Dataset",
-    "DatasetInfo",
-    "dataset_info",
-    "dataset_labels",
-    "load_dataset",
-    "load_test_images",
-    "load_train_images",
-]
 
 _SIDE = 28
 
@@ -64,9 +52,8 @@ def load_dataset(
         NetworkError: No mirror delivered a file.
         OutputError: A downloaded file, or the cache, can't be written.
     """
-    if (folder := folder_of(name)) is not None:
-        place = Path(data_dir) if data_dir else folder
-        dataset = load_folder(place, preprocessing=_needed(preprocessing, name), progress=on_picture)
+    if (folder := _folder(name, data_dir)) is not None:
+        dataset = load_folder(folder, preprocessing=_needed(preprocessing, name), progress=on_picture)
         return replace(dataset, name=name)
     info = _info(name, data_dir)
     if info.embedded:
@@ -92,9 +79,15 @@ def load_train_images(
 
 def dataset_labels(name: str, *, data_dir: str | Path | None = None) -> tuple[str, ...]:
     """Return the class names in the order of the labels; the classes of a folder are its sub-folders."""
-    if (folder := folder_of(name)) is not None:
-        return folder_labels(Path(data_dir) if data_dir else folder)
+    if (folder := _folder(name, data_dir)) is not None:
+        return folder_layout(folder).labels
     return _info(name, data_dir).labels
+
+
+def _folder(name: str, data_dir: str | Path | None) -> Path | None:
+    """Return the place of a data set that is a folder; None for a row of DATASETS."""
+    folder = folder_of(name)
+    return Path(data_dir) if data_dir and folder is not None else folder
 
 
 def _info(name: str, data_dir: str | Path | None) -> DatasetInfo:
@@ -107,9 +100,8 @@ def _info(name: str, data_dir: str | Path | None) -> DatasetInfo:
 def _load_part(
     name: str, part: Part, *, data_dir: str | Path | None, download: bool, preprocessing: Preprocessing | None
 ) -> tuple[Images, Labels]:
-    if (folder := folder_of(name)) is not None:
-        place = Path(data_dir) if data_dir else folder
-        return load_folder_part(place, part, preprocessing=_needed(preprocessing, name))
+    if (folder := _folder(name, data_dir)) is not None:
+        return load_folder_part(folder, part, preprocessing=_needed(preprocessing, name))
     info = _info(name, data_dir)
     if info.embedded:
         return digits.training_set() if part == "train" else digits.test_set()

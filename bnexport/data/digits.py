@@ -50,12 +50,6 @@ def test_set() -> tuple[Images, Labels]:
     return _copy(*_drawn(TEST_COUNT, seed=2))
 
 
-@functools.cache
-def _drawn(count: int, *, seed: int) -> tuple[Images, Labels]:
-    """Draw a set once per process: it takes about a second, and a verification uses it several times."""
-    return draw(count, seed=seed)
-
-
 def _copy(images: Images, labels: Labels) -> tuple[Images, Labels]:
     """Return copies, so that a caller may change its images."""
     return images.copy(), labels.copy()
@@ -72,6 +66,10 @@ def draw(count: int, *, seed: int) -> tuple[Images, Labels]:
             chunk = places[start : start + _CHUNK]
             images[chunk] = _draw_digit(digit, len(chunk), generator)
     return images, labels
+
+
+#: Draws a set once per process: it takes about a second, and a verification uses it several times.
+_drawn = functools.cache(draw)
 
 
 def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> Images:

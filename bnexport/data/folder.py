@@ -234,16 +234,6 @@ def load_folder_part(path: str | Path, part: Part, *, preprocessing: Preprocessi
     return found.images, _labels(found)
 
 
-def holds_out(path: str | Path) -> bool:
-    """Return True if a folder has no test part, so that a share of each class is the test part."""
-    return folder_layout(Path(path)).test is None
-
-
-def folder_labels(path: str | Path) -> tuple[str, ...]:
-    """Return the class names of a folder of images, in the order of the labels."""
-    return folder_layout(Path(path)).labels
-
-
 def _split(layout: FolderLayout, seed: int, holdout: float) -> tuple[list[PictureFile], list[PictureFile]]:
     """Return the training images by class and name, and the test images mixed."""
     seen: dict[tuple[int, int], Path] = {}

@@ -6,11 +6,10 @@ and 1, and NaN inputs give NaN on both sides of a comparison.
 
 from __future__ import annotations
 
-import contextlib
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,16 +78,11 @@ def load_samples(
     labels: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Samples:
-    """Read a user's samples and check that they fit a bundle; errors name the file and the index.
+    """Read at most ``limit`` samples of a user, spread evenly, and check that they fit the bundle with the given properties.
 
-    Args:
-        path: A .npy file for a network with one input: arrays of its type and shape, or uint8 images, which go through the
-            preprocessing; an .npz file with one array for each input, by name, and perhaps "labels"; a picture or IDX
-            file; or a folder of pictures, whose sub-folders, if any, are named after the labels.
-        signature: The bundle's signature.
-        preprocessing: The bundle's preprocessing, if it has one.
-        labels: Class names of the bundle, if it has some.
-        limit: Maximum number of samples, spread evenly over the existing ones.
+    ``path`` is a .npy file for a network with one input: arrays of its type and shape, or uint8 images, which go through the
+    preprocessing; an .npz file with one array for each input, by name, and perhaps "labels"; a picture or IDX file; or a folder
+    of pictures, whose sub-folders, if any, are named after the labels. Errors name the file and the index.
     """
     target = _Target(Path(path), signature, preprocessing, None if labels is None else tuple(labels), limit)
     if target.path.is_dir():
@@ -98,7 +92,8 @@ def load_samples(
         return _from_npz(target)
     if start.startswith(NPY_MAGIC):
         return _from_npy(target)
-    return _from_images(target, load_images(target.path, _preprocessing(target)))
+    named = load_images(target.path, _preprocessing(target))
+    return _from_images(target, len(named), lambda index: named[index][1], None)
 
 
 def _from_npy(target: _Target) -> Samples:
@@ -114,21 +109,15 @@ def _from_npy(target: _Target) -> Samples:
 
 def _from_npz(target: _Target) -> Samples:
     validate_archive(target.path, "npz")
-    with _reading(target.path), np.load(target.path, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+    odd = refusing(f"{target.path} can't be used: it", DataError, remedy=_REMEDY)
+    try:
+        with odd, np.load(target.path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, MemoryError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{target.path} can't be read: {one_line(error)}", remedy="Save plain arrays again") from error
     is_input = any(spec.name == LABELS for spec in target.signature.inputs)
     labels = None if is_input else arrays.pop(LABELS, None)
     return _checked(target, arrays, labels)
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Convert errors of the validation, numpy, zipfile and zlib to DataError."""
-    try:
-        with refusing(f"{path} can't be used: it", DataError, remedy=_REMEDY):
-            yield
-    except (OSError, ValueError, EOFError, MemoryError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} can't be read: {one_line(error)}", remedy="Save plain arrays again") from error
 
 
 def _checked(target: _Target, arrays: Mapping[str, Array], labels: Array | None) -> Samples:
@@ -167,26 +156,17 @@ def _from_pixels(target: _Target, arrays: Mapping[str, Array], labels: Array | N
     preprocessing = _preprocessing(target)
     pixels = next(iter(arrays.values()))
     stack = fit_stack(target.path, np.asarray(pixels), preprocessing)
-    return _from_images(target, stack, _check_labels(target, labels, len(stack)))
+    return _from_images(target, len(stack), lambda index: stack[index][1], _check_labels(target, labels, len(stack)))
 
 
-def _from_images(target: _Target, named: Sequence[tuple[str, Array]], labels: Array | None = None) -> Samples:
-    """Return images that fit the preprocessing, as inputs."""
-    if not named:
-        raise DataError(f"{target.path} holds no image", remedy="Give at least one image")
-    kept = target.chosen(len(named))
-    inputs = _preprocessing(target).apply(np.stack([named[index][1] for index in kept]))
-    feeds = _as_feed(target, inputs)
-    text = _description(target, len(kept), len(named), "images", labels)
-    return Samples(feeds, None if labels is None else labels[kept], text)
-
-
-def _as_feed(target: _Target, inputs: Array) -> dict[str, Array]:
-    """Return preprocessed images (n, channels, height, width) in the input's element type."""
-    spec = target.signature.inputs[0]
+def _from_images(target: _Target, n: int, read: Callable[[int], Array], labels: Array | None) -> Samples:
+    """Return the chosen ones of n images, which ``read`` returns fitted, as inputs of the signature's element type."""
+    kept, preprocessing, spec = target.chosen(n), _preprocessing(target), target.signature.inputs[0]
+    inputs = preprocessing.apply(np.stack([read(index) for index in kept]))
     feeds = {spec.name: inputs.astype(spec.dtype) if spec.dtype.startswith("float") else inputs}
     _check_fit(target, feeds)
-    return feeds
+    text = _description(target, len(kept), n, "images", labels)
+    return Samples(feeds, None if labels is None else labels[kept], text)
 
 
 def _preprocessing(target: _Target) -> Preprocessing:
@@ -215,13 +195,10 @@ def _from_folder(target: _Target) -> Samples:
         true += [index] * len(inside)
     if not files:
         raise DataError(f"{target.path} holds no picture (PNG, JPEG, BMP, WebP, GIF)", remedy=_REMEDY)
-    preprocessing = _preprocessing(target)
-    kept = target.chosen(len(files))
-    pixels = [load_images(files[index], preprocessing)[0][1] for index in kept]
-    labels = np.array(true, np.int64)[kept] if folders else None
-    text = _description(target, len(kept), len(files), "images", labels)
+    preprocessing, labels = _preprocessing(target), np.array(true, np.int64) if folders else None
+    found = _from_images(target, len(files), lambda index: load_images(files[index], preprocessing)[0][1], labels)
     left = f"; {others} other entries of the folder were left out" if others else ""
-    return Samples(_as_feed(target, preprocessing.apply(np.stack(pixels))), labels, text + left)
+    return replace(found, described=found.described + left)
 
 
 def _listing(folder: Path) -> tuple[list[Path], list[Path], int]:

@@ -14,7 +14,7 @@ from bnexport.bundle import MANIFEST, Bundle
 from bnexport.data.classes import SUSPECTS, at_chance, check_classes
 from bnexport.data.dataset_table import folder_of
 from bnexport.data.datasets import dataset_labels, load_test_images
-from bnexport.data.folder import HOLDOUT, holds_out
+from bnexport.data.folder import HOLDOUT, folder_layout
 from bnexport.data.images import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
@@ -250,7 +250,7 @@ def _notes(subject: _Evaluated, found: ConfusionCounts, data_dir: Path | None) -
     if subject.trained_on not in (None, subject.dataset):
         yield f"the network was trained on {subject.trained_on}"
     folder = folder_of(subject.dataset)
-    if subject.trained_on is None and folder is not None and holds_out(data_dir or folder):
+    if subject.trained_on is None and folder is not None and folder_layout(data_dir or folder).test is None:
         yield (
             f"{subject.dataset} has no test part: bnexport held out {HOLDOUT:.0%} of each class, and your own training may"
             " have used these images"

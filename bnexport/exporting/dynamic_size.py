@@ -25,9 +25,8 @@ _ROUNDING = 1e-3
 
 def larger_example(specs: tuple[InputSpec, ...]) -> tuple[InputSpec, ...]:
     """Return the inputs with small sizes doubled, for tracing: torch.export would treat an inner size of 1 as a constant."""
-    return tuple(
-        _resized(spec, {axis: 2 for axis in _axes(spec) if spec.shape[axis - 1] < _LARGE}, times=True) for spec in specs
-    )
+    small = [{axis: size for axis in _axes(spec) if (size := spec.shape[axis - 1]) < _LARGE} for spec in specs]
+    return tuple(_enlarged(spec, change) for spec, change in zip(specs, small, strict=True))
 
 
 def check_sizes_vary(module: nn.Module, specs: tuple[InputSpec, ...]) -> None:
@@ -107,20 +106,15 @@ class _Sizes:
 
     def fit(self, sizes: Mapping[str, int]) -> bool:
         """Return True if the network accepts these sizes, and the graph computes the same."""
-        resized = (
-            replace(
-                own,
-                shape=tuple(_size(sizes, dim, size) for dim, size in zip(spec.sample_shape, own.shape, strict=True)),
+        resized = []
+        for spec, own in zip(self._signature.inputs, self._specs, strict=True):
+            dims = zip(spec.sample_shape, own.shape, strict=True)
+            resized.append(
+                replace(own, shape=tuple(sizes[dim] if isinstance(dim, str) else size for dim, size in dims))
             )
-            for spec, own in zip(self._signature.inputs, self._specs, strict=True)
-        )
         inputs = example_inputs(tuple(resized))
         theirs, ours = (call_once(model, inputs, on_itself=True) for model in (self._module, self._folded))
         return theirs.problem is None and ours.problem is None and _same(theirs.result, ours.result)
-
-
-def _size(sizes: Mapping[str, int], dim: int | str, size: int) -> int:
-    return sizes[dim] if isinstance(dim, str) else size
 
 
 def _same(theirs: Any, ours: Any) -> bool:
@@ -142,7 +136,8 @@ def _others(specs: tuple[InputSpec, ...], words: set[str]) -> Iterator[tuple[Inp
     """Yield the inputs in other sizes; only the named dimensions change, by the same amount in every input."""
     for steps in other_sizes(sorted(words)):
         yield tuple(
-            _resized(spec, {axis: steps[word] for axis, word in _axes(spec).items() if word in words}) for spec in specs
+            _enlarged(spec, {axis: steps[word] for axis, word in _axes(spec).items() if word in words})
+            for spec in specs
         )
 
 
@@ -150,10 +145,9 @@ def _axes(spec: InputSpec) -> dict[int, str]:
     return size_axes(len(spec.shape) + 1)
 
 
-def _resized(spec: InputSpec, change: dict[int, int], *, times: bool = False) -> InputSpec:
-    """Return a copy with sizes (by the axis of the batch) made larger by an amount, or by a factor."""
-    sizes = {axis - 1: spec.shape[axis - 1] * by if times else spec.shape[axis - 1] + by for axis, by in change.items()}
-    return replace(spec, shape=tuple(sizes.get(index, size) for index, size in enumerate(spec.shape)))
+def _enlarged(spec: InputSpec, change: dict[int, int]) -> InputSpec:
+    """Return a copy with sizes made larger by an amount per axis, where the batch is axis 0."""
+    return replace(spec, shape=tuple(size + change.get(axis, 0) for axis, size in enumerate(spec.shape, start=1)))
 
 
 def _problem(module: nn.Module, specs: tuple[InputSpec, ...]) -> str | None:

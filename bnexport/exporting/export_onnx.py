@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx
@@ -11,13 +10,11 @@ import onnx_ir
 import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common
-from torch import Tensor
-from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from bnexport.errors import ExportError
-from bnexport.exporting.request import DEFAULT_OPSET, OnnxTarget
-from bnexport.exporting.signature import export_flat, varying_axes
+from bnexport.exporting.request import DEFAULT_OPSET
+from bnexport.exporting.signature import ExportJob
 from bnexport.files import write_atomically
 from bnexport.onnx_files.models import check_written, nodes
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
@@ -28,41 +25,35 @@ from bnexport.tensors import Signature
 _NATIVE_OPSET = 18
 _MAX_BYTES = 2**31 - 1
 _PRODUCER = "bnexport"
-_DEFAULT_TARGET = OnnxTarget()
 
 
-def export_onnx(
-    folded: GraphModule,
-    inputs: tuple[Tensor, ...],
-    path: Path,
-    *,
-    signature: Signature,
-    target: OnnxTarget = _DEFAULT_TARGET,
-    exported: Callable[[], ExportedProgram] | None = None,
-) -> None:
+def export_onnx(job: ExportJob, path: Path) -> None:
     """Write ``model.onnx``: one file, dynamic batch, the same bytes for the same folded network.
 
-    ``inputs`` are examples with a batch of at least 2, because the exporter treats a batch of 1 as a constant. ``exported``
-    returns ``export_flat`` of the network, for a caller that writes several formats. An ExportError reports a graph that the
-    exporter can't write, and a written file that is not as requested.
+    The job's inputs have a batch of at least 2, because the exporter treats a batch of 1 as a constant. An ExportError reports
+    a graph that the exporter can't write, and a written file that is not as requested.
     """
-    ir_version = target.resolved_ir_version()
-    _refuse_dropped(folded)
-    export = exported or partial(export_flat, folded, inputs, varying_axes(signature))
-    model = _convert(export, signature, target.opset)
+    signature, opset, ir_version = job.signature, job.onnx.opset, job.onnx.resolved_ir_version()
+    _refuse_dropped(job.folded)
+    model = _convert(job)
     model.ir_version = ir_version
     simplify_reshapes(model)
     _clean(model, signature)
-    check_model(model, signature, target.opset, ir_version, normalisations=expected_normalisations(folded))
+    check_model(model, signature, opset, ir_version, normalisations=expected_normalisations(job.folded))
     write_atomically(path, model.SerializeToString(deterministic=True))
+
+
+def stamp(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
+    """Replace the key-value metadata of a model."""
+    del model.metadata_props[:]
+    for key in sorted(metadata):
+        model.metadata_props.add(key=key, value=metadata[key])
 
 
 def stamp_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     """Write key-value metadata into a model file; the graph and the weights stay as they are, byte for byte."""
     model = onnx.load(path, load_external_data=False)
-    del model.metadata_props[:]
-    for key in sorted(metadata):
-        model.metadata_props.add(key=key, value=metadata[key])
+    stamp(model, metadata)
     write_atomically(path, model.SerializeToString(deterministic=True))
 
 
@@ -103,11 +94,12 @@ def _refuse_dropped(folded: GraphModule) -> None:
             )
 
 
-def _convert(export: Callable[[], ExportedProgram], signature: Signature, opset: int) -> onnx.ModelProto:
+def _convert(job: ExportJob) -> onnx.ModelProto:
+    signature, opset = job.signature, job.onnx.opset
     with quiet(), torch.no_grad():
         try:
             exported = torch.onnx.export(
-                export(),
+                job.program,
                 input_names=[spec.name for spec in signature.inputs],
                 output_names=[spec.name for spec in signature.outputs],
                 opset_version=_NATIVE_OPSET,

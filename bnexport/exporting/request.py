@@ -210,10 +210,8 @@ class ExportRequest:
         if inputs[0].dtype != "float32":
             raise _no_pixels(f"{inputs[0].name!r} takes {inputs[0].dtype}, not float32")
         if len(shape) != 3 or (image is not None and shape[0] != image["channels"]):
-            wanted = (
-                "channels, height and width" if image is None else f"{image['channels']} channels, height and width"
-            )
-            raise _no_pixels(f"{inputs[0].name!r} has the shape {'x'.join(map(str, shape))}, expected {wanted}")
+            found, count = "x".join(map(str, shape)), "" if image is None else f"{image['channels']} "
+            raise _no_pixels(f"{inputs[0].name!r} has the shape {found}, expected {count}channels, height and width")
         if image is None:
             raise UsageError(
                 "--input-type uint8 puts the preprocessing into the files, and the preprocessing is unknown",

@@ -6,7 +6,8 @@ The formats are written from the flat graph, whose inputs and outputs are plain 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import ExportError
+from bnexport.exporting.request import OnnxTarget
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import DTYPES, Signature, TensorSpec, size_axes
 
@@ -54,6 +56,21 @@ def export_flat(folded: GraphModule, inputs: tuple[Tensor, ...], axes: tuple[tup
     return torch.export.export(flat(folded), inputs, dynamic_shapes=shapes)
 
 
+@dataclass(frozen=True)
+class ExportJob:
+    """The inputs of every format: the folded network in eval mode, example inputs (at least 2 samples), signature, target."""
+
+    folded: GraphModule
+    inputs: tuple[Tensor, ...]
+    signature: Signature
+    onnx: OnnxTarget = field(default_factory=OnnxTarget)
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """Return ``torch.export`` of the flat graph, made once; the format that changes it is the last one of FORMATS."""
+        return export_flat(self.folded, self.inputs, varying_axes(self.signature))
+
+
 def of_dtype(signature: Signature, dtype: str) -> Signature:
     """Return a signature whose inputs have another element type."""
     return replace(signature, inputs=tuple(replace(spec, dtype=dtype) for spec in signature.inputs))
@@ -71,10 +88,7 @@ def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tens
 
     Inputs that must have the same height share its name; a separate height is named after its input. A dimension of an output
     that equals a size of an input has its name; another varying dimension is named after its output. ``plain`` is the signature
-    for one image size.
-
-    Raises:
-        ExportError: The graph can't be exported with varying sizes, or pins one.
+    for one image size. An ExportError reports a graph that can't be exported with varying sizes, or pins one.
     """
     axes = tuple(tuple(size_axes(item.ndim)) for item in inputs)
     with quiet(), torch.no_grad():

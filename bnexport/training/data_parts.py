@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,16 +14,6 @@ from bnexport.tensors import Array
 
 #: A part that is larger than this as float32 stays in its file, as uint8, and is read batch by batch.
 RESIDENT_BYTES = 2 << 30
-
-
-class DataPart(Protocol):
-    """One part of a data set, training or test."""
-
-    count: int  # Number of images
-    device: torch.device  # Device of the batches
-
-    def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs float32 (n, channels, height, width) and labels int64 (n,) for each group of int64 CPU indices."""
 
 
 class Resident:
@@ -69,6 +58,11 @@ class Streamed:
         pixels[forwards] = self.images[batch[forwards]]
         X = torch.from_numpy(self.preprocessing.apply(pixels))
         return X, torch.from_numpy(np.ascontiguousarray(self.labels[batch]))
+
+
+#: One part of a data set, training or test: the number of images ``count``, the ``device`` of the batches, and ``batches``,
+#: which yields inputs float32 (n, channels, height, width) and labels int64 (n,) for each group of int64 CPU indices.
+DataPart = Resident | Streamed
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:

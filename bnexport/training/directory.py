@@ -63,7 +63,12 @@ class RunDirectory:
         if not resume:
             # An empty folder may be a mounted volume, which can't be replaced but can be filled.
             if not self.path.is_dir() or self._entries():
-                self._refuse_taken(force)
+                if not force and (self.path / CONFIG).exists():
+                    raise OutputError(
+                        f"{self.path} has a run already",
+                        remedy="Choose another --out, continue it with --resume, or replace it with --force",
+                    )
+                refuse_existing(self.path, force=force)
             return None
         before, saved = self._read()
         if before is not None:
@@ -122,28 +127,15 @@ class RunDirectory:
         save_checkpoint(self.checkpoint_path, checkpoint)
         self._write_metrics(checkpoint.metadata["training"]["history"])
 
-    def save_model(self, checkpoint: Checkpoint) -> None:
-        """Write the result of the run."""
-        save_checkpoint(self.model_path, checkpoint)
-
     def _entries(self) -> list[str]:
         return [entry.name for entry in self.path.iterdir() if entry.name != LOCK]
 
-    def _refuse_taken(self, force: bool) -> None:
-        if not force and (self.path / CONFIG).exists():
-            raise OutputError(
-                f"{self.path} has a run already",
-                remedy="Choose another --out, continue it with --resume, or replace it with --force",
-            )
-        refuse_existing(self.path, force=force)
-
     def _read(self) -> tuple[TrainingConfig | None, SavedEpoch | None]:
         """Return the configuration and the last whole epoch of the existing run; None for what is missing."""
-        return self._read_checkpoint() if (self.path / CHECKPOINT).exists() else (self._read_config(), None)
+        return self._read_checkpoint() if self.checkpoint_path.exists() else (self._read_config(), None)
 
     def _read_checkpoint(self) -> tuple[TrainingConfig, SavedEpoch]:
-        file = self.path / CHECKPOINT
-        checkpoint = load_checkpoint(file)
+        checkpoint = load_checkpoint(self.checkpoint_path)
         try:
             training = checkpoint.metadata["training"]
             saved = SavedEpoch(
@@ -158,9 +150,8 @@ class RunDirectory:
                 raise ValueError(f"{len(saved.history)} rows for {saved.epoch} epochs")
             return TrainingConfig.from_json(training["config"]), saved
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"{file} has no readable description of its training: {one_line(error)}", remedy=START_ANEW
-            ) from error
+            message = f"{self.checkpoint_path} has no readable description of its training: {one_line(error)}"
+            raise ModelError(message, remedy=START_ANEW) from error
 
     def _read_config(self) -> TrainingConfig | None:
         """Return the configuration of a run without a whole epoch; None without a run."""

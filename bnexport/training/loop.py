@@ -78,9 +78,7 @@ class Epochs:
         """Train one epoch in an order (int64 on the CPU) and return its means; each image counts with the weights of its step.
 
         ``before_step`` receives the number of the step in this epoch, from 0. ``on_batch`` must not wait for the device.
-
-        Raises:
-            Diverged: The loss or the weights are no longer finite; the message names the batch.
+        If the loss or the weights are no longer finite, Diverged names the batch.
         """
         sums = self.take_steps(order, before_step=before_step, on_batch=on_batch)
         self.world.add_up(sums.loss, sums.hits, sums.losses)

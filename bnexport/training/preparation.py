@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnexport.data.datasets import Dataset, load_dataset
+from bnexport.data.dataset_table import Dataset
+from bnexport.data.datasets import load_dataset
 from bnexport.data.images import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import cpu_name
@@ -190,36 +191,23 @@ def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world
             )
 
 
-@dataclass(frozen=True)
-class MadeBy:
-    """The environment on which the last bit of a run's weights depends."""
-
-    device: str  # "cpu", or the GPU's name
-    processor: str  # Name of the CPU, by which kernels are chosen
-    processes: int  # Number of processes that trained together
-    threads: int  # Threads of each process, on a CPU
-    torch: str  # Version of torch
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-    def differs_from(self, before: Mapping[str, Any]) -> str | None:
-        """Return why a resumed run may end with other weights than an uninterrupted one; None if it does not."""
-        changed = [
-            f"{name} was {before[name]}, is {value}"
-            for name, value in self.to_json().items()
-            if name in before and before[name] != value
-        ]
-        if changed:
-            return f"the resumed weights may differ by rounding from an uninterrupted run's: {'; '.join(changed)}"
-        if self.device != "cpu":
-            return "the order of sums on a GPU is not fixed: the resumed weights may differ by rounding"
-        return None
-
-
-def made_by(world: World) -> MadeBy:
-    """Return the environment of this run."""
+def made_by(world: World) -> dict[str, Any]:
+    """Return the environment on which the last bit of a run's weights depends."""
     cpu = world.device.type == "cpu"
-    device = "cpu" if cpu else torch.cuda.get_device_name(world.device)
-    return MadeBy(device, cpu_name(), world.size, torch.get_num_threads() if cpu else 0, torch.__version__)
+    return {
+        "device": "cpu" if cpu else torch.cuda.get_device_name(world.device),
+        "processor": cpu_name(),  # kernels are chosen by it
+        "processes": world.size,
+        "threads": torch.get_num_threads() if cpu else 0,  # of each process
+        "torch": torch.__version__,
+    }
+
+
+def resume_note(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return why a resumed run may end with other weights than an uninterrupted one; None if it does not."""
+    shared = [name for name in now if name in before]
+    if changed := [f"{name} was {before[name]}, is {now[name]}" for name in shared if before[name] != now[name]]:
+        return f"the resumed weights may differ by rounding from an uninterrupted run's: {'; '.join(changed)}"
+    if now["device"] != "cpu":
+        return "the order of sums on a GPU is not fixed: the resumed weights may differ by rounding"
+    return None

@@ -118,15 +118,10 @@ class World:
             for value in values:
                 dist.all_reduce(value)
 
-    def wait(self) -> None:
-        """Wait until every process calls this method."""
-        if self.size > 1:
-            self.add_up(torch.zeros(1, device=self.device))
-
     def leave_together(self) -> None:
         """Wait for all processes before the end, so that no process closes a connection that another one still reads."""
         with contextlib.suppress(RuntimeError):  # a process has ended, so all work is done
-            self.wait()
+            self.add_up(torch.zeros(1, device=self.device))
 
     def from_leader(self, find: Callable[[], T]) -> T:
         """Return the leading process's picklable result in all processes; all raise its BnexportError."""
@@ -231,13 +226,9 @@ def open_world(device: str) -> Iterator[World]:
                 world.leave_together()
         finally:
             if not joined:
-                _leave()
-
-
-def _leave() -> None:
-    with contextlib.suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist.destroy_process_group()
+                with contextlib.suppress(Exception), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    dist.destroy_process_group()
 
 
 def end_process(code: int) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnexport.errors import Diverged, UsageError
-from bnexport.loading.checkpoint import Checkpoint
+from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
 from bnexport.nn.batch_norm import BatchNorm
 from bnexport.nn.moving_statistics import norm_layers, recalibrate
 from bnexport.nn.stale_statistics import staleness
@@ -23,8 +23,8 @@ from bnexport.training.directory import RunDirectory, SavedEpoch
 from bnexport.training.listeners import EpochMetrics, TrainingListener
 from bnexport.training.loop import Epochs, MeanMetrics, batches_of, epoch_order, epoch_seed, evaluate
 from bnexport.training.optimisers import learning_rate, optimizer_tensors, set_learning_rate
-from bnexport.training.preparation import Prepared, made_by, network_facts, prepare
-from bnexport.training.processes import World, open_world
+from bnexport.training.preparation import Prepared, made_by, network_facts, prepare, resume_note
+from bnexport.training.processes import open_world
 from bnexport.training.recording import obstacle, recorded_by_default
 from bnexport.training.step import pooling_by_products
 
@@ -115,7 +115,7 @@ def train(
         prepared = world.all_do(lambda: prepare(config, saved, world, data_dir=data_dir, listener=listener))
         world.from_leader(lambda: directory.prepare(config, saved))
         with pooling_by_products(prepared.model):
-            return _TrainingRun(config, prepared, directory, world, listener).go(saved)
+            return _TrainingRun(prepared, directory, listener).go(saved)
 
 
 #: Training images for the check of the statistics: enough to distinguish 0.15 standard deviations from chance.
@@ -125,19 +125,13 @@ _CHECKED_IMAGES = 1024
 class _TrainingRun:
     """A prepared run."""
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        prepared: Prepared,
-        directory: RunDirectory,
-        world: World,
-        listener: TrainingListener,
-    ) -> None:
-        self.config, self.directory, self.world, self.listener = config, directory, world, listener
-        self.prepared, self.model, self.dataset = prepared, prepared.model, prepared.dataset
+    def __init__(self, prepared: Prepared, directory: RunDirectory, listener: TrainingListener) -> None:
+        self.prepared, self.directory, self.listener = prepared, directory, listener
+        self.config, self.world, config = prepared.config, prepared.world, prepared.config
+        self.model, self.dataset = prepared.model, prepared.dataset
         self.history: list[dict[str, Any]] = []
         wanted = recorded_by_default(config.model) if config.cuda_graph is None else config.cuda_graph
-        self._obstacle = obstacle(config, prepared.train, world)
+        self._obstacle = obstacle(config, prepared.train, self.world)
         self.epochs = Epochs(
             prepared.step(self.model),
             prepared.train,
@@ -151,7 +145,7 @@ class _TrainingRun:
         self.history = saved.history if saved is not None else []
         device = self.world.device.type
         self.listener.on_start(self.config, device, self.dataset.origin, len(self.history) + 1)
-        if saved is not None and (note := made_by(self.world).differs_from(saved.made_by)) is not None:
+        if saved is not None and (note := resume_note(saved.made_by, made_by(self.world))) is not None:
             self.listener.on_note(note)
         if self.config.cuda_graph and self._obstacle is not None:
             self.listener.on_note(self._obstacle)
@@ -171,7 +165,9 @@ class _TrainingRun:
             set_learning_rate(self.prepared.optimizer, rate)
 
         scheduled = config.schedule != "constant" or config.warmup_epochs > 0
-        with _own_randomness(config.seed, epoch, self.world):
+        # Dropout and a network's own draws depend on seed, epoch and process, so a resumed run draws the same numbers.
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with seeded(epoch_seed(config.seed, epoch, self.world.rank, 1), devices=devices):
             try:
                 trained = self.epochs.take(
                     epoch_order(count, seed=config.seed, epoch=epoch),
@@ -179,7 +175,10 @@ class _TrainingRun:
                     on_batch=self.listener.on_batch,
                 )
             except Diverged as error:
-                raise Diverged(f"{error.message} of epoch {epoch}", remedy=self._after_divergence(epoch)) from error
+                last = self.directory.checkpoint_path
+                kept = f"; {last} has epoch {epoch - 1}, which was finite" if epoch > 1 else ""
+                remedy = f"Lower --lr, or add --warmup-epochs 1{kept}"
+                raise Diverged(f"{error.message} of epoch {epoch}", remedy=remedy) from error
         duration_s = time.perf_counter() - start
         tested = self._tested()
         rate = learning_rate(config, epoch * steps - 1, steps)
@@ -189,22 +188,14 @@ class _TrainingRun:
         self.history.append(metrics.to_json())
         return metrics
 
-    def _after_divergence(self, epoch: int) -> str:
-        last = self.directory.checkpoint_path
-        kept = f"; {last} has epoch {epoch - 1}, which was finite" if epoch > 1 else ""
-        return f"Lower --lr, or add --warmup-epochs 1{kept}"
-
     def _finish(self) -> TrainingResult:
         """Re-estimate the moving statistics by the configuration, and write the result."""
         plain = float(self.history[-1]["test_accuracy"])
         stale = self._check_statistics()
         recalibrated = self._recalibrate() if self.config.recalibrate else None
-        accuracies = {"moving": plain, "recalibrated": recalibrated}
-        self.world.from_leader(
-            lambda: self.directory.save_model(
-                self._result(recalibrated is not None, {"test_accuracy": accuracies, "staleness": stale})
-            )
-        )
+        facts = {"test_accuracy": {"moving": plain, "recalibrated": recalibrated}, "staleness": stale}
+        path = self.directory.model_path
+        self.world.from_leader(lambda: save_checkpoint(path, self._result(recalibrated is not None, facts)))
         first = first_batch_norm(self.model)
         return TrainingResult(
             config=self.config,
@@ -234,7 +225,7 @@ class _TrainingRun:
             "epochs": self.config.epochs,
             "config": self.config.to_json(),
             "history": self.history,
-            "made_by": made_by(self.world).to_json(),
+            "made_by": made_by(self.world),
             **facts,
         }
         metadata = {
@@ -271,11 +262,3 @@ class _TrainingRun:
 
     def _tested(self) -> MeanMetrics:
         return evaluate(self.model, self.prepared.test, self.world)
-
-
-@contextlib.contextmanager
-def _own_randomness(seed: int, epoch: int, world: World) -> Iterator[None]:
-    """Seed dropout and a network's own draws by seed, epoch and process, so that a resumed run draws the same numbers."""
-    devices = [world.device] if world.device.type == "cuda" else []
-    with seeded(epoch_seed(seed, epoch, world.rank, 1), devices=devices):
-        yield

@@ -10,7 +10,7 @@ from bnexport.bundle import INPUT_TYPES, INT8_TARGETS, MODEL_ONNX, STORED_PRECIS
 from bnexport.cli import fold_and_export
 from bnexport.cli.main import run
 from bnexport.cli.options import export_request, preprocessing, read_labels
-from bnexport.data.datasets import DATASETS
+from bnexport.data.dataset_table import DATASETS
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 from bnexport.exporting.formats import FORMATS

@@ -6,8 +6,7 @@ import pytest
 from bnexport.cli.main import run
 from bnexport.cli.train import command
 from bnexport.data import digits
-from bnexport.data.dataset_table import DATASETS
-from bnexport.data.datasets import Dataset
+from bnexport.data.dataset_table import DATASETS, Dataset
 from bnexport.errors import NetworkError
 from bnexport.nn.lenet import NORMS
 from bnexport.training.config import AMP, DEVICES, OPTIMIZERS, SCHEDULES, TrainingConfig

@@ -10,7 +10,7 @@ import pytest
 from bnexport.cli.main import run
 from bnexport.cli.train import command
 from bnexport.data import digits
-from bnexport.data.datasets import Dataset
+from bnexport.data.dataset_table import Dataset
 from bnexport.loading.sources import load_source
 from bnexport.training.optimisers import make_optimizer
 

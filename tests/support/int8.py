@@ -15,7 +15,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from bnexport.exporting.export_onnx import export_onnx
-from bnexport.exporting.signature import signature_of
+from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.folding.fold import fold
 from bnexport.onnx_files.models import read_model
 from bnexport.tensors import Array
@@ -74,7 +74,7 @@ def folded(network: nn.Module, folder: Path) -> ModelProto:
     inputs = (torch.from_numpy(images(2)),)
     model = fold(network, inputs).model
     signature = signature_of(model, inputs, input_names=("input",))
-    export_onnx(model, inputs, folder / "folded.onnx", signature=signature)
+    export_onnx(ExportJob(model, inputs, signature), folder / "folded.onnx")
     return read_model(folder / "folded.onnx")
 
 

@@ -14,7 +14,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal
 from bnexport.exporting.export_onnx import export_onnx
 from bnexport.exporting.half import in_precision
 from bnexport.exporting.request import OnnxTarget
-from bnexport.exporting.signature import signature_of
+from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.folding.fold import fold
 from bnexport.folding.torch_backend.trace import size_shapes
 
@@ -76,5 +76,5 @@ def onnx_bundle(
     signature = signature_of(folded, inputs, input_names=names, dynamic_size=sizes)
     folder.mkdir(parents=True)
     shipped = in_precision(folded, inputs, precision)
-    export_onnx(shipped, inputs, folder / MODEL_ONNX, signature=signature, target=OnnxTarget())
+    export_onnx(ExportJob(shipped, inputs, signature, OnnxTarget()), folder / MODEL_ONNX)
     return seal(folder, Manifest("net", 1, signature, {"source": "tests"}))

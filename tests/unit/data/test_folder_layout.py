@@ -8,7 +8,7 @@ import pytest
 from support.pictures import COLOURS, GREY, write_parts, write_picture, write_pictures
 
 from bnexport.data.decoded import PictureFile
-from bnexport.data.folder import folder_labels, folder_layout, hold_out, list_part, load_folder
+from bnexport.data.folder import folder_layout, hold_out, list_part, load_folder
 from bnexport.errors import DataError, UsageError
 
 
@@ -30,7 +30,7 @@ def test_classes_are_sorted_as_torchvision_sorts_them(tmp_path):
     for part in ("train", "val"):
         write_pictures(tmp_path, *(f"{part}/{label}/{name}.png" for label in labels for name in ("2", "10", "deep/1")))
     theirs = datasets.ImageFolder(tmp_path / "train")
-    assert list(folder_labels(tmp_path)) == theirs.classes
+    assert list(folder_layout(tmp_path).labels) == theirs.classes
     layout = folder_layout(tmp_path)
     ours = {(file.name, file.label) for file in list_part(layout, layout.train)}
     assert ours == {(Path(path).relative_to(tmp_path).as_posix(), label) for path, label in theirs.samples}
@@ -72,14 +72,14 @@ def test_train_alone_is_split_too(tmp_path):
 
 def test_a_class_may_be_called_train(tmp_path):
     write_pictures(tmp_path, "car/1.png", "train/1.png")
-    assert folder_labels(tmp_path) == ("car", "train")
+    assert folder_layout(tmp_path).labels == ("car", "train")
 
 
 def test_hidden_entries_and_other_files_do_not_count(tmp_path):
     write_pictures(tmp_path, "a/1.png", "b/1.PNG", "b/.hidden.png", ".git/1.png")
     for name in ("README.md", "a/notes.txt", "a/.DS_Store"):
         (tmp_path / name).write_text("x")
-    assert folder_labels(tmp_path) == ("a", "b")
+    assert folder_layout(tmp_path).labels == ("a", "b")
     assert names(tmp_path) == ["a/1.png", "b/1.PNG"]
 
 

@@ -16,9 +16,8 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import bnexport
-from bnexport.exporting.export_program import export_program
-from bnexport.exporting.export_torchscript import export_torchscript
-from bnexport.exporting.signature import signature_of
+from bnexport.exporting.formats import export_program, export_torchscript
+from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 from bnexport.runtimes.torch_runners import _on_device
 from bnexport.runtimes.torch_runners import load_exported_program as load_program
@@ -146,7 +145,7 @@ def test_branches_follow_too(tmp_path: Path) -> None:
     network = randomise(Branches()).eval()
     module = bnexport.fold(network, inputs_of(network)).model
     assert_on_cuda(module, inputs_of(network, 5))
-    export_program(module, (x := inputs_of(network),), file := tmp_path / "model.pt2", signature=signature(module, x))
+    export_program(ExportJob(module, (x := inputs_of(network),), signature(module, x)), file := tmp_path / "model.pt2")
     assert_program_on_cuda(file, inputs_of(network, 5))
 
 
@@ -154,7 +153,7 @@ def test_branches_follow_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_folded_network_and_its_exported_program_can_be_moved_to_a_gpu(name: str, tmp_path: Path) -> None:
     module, network = folded(name)
-    export_program(module, (x := inputs_of(network),), file := tmp_path / "model.pt2", signature=signature(module, x))
+    export_program(ExportJob(module, (x := inputs_of(network),), signature(module, x)), file := tmp_path / "model.pt2")
     assert_program_on_cuda(file, inputs_of(network, 5))
     assert_on_cuda(module, inputs_of(network, 5))
 
@@ -165,7 +164,7 @@ def test_the_files_are_still_evaluated_in_float64(name: str, tmp_path: Path) -> 
     x = inputs_of(network)
     named = signature(module, x)
     export_torchscript(module, tmp_path / "model.pt")
-    export_program(module, (x,), tmp_path / "model.pt2", signature=named)
+    export_program(ExportJob(module, (x,), named), tmp_path / "model.pt2")
     with torch.no_grad():
         wanted = copy.deepcopy(network).double()(x.double())
     for file in ("model.pt", "model.pt2"):

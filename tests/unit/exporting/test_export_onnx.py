@@ -19,9 +19,9 @@ from torch import nn
 import bnexport
 from bnexport.errors import ExportError
 from bnexport.exporting.export_onnx import check_model, export_onnx, stamp_metadata
-from bnexport.exporting.export_torchscript import export_torchscript
+from bnexport.exporting.formats import export_torchscript
 from bnexport.exporting.request import OnnxTarget
-from bnexport.exporting.signature import signature_of
+from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.folding.torch_backend.trace import trace
 from bnexport.tensors import Signature
 
@@ -39,7 +39,7 @@ def export(case: Case, folder: Path) -> tuple[bnexport.FoldResult, Signature]:
     names = tuple(f"input_{index}" for index in range(len(case.shapes)))
     signature = signature_of(result.model, case.inputs(), input_names=names)
     path = folder / "model.onnx"
-    export_onnx(result.model, case.inputs(), path, signature=signature)
+    export_onnx(ExportJob(result.model, case.inputs(), signature), path)
     export_torchscript(result.model, folder / "model.pt")
     return result, signature
 
@@ -74,7 +74,7 @@ def lenet() -> tuple[bnexport.FoldResult, Signature, tuple[torch.Tensor, ...]]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lenet")
     result, signature, inputs = lenet()
-    export_onnx(result.model, inputs, folder / "model.onnx", signature=signature)
+    export_onnx(ExportJob(result.model, inputs, signature), folder / "model.onnx")
     export_torchscript(result.model, folder / "model.pt")
     torch.save(result.model.state_dict(), folder / "folded.pt")
     return folder
@@ -117,8 +117,9 @@ def test_same_bytes_from_another_process_and_folder(exported: Path, tmp_path: Pa
         "from pathlib import Path\n"
         "from unit.exporting.test_export_onnx import lenet\n"
         "from bnexport.exporting.export_onnx import export_onnx\n"
+        "from bnexport.exporting.signature import ExportJob\n"
         "result, signature, inputs = lenet()\n"
-        "export_onnx(result.model, inputs, Path(sys.argv[1]) / 'model.onnx', signature=signature)\n"
+        "export_onnx(ExportJob(result.model, inputs, signature), Path(sys.argv[1]) / 'model.onnx')\n"
     )
     tests = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"}
@@ -134,7 +135,7 @@ def test_other_targets_are_written_as_requested(
 ) -> None:
     result, signature, inputs = lenet()
     target = OnnxTarget(opset, ir_version)
-    export_onnx(result.model, inputs, tmp_path / "model.onnx", signature=signature, target=target)
+    export_onnx(ExportJob(result.model, inputs, signature, target), tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
     assert model.opset_import[0].version == opset
     assert model.ir_version == written
@@ -191,7 +192,7 @@ def test_the_exporter_does_not_fold(tmp_path: Path) -> None:
         model[1].train(training)
         graph = trace(model, inputs)  # as it is: nothing has been folded
         signature = signature_of(graph, inputs, input_names=("input",))
-        export_onnx(graph, inputs, tmp_path / "model.onnx", signature=signature)
+        export_onnx(ExportJob(graph, inputs, signature), tmp_path / "model.onnx")
         operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
         assert operators.count("BatchNormalization") == 1
 
@@ -202,7 +203,7 @@ def test_parts_that_the_exporter_drops_silently_are_refused(tmp_path: Path) -> N
     graph = trace(nn.Sequential(nn.Conv2d(3, 6, 3), nn.AvgPool2d(2, divisor_override=3)).eval(), inputs)
     signature = signature_of(graph, inputs, input_names=("input",))
     with pytest.raises(ExportError, match="divisor_override"):
-        export_onnx(graph, inputs, tmp_path / "model.onnx", signature=signature)
+        export_onnx(ExportJob(graph, inputs, signature), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -215,5 +216,5 @@ def test_unknown_operator_gives_one_sentence(tmp_path: Path) -> None:
     folded = bnexport.fold(Odd(), inputs).model
     signature = signature_of(folded, inputs, input_names=("input",))
     with pytest.raises(ExportError, match=r"torch\.onnx can't export"):
-        export_onnx(folded, inputs, tmp_path / "model.onnx", signature=signature)
+        export_onnx(ExportJob(folded, inputs, signature), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

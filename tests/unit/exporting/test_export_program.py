@@ -18,11 +18,10 @@ from torch.nn import functional
 
 import bnexport
 from bnexport.errors import ExportError
-from bnexport.exporting import export_program as module_under_test
-from bnexport.exporting.export_program import export_program
-from bnexport.exporting.formats import FORMATS
+from bnexport.exporting import signature as module_under_test
+from bnexport.exporting.formats import FORMATS, export_program
 from bnexport.exporting.request import ExportRequest
-from bnexport.exporting.signature import signature_of
+from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.runtimes.torch_outputs import flatten
 from bnexport.validation import validate_archive
@@ -40,7 +39,7 @@ def write(case: Case, file: Path) -> torch.fx.GraphModule:
     inputs = case.inputs()
     folded = bnexport.fold(case.model(), inputs, max_growth=case.max_growth, clamps=case.clamps).model
     names = tuple(f"x{index}" for index in range(len(inputs)))
-    export_program(folded, inputs, file, signature=signature_of(folded, inputs, input_names=names))
+    export_program(ExportJob(folded, inputs, signature_of(folded, inputs, input_names=names)), file)
     return folded
 
 
@@ -76,7 +75,7 @@ def test_nested_outputs_are_flat_and_in_order(tmp_path: Path) -> None:
 
     inputs = (torch.randn(2, 3, 8, 8),)
     folded = bnexport.fold(Nested().eval(), inputs).model
-    export_program(folded, inputs, tmp_path / "m.pt2", signature=signature_of(folded, inputs, input_names=("x",)))
+    export_program(ExportJob(folded, inputs, signature_of(folded, inputs, input_names=("x",))), tmp_path / "m.pt2")
     found = torch.export.load(str(tmp_path / "m.pt2")).module()(*inputs)
     assert isinstance(found, tuple | list)
     assert [item.shape for item in found] == [(2, 6, 6, 6), (2, 6, 6, 6), (2, 6)]
@@ -88,7 +87,7 @@ def test_only_the_sizes_named_in_the_signature_vary(tmp_path: Path) -> None:
     folded = bnexport.fold(model, inputs, dynamic_shapes=size_shapes(model, inputs)).model
     signature = signature_of(folded, inputs, input_names=("x",), dynamic_size=True)
     assert signature.inputs[0].shape == ("batch", 3, "height", "width")
-    export_program(folded, inputs, tmp_path / "varies.pt2", signature=signature)
+    export_program(ExportJob(folded, inputs, signature), tmp_path / "varies.pt2")
     other = (torch.randn(3, 3, 11, 19),)
     assert same(torch.export.load(str(tmp_path / "varies.pt2")).module(), folded, other)
     fixed = write(CONV, tmp_path / "fixed.pt2")
@@ -117,7 +116,7 @@ def test_rounded_quotients_of_sizes_are_written_and_exact(tmp_path: Path) -> Non
     model, inputs = SamePadding().eval(), (torch.randn(2, 3, 32, 32),)
     folded = bnexport.fold(model, inputs, dynamic_shapes=size_shapes(model, inputs)).model
     signature = signature_of(folded, inputs, input_names=("x",), dynamic_size=True)
-    export_program(folded, inputs, tmp_path / "m.pt2", signature=signature)
+    export_program(ExportJob(folded, inputs, signature), tmp_path / "m.pt2")
     program = torch.export.load(str(tmp_path / "m.pt2")).module()
     validate_archive(tmp_path / "m.pt2", "pt2")
     for height, width in ((32, 32), (33, 32), (35, 47), (40, 41)):

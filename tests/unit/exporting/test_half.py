@@ -13,10 +13,10 @@ import bnexport
 from bnexport.bundle import STORED_PRECISIONS
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.export_onnx import export_onnx
-from bnexport.exporting.export_torchscript import export_torchscript
+from bnexport.exporting.formats import export_torchscript
 from bnexport.exporting.half import PRECISIONS, in_precision
 from bnexport.exporting.request import ExportRequest, OnnxTarget
-from bnexport.exporting.signature import signature_of
+from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.onnx_files.float64 import Float64Evaluator
 
 X = torch.from_numpy(np.random.default_rng(1).random((5, 1, 28, 28), dtype=np.float32))
@@ -55,7 +55,7 @@ def test_the_file_holds_half_weights_and_takes_float32(
 ) -> None:
     half = in_precision(folded, (X,), precision)
     signature = signature_of(folded, (X,), input_names=("input",))
-    export_onnx(half, (X,), tmp_path / "model.onnx", signature=signature, target=OnnxTarget(opset))
+    export_onnx(ExportJob(half, (X,), signature, OnnxTarget(opset)), tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
     weights = [tensor for tensor in model.graph.initializer if tensor.data_type in (1, 10, 16)]
     assert len(weights) >= 10

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bnexport
 from bnexport.exporting.export_onnx import export_onnx
-from bnexport.exporting.signature import signature_of
+from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
 
 Build = Callable[[Builder], str]
@@ -297,7 +297,7 @@ def test_an_exported_network_has_no_shape_nodes(tmp_path: Path) -> None:
     inputs = (torch.randn(2, 3, 8, 8),)
     folded = bnexport.fold(randomise(Views()).eval(), inputs).model
     signature = signature_of(folded, inputs, input_names=("x",))
-    export_onnx(folded, inputs, file := tmp_path / "model.onnx", signature=signature)
+    export_onnx(ExportJob(folded, inputs, signature), file := tmp_path / "model.onnx")
     written = onnx.load(file)
     kinds = [node.op_type for node in written.graph.node]
     assert kinds == [

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bnexport.data import digits
-from bnexport.data.datasets import Dataset
+from bnexport.data.dataset_table import Dataset
 from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.optional import require
 from bnexport.training import preparation

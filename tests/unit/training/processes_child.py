@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from bnexport.cli.main import run
 from bnexport.data import digits
-from bnexport.data.datasets import Dataset
+from bnexport.data.dataset_table import Dataset
 from bnexport.errors import DataError
 from bnexport.training import preparation
 from bnexport.training.config import TrainingConfig

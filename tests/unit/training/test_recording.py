@@ -15,7 +15,7 @@ from cases import randomise
 from torch import Tensor, nn
 
 from bnexport.data import digits
-from bnexport.data.datasets import Dataset
+from bnexport.data.dataset_table import Dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.nn.lenet import bn_lenet
 from bnexport.training.config import TrainingConfig

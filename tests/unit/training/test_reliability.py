@@ -18,7 +18,8 @@ import torch
 from bnexport.cli.main import main
 from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.training.config import TrainingConfig
-from bnexport.training.preparation import MadeBy
+from bnexport.training.preparation import made_by, resume_note
+from bnexport.training.processes import World
 from bnexport.training.training_run import train
 
 HERE = Path(__file__).parent
@@ -184,14 +185,15 @@ def build():
 
 
 def test_what_differs_is_named():
-    now = MadeBy("cpu", "a", 2, 1, "2.14")
-    assert now.differs_from(now.to_json()) is None
-    assert now.differs_from({}) is None, "older checkpoints do not contain it"
+    now = {"device": "cpu", "processor": "a", "processes": 2, "threads": 1, "torch": "2.14"}
+    assert made_by(World()).keys() == now.keys()
+    assert resume_note(now, now) is None
+    assert resume_note({}, now) is None, "older checkpoints do not contain it"
     for name, value in {"processor": "b", "processes": 3, "threads": 4, "torch": "2.13"}.items():
-        note = now.differs_from({**now.to_json(), name: value})
+        note = resume_note({**now, name: value}, now)
         assert note is not None
-        assert f"{name} was {value}, is {now.to_json()[name]}" in note
-    assert "on a GPU" in str(MadeBy("H100", "a", 1, 0, "2.14").differs_from({}))
+        assert f"{name} was {value}, is {now[name]}" in note
+    assert "on a GPU" in str(resume_note({}, {**now, "device": "H100", "processes": 1, "threads": 0}))
 
 
 def test_a_resumed_run_with_other_threads_reports_it(tmp_path, one_epoch, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bnexport.data import digits
-from bnexport.data.datasets import Dataset
+from bnexport.data.dataset_table import Dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import OutputError
 from bnexport.loading.checkpoint import load_checkpoint

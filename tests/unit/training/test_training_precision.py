@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bnexport.data import digits
-from bnexport.data.datasets import Dataset
+from bnexport.data.dataset_table import Dataset
 from bnexport.evaluating.evaluate import EvaluationRequest, evaluate_path
 from bnexport.evaluating.network_options import DEFINITIONS, RecalibrationRequest
 from bnexport.evaluating.recalibration import recalibrate_checkpoint

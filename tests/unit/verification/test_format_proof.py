@@ -17,10 +17,9 @@ import bnexport
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle, Manifest, seal
 from bnexport.errors import BundleError, MissingDependency, ProofError
 from bnexport.exporting.export_onnx import export_onnx
-from bnexport.exporting.export_program import export_program
-from bnexport.exporting.export_torchscript import export_torchscript
+from bnexport.exporting.formats import export_program, export_torchscript
 from bnexport.exporting.half import in_precision
-from bnexport.exporting.signature import signature_of
+from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import read_model
 from bnexport.runtimes import torch_float64
@@ -57,7 +56,7 @@ def write_both(
     signature = signature_of(folded, inputs, input_names=names)
     shipped = in_precision(folded, inputs, precision)
     export_torchscript(shipped, folder / MODEL_TORCHSCRIPT)
-    export_program(shipped, inputs, folder / MODEL_EXPORTED, signature=signature)
+    export_program(ExportJob(shipped, inputs, signature), folder / MODEL_EXPORTED)
     return signature, shipped
 
 
@@ -276,7 +275,7 @@ def test_half_precision_is_judged_by_what_its_weights_rounding_does(tmp_path: Pa
     answer = Reference(model, signature, description="").evaluate(feeds)
     given = ComparedCase(Batch("noise", feeds), answer)
     if precision == "float16":  # opset 18 has no convolution in bfloat16
-        export_onnx(shipped, inputs, tmp_path / MODEL_ONNX, signature=signature)
+        export_onnx(ExportJob(shipped, inputs, signature), tmp_path / MODEL_ONNX)
         exact = Float64Evaluator(tmp_path / MODEL_ONNX).evaluate(feeds)
         for name in FILES:
             assert error_of(TorchFloat64Evaluator(tmp_path / name, signature).evaluate(feeds), exact) < 1e-12

@@ -148,7 +148,7 @@ def test_a_folder_is_read_only_at_data_dir(tmp_path: Path, monkeypatch: pytest.M
     described = pictures(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("bnexport.data.datasets.load_folder_part", lambda *_, **__: pytest.fail("it was read"))
-        patch.setattr("bnexport.data.datasets.folder_labels", lambda *_, **__: pytest.fail("it was looked at"))
+        patch.setattr("bnexport.data.datasets.folder_layout", lambda *_, **__: pytest.fail("it was looked at"))
         suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)})
     assert suite.images == "no real images: a bundle may name any folder, so its images are read only with --data-dir"
     assert suite.labels is None
