@@ -29,6 +29,7 @@ _QUICK_SAMPLES = 64
 #: Memory of a process before it opens a file, and of a session per byte of its file. Both are on the low side: the refusal
 #: comes before the machine runs out of memory, not before each session that is large.
 _PROCESS_BYTES, _COPIES = 100e6, 3
+_NOT_VERIFIED = RuntimeVerdict(UNKNOWN, "the file of --against is not verified")
 #: Shares of the work done after loading and after verifying.
 _LOADED, _VERIFIED = 0.25, 0.35
 
@@ -68,7 +69,12 @@ def benchmark(request: BenchmarkRequest, *, progress: Progress = silent) -> Benc
         measured, facts, whole = _rounds(variants, workers, rounds, seconds, request.seed, progressing)
     results = results_of(
         [
-            (variant, _loaded(workers[variant.process], variant), measured[variant], _verdict(variant, verdicts))
+            (
+                variant,
+                _loaded(workers[variant.process], variant),
+                measured[variant],
+                verdicts.get((variant.subject.label, variant.runtime), _NOT_VERIFIED),
+            )
             for variant in variants
         ]
     )
@@ -195,11 +201,11 @@ def _verdicts(
     for number, subject in enumerate(subjects):
         own = {variant.runtime: workers[variant.process].loaded for variant in variants if variant.subject is subject}
         recorded = _recorded(subject)
-        kept = {runtime for runtime, loaded in own.items() if _is_same(recorded, runtime, loaded["description"])}
-        for runtime in kept:
-            assert recorded is not None
-            found[subject.label, runtime] = verdict_on(recorded, runtime, subject.manifest, "at export")
-        if new := [runtime for runtime in own if runtime not in kept]:
+        for runtime, loaded in own.items():
+            version = loaded["description"].get("version")
+            if recorded is not None and recorded.runtimes.get(runtime, {}).get("version") == version:
+                found[subject.label, runtime] = verdict_on(recorded, runtime, subject.manifest, "at export")
+        if new := [runtime for runtime in own if (subject.label, runtime) not in found]:
             scope = Scope(max_samples=_QUICK_SAMPLES if request.quick else None, drift=False)
             part = part_of(progress, number / len(subjects), (number + 1) / len(subjects))
             try:
@@ -217,28 +223,16 @@ def _named(progress: Progress) -> Progress:
     return lambda _stage, done, total: progress("verifying", done, total)
 
 
-def _verdict(variant: Variant, verdicts: Mapping[tuple[str, str], RuntimeVerdict]) -> RuntimeVerdict:
-    unknown = RuntimeVerdict(UNKNOWN, "the file of --against is not verified")
-    return verdicts.get((variant.subject.label, variant.runtime), unknown)
-
-
 def _recorded(subject: Subject) -> VerificationReport | None:
-    """Return the verdict in the manifest if every file is the one that was verified; None without one."""
+    """Return the verdict in the manifest if it is on these files and this processor; None without one."""
     value = subject.manifest.verification
     if not value or subject.bundle.problems():
         return None
     try:
-        return VerificationReport.from_json(value)
+        report = VerificationReport.from_json(value)
     except (KeyError, TypeError, ValueError, AttributeError):  # another version's
         return None
-
-
-def _is_same(recorded: VerificationReport | None, runtime: str, description: Mapping[str, Any]) -> bool:
-    """Return True if the recorded verdict covers this engine's version on this processor."""
-    if recorded is None:
-        return False
-    then = recorded.runtimes.get(runtime, {})
-    return then.get("version") == description.get("version") and recorded.environment.get("cpu") == cpu_name()
+    return report if report.environment.get("cpu") == cpu_name() else None
 
 
 def _rounds(
@@ -251,10 +245,8 @@ def _rounds(
 ) -> tuple[dict[Variant, list[Round]], list[dict[str, float]], bool]:
     """Let every variant measure in each round, in a random order; every second round has the reversed order of the last.
 
-    So a machine that slows down or speeds up over two rounds favours no variant.
-
-    Returns:
-        The rounds of each variant, the facts of each measurement, and False if an interrupt ended the measurement.
+    So a machine that slows down or speeds up over two rounds favours no variant. The result has the rounds of each variant, the
+    facts of each measurement, and False if an interrupt ended the measurement.
     """
     measured: dict[Variant, list[Round]] = {variant: [] for variant in variants}
     facts: list[dict[str, float]] = []

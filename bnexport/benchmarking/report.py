@@ -197,21 +197,15 @@ def per_round(result: Result, goal: Goal) -> list[float]:
     return [GOALS[goal][1](part, result.variant) for part in result.rounds]
 
 
-def time_per_image(variant: Variant, rounds: Sequence[Round]) -> list[float]:
-    """Return the seconds per image of each round, by the median call, which a short disturbance does not change."""
-    return [statistics.median(part.times) / (variant.batch * variant.sessions) for part in rounds]
-
-
 def results_of(measured: Sequence[tuple[Variant, Loaded, Sequence[Round], RuntimeVerdict]]) -> tuple[Result, ...]:
     """Return the rows, each compared with the first row of its batch size. Variants without a round are left out."""
     base: dict[int, list[float]] = {}
     found = []
     for variant, loaded, rounds, verdict in measured:
-        if rounds:
-            own = time_per_image(variant, rounds)
-            found.append(
-                Result(variant, loaded, tuple(rounds), verdict, ratio(own, base.setdefault(variant.batch, own)))
-            )
+        if rounds:  # by the median call, which a short disturbance does not change
+            per_image = [statistics.median(part.times) / (variant.batch * variant.sessions) for part in rounds]
+            compared = ratio(per_image, base.setdefault(variant.batch, per_image))
+            found.append(Result(variant, loaded, tuple(rounds), verdict, compared))
     return tuple(found)
 
 

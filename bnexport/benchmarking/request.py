@@ -27,8 +27,7 @@ _QUICK_ENGINES = ("onnxruntime", "openvino")
 class BenchmarkRequest:
     """The files, runtimes and sizes to measure. An empty or None field has its default, which depends on ``quick``.
 
-    Raises:
-        UsageError: A value that can't be measured, or two names for one file.
+    UsageError for a value that can't be measured, or two names for one file.
     """
 
     bundles: tuple[Path, ...]
@@ -52,7 +51,7 @@ class BenchmarkRequest:
             raise UsageError(f"--against {self.against} is not a file", remedy="Give an ONNX file")
         if self.rounds is not None and self.rounds < LEAST_ROUNDS:
             raise UsageError(
-                f"--rounds is {self.rounds}, too few for the interval of a ratio",
+                f"--rounds is {self.rounds}, but the interval of a ratio needs at least {LEAST_ROUNDS} rounds",
                 remedy=f"Give --rounds {LEAST_ROUNDS} or more",
             )
         if not 0 < self.variant_seconds < 1e6:
@@ -70,7 +69,7 @@ class BenchmarkRequest:
         return (QUICK_SECONDS if self.quick else SECONDS) if self.seconds is None else self.seconds
 
     def rounds_for(self, slowest: float) -> int:
-        """Return the number of rounds if the slowest call takes so many seconds."""
+        """Return the number of rounds for the seconds of the slowest call."""
         if self.rounds is not None:
             return self.rounds
         return max(LEAST_ROUNDS, min(ROUNDS, int(self.variant_seconds / slowest)))

@@ -34,7 +34,7 @@ from bnexport.tensors import Array
 
 Feeds = Mapping[str, Array]
 Run = Callable[[Feeds], Mapping[str, Array]]
-#: Every so many timed calls get the golden inputs, whose answers are compared after the measurement.
+#: One of this many timed calls gets the golden inputs; their answers are compared after the measurement.
 GOLDEN_EVERY = 16
 #: Largest number of different inputs of one batch size.
 MOST_INPUTS = 64
@@ -147,10 +147,8 @@ def measure(
 class Worker:
     """The parent's side of one process; it ends with the ``with`` block. RuntimeUnavailable if it can't open its file.
 
-    Args:
-        name: The runtime, for messages.
-        request: "bundle" and "manifest", or "file"; "runtime", "threads", "sessions", "batches" (in rising order), and
-            "inputs", the folder that ``save_inputs`` wrote.
+    ``name`` is the runtime, for messages. ``request`` has "manifest", and "bundle" or "file"; "runtime", "threads", "sessions",
+    "batches" (in rising order), and "inputs", the folder that ``save_inputs`` wrote.
     """
 
     def __init__(self, name: str, request: Mapping[str, Any]) -> None:
@@ -233,7 +231,7 @@ def _open_bare(file: Path, manifest: Manifest, threads: int) -> tuple[Run, dict[
     theirs, ours = [item.name for item in session.get_inputs()], [spec.name for spec in manifest.signature.inputs]
     if len(theirs) != len(ours):
         raise RuntimeUnavailable(
-            f"{file} takes {len(theirs)} inputs, but the bundle {len(ours)}", remedy="Give the bundle's own model"
+            f"{file} takes {len(theirs)} inputs, but the bundle has {len(ours)}", remedy="Give the bundle's own model"
         )
     names = dict(zip(ours, theirs, strict=True))
 
@@ -244,18 +242,13 @@ def _open_bare(file: Path, manifest: Manifest, threads: int) -> tuple[Run, dict[
     return run, {"engine": "onnxruntime", "version": str(ort.__version__), "device": "cpu"}
 
 
-def _import_seconds(runtime: str) -> float:
-    before = time.perf_counter()
-    importlib.import_module(_PACKAGES.get(runtime.rpartition("-")[0], "torch"))
-    return time.perf_counter() - before
-
-
 def _load(request: Mapping[str, Any], manifest: Manifest) -> tuple[list[Run], dict[int, Inputs], dict[str, Any]]:
     """Open the sessions, and run the first batch of every size, the smallest first: memory never shrinks."""
-    imported = _import_seconds(request["runtime"])
+    start = time.perf_counter()
+    importlib.import_module(_PACKAGES.get(request["runtime"].rpartition("-")[0], "torch"))
     before = time.perf_counter()
     run, description = _open(request, manifest)
-    loaded = time.perf_counter() - before
+    imported, loaded = before - start, time.perf_counter() - before
     sessions = [run, *(_open(request, manifest)[0] for _ in range(request["sessions"] - 1))]
     every: dict[int, Inputs] = {}
     first, memory = {}, {}

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.errors import ModelError
-from bnexport.files import write_atomically
+from bnexport.files import input_errors, write_atomically
 from bnexport.optional import one_line, require
 from bnexport.tensors import Array
 from bnexport.validation.json_text import parse_json
@@ -99,14 +99,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         _check_format(path, value.pop("format", FORMAT))
     network = value.get("network") if isinstance(value, dict) else None
     if not isinstance(network, dict) or not isinstance(network.get("source"), str):
-        raise ModelError(f"the metadata of {path} does not name a network", remedy=_REMEDY)
+        raise ModelError(f"the metadata of {path} contain no network", remedy=_REMEDY)
     return Checkpoint(state, value, optimizer)
 
 
 def _check_format(path: str | Path, found: Any) -> None:
     if type(found) is not int or found < 1:
         raise ModelError(
-            f"the metadata of {path} names the format {found!r}, which is not a positive number", remedy=_REMEDY
+            f"the metadata of {path} state the format {found!r}, which is not a positive whole number", remedy=_REMEDY
         )
     if found > FORMAT:
         raise ModelError(
@@ -178,14 +178,14 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
         raise ModelError(f"{path} does not exist", remedy="Check the path; bnexport train writes model.safetensors")
     if path.is_dir():
         raise ModelError(f"{path} is a folder, not a checkpoint", remedy="Give the model.safetensors inside it")
-    try:
-        with refusing(f"{path} is not a complete safetensors file: it", ModelError, remedy=_REMEDY):
-            check_regular(path)
-            with path.open("rb") as file:
-                if not file.read(1):
-                    raise ModelError(f"{path} is empty", remedy=_REMEDY)
-                header = validate_safetensors(file)
-                file.seek(0)
-                return file.read(), header
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
+    with (
+        input_errors(path, ModelError, remedy="Check the file's permissions"),
+        refusing(f"{path} is not a complete safetensors file: it", ModelError, remedy=_REMEDY),
+    ):
+        check_regular(path)
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise ModelError(f"{path} is empty", remedy=_REMEDY)
+            header = validate_safetensors(file)
+            file.seek(0)
+            return file.read(), header

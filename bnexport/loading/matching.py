@@ -136,9 +136,8 @@ def _unwrapped(names: Collection[str], keys: Collection[str] | None = None) -> d
 
 def _common_starts(names: Collection[str]) -> Iterator[str]:
     """Yield the prefixes that all names share and that end with a dot, the shortest first."""
-    parts = [name.split(".")[:-1] for name in names]
     start = ""
-    for level in zip(*parts, strict=False):
+    for level in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(level)) > 1:
             return
         start += level[0] + "."

@@ -58,7 +58,8 @@ def build_known(network: Mapping[str, Any]) -> nn.Module:
         return KNOWN[str(source)](**options)
     except TypeError as error:
         raise ModelError(
-            f"{source} has no such options: {one_line(error)}", remedy="Check --model-option, or write the file again"
+            f"{source} can't be built with these options: {one_line(error)}",
+            remedy="Check --model-option, or write the file again",
         ) from error
 
 
@@ -153,7 +154,7 @@ def _from_checkpoint(path: Path) -> LoadedModel:
         module.load_state_dict(checkpoint.state)
     except RuntimeError as error:
         raise ModelError(
-            f"{path} does not hold the weights of the network that it names: {one_line(error)}", remedy="Train again"
+            f"the weights in {path} do not fit its network: {one_line(error)}", remedy="Train again"
         ) from error
     return _described(module, metadata["network"], sample_facts(metadata["network"], module)[0], metadata)
 
@@ -270,7 +271,7 @@ def call_factory(source: str, options: Mapping[str, Any]) -> nn.Module:
 
     A ModelError reports code that is missing, fails at a line, or does not return a module.
     """
-    place = source.rpartition(":")[0]
+    place, _, name = source.rpartition(":")
     file = Path(place) if place.endswith(".py") else None
     # A file can import its neighbours, as with python FILE; a package in the current folder is found, as with python -m.
     # The user's code may print, which on standard output would break --json.
@@ -279,23 +280,18 @@ def call_factory(source: str, options: Mapping[str, Any]) -> nn.Module:
         contextlib.redirect_stdout(sys.stderr),
     ):
         module = _import_module(place) if file is None else _import_file(file)
-        return _made_by(module, source, options)
-
-
-def _made_by(module: Any, source: str, options: Mapping[str, Any]) -> nn.Module:
-    place, _, name = source.rpartition(":")
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise ModelError(
-            f"{place} has no function {name!r}", remedy="Name a function or class that returns the network"
-        )
-    try:
-        network = factory(**options)
-    except (Exception, SystemExit) as error:
-        raise ModelError(
-            f"{source} failed{_line_of(error, place)}: {type(error).__name__}: {one_line(error)}",
-            remedy="The factory is called without arguments (or the given ones) and must return a torch.nn.Module",
-        ) from error
+        factory = getattr(module, name, None)
+        if not callable(factory):
+            raise ModelError(
+                f"{place} has no function {name!r}", remedy="Name a function or class that returns the network"
+            )
+        try:
+            network = factory(**options)
+        except (Exception, SystemExit) as error:
+            raise ModelError(
+                f"{source} failed{_line_of(error, place)}: {type(error).__name__}: {one_line(error)}",
+                remedy="The factory is called without arguments (or the given ones) and must return a torch.nn.Module",
+            ) from error
     if not isinstance(network, nn.Module):
         raise ModelError(
             f"{source} returned a {type(network).__name__}, not a torch.nn.Module",
@@ -332,7 +328,7 @@ def _import_module(name: str) -> Any:
     except (Exception, SystemExit) as error:
         raise ModelError(
             f"the module {name} can't be imported: {type(error).__name__}: {one_line(error)}",
-            remedy="Install it, run from the folder that holds it, or name its file: path/file.py:factory",
+            remedy="Install it, run from its folder, or name its file: path/file.py:factory",
         ) from error
 
 

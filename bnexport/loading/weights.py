@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
 from bnexport.errors import ModelError, UsageError
-from bnexport.files import Refusal
+from bnexport.files import Refusal, input_errors
 from bnexport.loading.checkpoint import RUN_FILES, checkpoint_file, read_safetensors
 from bnexport.loading.matching import Match, Misfit, match_names
 from bnexport.nn.folded import is_folded
@@ -190,23 +190,18 @@ def _chosen(
     ]
     known = sorted((place for place in fitting if _is_known(place)), key=_rank)
     if known:
-        others = [place for place in fitting if place != known[0]]
-        return known[0], _several(path, known[0], others)
+        taken, others = known[0], [place for place in fitting if place != known[0]]
+        note = (
+            f"{path} holds {len(fitting)} sets of weights that fit: {taken or 'the top level'} was taken; --weights-key takes"
+            f" {_some([other or 'the top level' for other in others])} instead"
+        )
+        return taken, (note,) if others else ()
     if fitting:
         raise ModelError(
             f"{path} holds several sets of weights, and the choice is ambiguous{_listing(sets)}",
             remedy=f"Choose one: --weights-key {fitting[0]}; it fits {title}",
         )
     return min(serious, key=lambda place: (not _is_known(place), _rank(place), place)), ()
-
-
-def _several(path: Path, taken: str, others: list[str]) -> tuple[str, ...]:
-    if not others:
-        return ()
-    return (
-        f"{path} holds {len(others) + 1} sets of weights that fit: {taken or 'the top level'} was taken; --weights-key takes"
-        f" {_some([other or 'the top level' for other in others])} instead",
-    )
 
 
 def _by_key(sets: dict[str, Tensors], path: Path, key: str) -> str:
@@ -263,19 +258,15 @@ def _opened(path: Path) -> Iterator[dict[str, Tensors]]:
 
 def _sets(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensors]:
     if is_safetensors(path):
-        return {"": {name: _constant(value) for name, value in read_safetensors(path)[0].items()}}
-    try:
-        with refusing(f"{path} is not a plain state dict: it", ModelError, remedy=SAVE_WEIGHTS):
-            check_regular(path)
-            saved = read_saved(stack.enter_context(path.open("rb")))
-            stack.enter_context(no_warnings)  # torch's classes of storages warn that they are deprecated
-            return _tensor_sets(saved, path)
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
-
-
-def _constant(value: Tensor) -> Any:
-    return lambda: value
+        return {"": {name: value.detach for name, value in read_safetensors(path)[0].items()}}
+    with (
+        input_errors(path, ModelError, remedy="Check the file's permissions"),
+        refusing(f"{path} is not a plain state dict: it", ModelError, remedy=SAVE_WEIGHTS),
+    ):
+        check_regular(path)
+        saved = read_saved(stack.enter_context(path.open("rb")))
+        stack.enter_context(no_warnings)  # torch's classes of storages warn that they are deprecated
+        return _tensor_sets(saved, path)
 
 
 def _sharded(path: Path, stack: contextlib.ExitStack) -> Tensors:

@@ -78,10 +78,10 @@ def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
     if name not in names:
         raise ModelError(f"{zoo.package} has no model {name!r}", remedy=_hint(name, names, zoo.package))
     if not isinstance(options, Mapping):
-        raise ModelError(f"the options of {source} are not a table: {options!r}", remedy="Write the file again")
+        raise ModelError(f"the options of {source} are {options!r}, not a table", remedy="Write the file again")
     if fetching := [key for key in options if key in _FETCHING]:
         raise ModelError(
-            f"{source} takes no option {fetching[0]!r} here: bnexport fetches no weights",
+            f"{source} takes no option {fetching[0]!r} here, because bnexport downloads no weights",
             remedy="Give the weights as a file",
         )
     try:

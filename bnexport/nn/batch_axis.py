@@ -114,10 +114,8 @@ class _BatchRun:
 def check_batch(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Refuse a network whose output for one sample is not the output for a batch of 2 with one row less.
 
-    A copy is run on ``inputs``, an example with a batch of 2. A network that fails on it is left to ``trace``.
-
-    Raises:
-        UntracedError: Naming the line that drops the batch, writes its size, or reads it.
+    A copy is run on ``inputs``, an example with a batch of 2. A network that fails on it is left to ``trace``. The error
+    (UntracedError) names the line that drops the batch, writes its size, or reads it.
     """
     run = _runner(model, inputs)
     if run is None:

@@ -123,7 +123,6 @@ def recalibrate_by_layer(
         for name, calls in order.items():
             layer = layers[name]
             results |= _pass({name: layer}, model, batches(), device, training=[layer.layer] if calls > 1 else [])
-            _check_finite(name, results[name])
             _store(layer, results[name])
     return _store_all(layers, results)
 
@@ -137,10 +136,7 @@ def exact_moments(
     """
     layers = norm_layers(model)
     with _statistics_kept(layers):
-        found = _pass(layers, model, batches, device, training=[layer.layer for layer in layers.values()])
-    for name, moments in found.items():
-        _check_finite(name, moments)
-    return found
+        return _pass(layers, model, batches, device, training=[layer.layer for layer in layers.values()])
 
 
 def _pass(
@@ -162,7 +158,14 @@ def _pass(
             seen += 1
     if seen == 0:
         raise DataError("there are no batches to estimate moving statistics from", remedy="Give at least one batch")
-    return {name: found for name, found in moments.items() if found.calls}
+    called = {name: found for name, found in moments.items() if found.calls}
+    for name, found in called.items():
+        if not bool(torch.isfinite(found.mean).all() and torch.isfinite(found.squares).all()):
+            raise ModelError(
+                f"values that are not finite reach {name}, so its moving statistics can't be estimated",
+                remedy="Check the weights and the images; a diverged training leaves such weights",
+            )
+    return called
 
 
 def _calls(
@@ -242,14 +245,6 @@ def _before_calls(layers: dict[str, NormView], hook: Callable[..., None]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _check_finite(name: str, found: RunningMoments) -> None:
-    if not bool(torch.isfinite(found.mean).all() and torch.isfinite(found.squares).all()):
-        raise ModelError(
-            f"values that are not finite reach {name}, so its moving statistics can't be estimated",
-            remedy="Check the weights and the images; a diverged training leaves such weights",
-        )
 
 
 def _store_all(layers: dict[str, NormView], results: dict[str, RunningMoments]) -> int:

@@ -21,7 +21,7 @@ channel has no effect.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,27 +115,21 @@ def staleness(
     1000 images are enough to distinguish an error of 0.15 from chance. ``batches`` are mixed inputs of the training set, of the
     size used in training. Errors are those of ``nn.moving_statistics.recalibrate``.
     """
-    counted = _Counted(batches)
+    images = 0
+
+    def counted() -> Iterator[Batch]:
+        nonlocal images
+        for batch in batches:
+            images += len(batch if isinstance(batch, Tensor) else batch[0])
+            yield batch
+
     layers = norm_layers(model)
-    found = exact_moments(model, counted, device=device)
+    found = exact_moments(model, counted(), device=device)
     rows = tuple(
         compare(name, layers[name], moving=(layers[name].mean, layers[name].var), exact=(moments.mean, moments.var))
         for name, moments in found.items()
     )
-    return StalenessReport(rows, counted.images)
-
-
-class _Counted:
-    """Batches that count their inputs while they are read."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches
-        self.images = 0
-
-    def __iter__(self) -> Any:
-        for batch in self._batches:
-            self.images += len(batch if isinstance(batch, Tensor) else batch[0])
-            yield batch
+    return StalenessReport(rows, images)
 
 
 def compare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -122,7 +123,13 @@ class LayerStatistics:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; numbers that are not finite become None."""
-        rows = [{key: _json(getattr(channel, key)) for key in (*_COLUMNS, "mark")} for channel in self.channels]
+        rows = [
+            {
+                key: value if isinstance(value, str) or math.isfinite(value) else None
+                for key, value in vars(item).items()
+            }
+            for item in self.channels
+        ]
         return {"name": self.name, "eps": self.eps, "channels": rows}
 
 
@@ -131,10 +138,7 @@ def layer_statistics(state: Mapping[str, Values], *, eps: Mapping[str, float] | 
 
     A channel is marked *dead* when its output hardly varies (|gamma| * sqrt(var / (var + eps)) below 1/1000 of the
     layer's largest), *exploding* when its scale is over 30 times the median of the layer's channels that are not dead,
-    and *not finite* when a number is NaN or infinite or the variance negative.
-
-    Raises:
-        ModelError: The tensors of one layer differ in size.
+    and *not finite* when a number is NaN or infinite or the variance negative. ModelError if a layer's tensors differ in size.
     """
     known = eps or {}
     return [
@@ -186,9 +190,3 @@ def _numbers(values: Values) -> Array:
     """Return a tensor or an array as float64 (channels,)."""
     array = values if isinstance(values, np.ndarray) else values.detach().double().cpu().numpy()
     return array.astype(np.float64).reshape(-1)
-
-
-def _json(value: float | str) -> float | str | None:
-    if isinstance(value, float) and value - value != 0.0:  # NaN and infinity
-        return None
-    return value

@@ -21,10 +21,8 @@ def synchronised(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm of a model that has moving statistics by one over all processes, in place.
 
     Parameters and buffers are shared with the old layers and keep their names, so a state dict fits both. On CUDA torch's own
-    layers become ``nn.SyncBatchNorm``. Return the model, or the new layer where the model is itself a BatchNorm.
-
-    Raises:
-        ModelError: The forward of a user's class does more than BatchNorm.
+    layers become ``nn.SyncBatchNorm``. Return the model, or the new layer if the model is itself a BatchNorm. ModelError if the
+    forward of a user's class does more than BatchNorm.
     """
     made: dict[int, nn.Module] = {}  # a layer may have several names in the network
 
@@ -53,19 +51,16 @@ def _synced(layer: nn.Module) -> nn.Module:
             remedy="Leave --sync-batch-norm out, or build the network with torch's own BatchNorm",
         )
     if scratch:
-        return _twin(layer, SyncedScratchBatchNorm.__new__(SyncedScratchBatchNorm))
+        scratch_twin = SyncedScratchBatchNorm.__new__(SyncedScratchBatchNorm)
+        scratch_twin.__dict__.update(layer.__dict__)
+        return scratch_twin
     if next(layer.buffers()).is_cuda:
         on_gpu: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)  # type: ignore[no-untyped-call]
         return on_gpu
-    new = _twin(layer, SyncedBatchNorm.__new__(SyncedBatchNorm))
+    twin = SyncedBatchNorm.__new__(SyncedBatchNorm)
     dimensions: Any = layer._check_input_dim
-    new.__dict__["_check_input_dim"] = dimensions  # 2-D, 3-D, ... as the layer had it
-    return new
-
-
-def _twin(layer: nn.Module, new: nn.Module) -> nn.Module:
-    new.__dict__.update(layer.__dict__)
-    return new
+    twin.__dict__.update(layer.__dict__, _check_input_dim=dimensions)  # 2-D, 3-D, ... as the layer had it
+    return twin
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -6,14 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from bnexport.errors import REBUILD, BnexportError, BundleError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
-from bnexport.tensors import Array, Declared, Signature, TensorSpec, check_feeds
+from bnexport.tensors import Array, Declared, Dim, Signature, TensorSpec, check_feeds
 
 #: Precisions to which float32 kernels may round. A file in float16 or bfloat16 keeps its own precision.
 KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -147,16 +146,16 @@ class Runner(ABC):
         except Exception as error:  # engines raise various classes without a common base
             raise self._translated(error) from error
         if shapes != self._expected[0]:
-            self._expected = shapes, self._outputs_for(named_sizes(self.signature, feeds))
+            self._expected = shapes, self._outputs_for(feeds)
         return self._checked(outputs)
 
-    def _outputs_for(self, sizes: Mapping[str, int]) -> list[_Output]:
-        """Return the outputs for sizes of named dimensions; a name that the inputs lack stays."""
-        found = []
-        for spec in self.signature.outputs:
-            shape = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)
-            found.append((spec.name, shape, np.dtype(spec.dtype), TensorSpec(spec.name, spec.dtype, shape)))
-        return found
+    def _outputs_for(self, feeds: Mapping[str, Array]) -> list[_Output]:
+        """Return the outputs for the sizes of the inputs' named dimensions; a name that the inputs lack stays."""
+        sizes: dict[Dim, int] = {}
+        for spec in self.signature.inputs:
+            sizes |= {dim: n for dim, n in zip(spec.shape, feeds[spec.name].shape, strict=True) if isinstance(dim, str)}
+        sized = [(spec, tuple(sizes.get(dim, dim) for dim in spec.shape)) for spec in self.signature.outputs]
+        return [(s.name, shape, np.dtype(s.dtype), TensorSpec(s.name, s.dtype, shape)) for s, shape in sized]
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -173,9 +172,7 @@ class Runner(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def probe(self) -> None:
@@ -201,7 +198,7 @@ class Runner(ABC):
         for name, shape, dtype, spec in self._expected[1]:
             if name not in outputs:
                 have = ", ".join(map(repr, outputs)) or "none"
-                raise BundleError(f"{self.name} gave no output {name!r}, only {have}", remedy=REBUILD)
+                raise BundleError(f"{self.name} returned no output {name!r}, only {have}", remedy=REBUILD)
             array = outputs[name] if self._new_outputs else np.array(outputs[name], copy=True, order="C")
             if array.shape != shape or array.dtype != dtype:
                 problem = spec.problem(array)
@@ -226,13 +223,3 @@ def device_remedy(text: str) -> str:
 def plain_reason(name: str, error: BnexportError) -> str:
     """Return why a runner is unavailable, without its name, for a list that contains the name already."""
     return error.message.removeprefix(f"{name} can't run here: ")
-
-
-def named_sizes(signature: Signature, feeds: Mapping[str, Array]) -> dict[str, int]:
-    """Return the size of each named dimension in feeds that fit the signature: ``{"batch": 64}``."""
-    return {
-        dim: size
-        for spec in signature.inputs
-        for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)
-        if isinstance(dim, str)
-    }

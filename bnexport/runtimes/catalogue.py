@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.errors import RuntimeUnavailable, UsageError
 from bnexport.optional import installed
+from bnexport.runtimes import onnxruntime, openvino, torch_outputs, torch_runners
 from bnexport.runtimes.base import Runner, RunSettings
 
 if TYPE_CHECKING:
     from torch import nn
 
 
+#: (bundle, device, module, settings) -> an open runner.
+Opener = Callable[[Bundle, str, "nn.Module | None", RunSettings], Runner]
 #: The runtime that serves and predicts unless another one is named.
 DEFAULT_RUNTIME = "onnxruntime-cpu"
 
@@ -26,8 +29,7 @@ class RunnerSpec:
     engine: str  # "torch", "torchscript", "torch-export", "onnxruntime", "openvino", "reference"
     device: str  # "cpu", "cuda", or "tensorrt": onnxruntime's provider of that name on the same GPU
     file: str  # The file of the bundle that it reads
-    #: (bundle, device, module, settings) -> an open runner
-    opener: Callable[[Bundle, str, nn.Module | None, RunSettings], Runner]
+    opener: Opener
     prober: Callable[[str], str | None]  # device -> why it can't run here, or None
     served: str = "float32"  # Precision of its kernels by default, as users serve with it: TF32 on most GPU engines
     precisions: tuple[str, ...] = ("float32",)  # Values of ``RunSettings.precision`` that it accepts
@@ -45,15 +47,10 @@ class RunnerSpec:
     def open(self, bundle: Bundle, *, module: nn.Module | None = None, settings: RunSettings | None = None) -> Runner:
         """Open a runner of a bundle's file; use it in a ``with`` block.
 
-        Args:
-            bundle: Its file is opened without a check of its hash, which ``Bundle.check`` does.
-            module: The original network, for torch eager on a bundle without its network's code.
-            settings: Settings of the run; default: strict float32 as users serve it.
-
-        Raises:
-            BundleError: The file is missing, damaged, or does not fit the manifest.
-            Unavailable: The engine, the device or a library is missing.
-            UsageError: The settings have a precision that this engine lacks.
+        The file's hash is not checked here; ``Bundle.check`` does. ``module`` is the original network, for torch eager on a
+        bundle without its network's code; ``settings`` are strict float32 as users serve it by default. BundleError for a file
+        that is missing, damaged or unfit; Unavailable without the engine, device or a library; UsageError for a precision that
+        the engine lacks.
         """
         settings = settings or RunSettings()
         if settings.precision not in self.precisions:
@@ -80,24 +77,17 @@ class RunnerSpec:
             raise RuntimeUnavailable(start + reason.removeprefix(start), remedy="bnexport doctor lists what to install")
 
 
-def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.torch_runners import open_bundle
+def _file_opener(kind: Callable[..., Runner], name: str) -> Opener:
+    """Return the function that opens a runner of one file of a bundle."""
 
-    return open_bundle(bundle, device=device, module=module, settings=settings)
+    def opener(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
+        return kind(bundle.file(name), bundle.manifest.signature, device=device, settings=settings)
 
-
-def _open_torchscript(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.torch_runners import TorchScriptRunner
-
-    file = bundle.file(MODEL_TORCHSCRIPT)
-    return TorchScriptRunner(file, bundle.manifest.signature, device=device, settings=settings)
+    return opener
 
 
-def _open_exported(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.torch_runners import ExportedProgramRunner
-
-    file = bundle.file(MODEL_EXPORTED)
-    return ExportedProgramRunner(file, bundle.manifest.signature, device=device, settings=settings)
+def _open_openvino(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
+    return openvino.OpenVinoRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings)
 
 
 def _open_reference(bundle: Bundle, _device: str, _module: nn.Module | None, _settings: RunSettings) -> Runner:
@@ -106,62 +96,29 @@ def _open_reference(bundle: Bundle, _device: str, _module: nn.Module | None, _se
     return ReferenceRunner(bundle)
 
 
-def _open_onnxruntime(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
-
-    return OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, device=device, settings=settings)
-
-
-def _open_openvino(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.openvino import OpenVinoRunner
-
-    return OpenVinoRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings)
-
-
-def _torch_problem(device: str) -> str | None:
-    from bnexport.runtimes.torch_outputs import problem
-
-    return problem(device)
-
-
 def _reference_problem(_device: str) -> str | None:
     return None if installed("onnx") else "onnx is not installed"
 
 
-def _onnxruntime_problem(device: str) -> str | None:
-    from bnexport.runtimes.onnxruntime import problem
-
-    return problem(device)
-
-
-def _openvino_problem(device: str) -> str | None:
-    from bnexport.runtimes.openvino import problem
-
-    return problem(device)
-
-
-def _openvino_same(precision: str) -> str | None:
-    from bnexport.runtimes.openvino import same_as_float32
-
-    return same_as_float32(precision)
-
-
 #: IEEE float32, and kernels that round the inputs of convolutions and products to TF32.
 _GPU_PRECISIONS = ("float32", "tf32")
+_SCRIPT = _file_opener(torch_runners.TorchScriptRunner, MODEL_TORCHSCRIPT)
+_PROGRAM = _file_opener(torch_runners.ExportedProgramRunner, MODEL_EXPORTED)
+_ONNX = _file_opener(onnxruntime.OnnxRuntimeRunner, MODEL_ONNX)
 
 RUNNERS: tuple[RunnerSpec, ...] = (
-    RunnerSpec("torch", "cpu", WEIGHTS, _open_torch, _torch_problem),
-    RunnerSpec("torch", "cuda", WEIGHTS, _open_torch, _torch_problem, "tf32", _GPU_PRECISIONS),
-    RunnerSpec("torchscript", "cpu", MODEL_TORCHSCRIPT, _open_torchscript, _torch_problem),
-    RunnerSpec("torchscript", "cuda", MODEL_TORCHSCRIPT, _open_torchscript, _torch_problem, "tf32", _GPU_PRECISIONS),
-    RunnerSpec("torch-export", "cpu", MODEL_EXPORTED, _open_exported, _torch_problem),
-    RunnerSpec("torch-export", "cuda", MODEL_EXPORTED, _open_exported, _torch_problem, "tf32", _GPU_PRECISIONS),
-    RunnerSpec("onnxruntime", "cpu", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem),
-    RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
-    RunnerSpec("onnxruntime", "tensorrt", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
+    RunnerSpec("torch", "cpu", WEIGHTS, torch_runners.open_bundle, torch_outputs.problem),
+    RunnerSpec("torch", "cuda", WEIGHTS, torch_runners.open_bundle, torch_outputs.problem, "tf32", _GPU_PRECISIONS),
+    RunnerSpec("torchscript", "cpu", MODEL_TORCHSCRIPT, _SCRIPT, torch_outputs.problem),
+    RunnerSpec("torchscript", "cuda", MODEL_TORCHSCRIPT, _SCRIPT, torch_outputs.problem, "tf32", _GPU_PRECISIONS),
+    RunnerSpec("torch-export", "cpu", MODEL_EXPORTED, _PROGRAM, torch_outputs.problem),
+    RunnerSpec("torch-export", "cuda", MODEL_EXPORTED, _PROGRAM, torch_outputs.problem, "tf32", _GPU_PRECISIONS),
+    RunnerSpec("onnxruntime", "cpu", MODEL_ONNX, _ONNX, onnxruntime.problem),
+    RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _ONNX, onnxruntime.problem, "tf32", _GPU_PRECISIONS),
+    RunnerSpec("onnxruntime", "tensorrt", MODEL_ONNX, _ONNX, onnxruntime.problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec(
-        "openvino", "cpu", MODEL_ONNX, _open_openvino, _openvino_problem, "bfloat16", ("float32", "bfloat16"),
-        same_as_float32=_openvino_same, extra="openvino",
+        "openvino", "cpu", MODEL_ONNX, _open_openvino, openvino.problem, "bfloat16", ("float32", "bfloat16"),
+        same_as_float32=openvino.same_as_float32, extra="openvino",
     ),
     # Off by default: the file proof already evaluates it.
     RunnerSpec("reference", "cpu", MODEL_ONNX, _open_reference, _reference_problem, default=False),

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import io
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -23,7 +22,7 @@ from bnexport.optional import installed, one_line, require
 
 #: Device -> remedy if onnxruntime can't use it.
 REMEDIES = {
-    "cuda": "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; in a container hand the GPU through",
+    "cuda": "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; in a container, pass the GPU through",
     "tensorrt": "Make onnxruntime-cuda work, then install the TensorRT that this onnxruntime was built for: "
     "pip install 'tensorrt-cu13<11' brings libnvinfer.so.10 for CUDA 13",
 }
@@ -32,8 +31,7 @@ _PROVIDERS = {
     "cuda": (("cuda", "CUDA"),),
     "tensorrt": (("cuda", "CUDA"), ("tensorrt", "TensorRT")),
 }
-#: The Python package that TensorRT's wheels put their libraries into, and those that onnxruntime's provider needs.
-_TENSORRT_PACKAGE = "tensorrt_libs"
+#: The libraries of TensorRT that onnxruntime's provider needs, in the order in which they need each other.
 _TENSORRT_LIBRARIES = ("libnvinfer.so.*", "libnvinfer_plugin.so.*", "libnvonnxparser.so.*")
 
 
@@ -51,11 +49,9 @@ def leave_torch_out() -> None:
 def preload(ort: Any) -> str:
     """Load CUDA and cuDNN from the Python packages that contain them, so that the provider finds them.
 
-    torch comes first: it brings most of the same libraries, and two copies in one process clash. After
-    ``leave_torch_out`` it is imported only where the libraries are not found without it.
-
-    Returns:
-        The failures, as onnxruntime prints them; "" when every library is loaded.
+    torch is imported first: it brings most of the same libraries, and two copies in one process clash. After
+    ``leave_torch_out`` it is imported only if the libraries are not found without it. The result is onnxruntime's text on
+    failures, "" if every library is loaded.
     """
     if not _torch_first and "torch" not in sys.modules:
         for folder in package_folders(ort):
@@ -86,16 +82,11 @@ def package_folders(ort: Any) -> list[Path]:
 
 def preload_tensorrt() -> None:
     """Load TensorRT from its Python package; the system's loader finds an installation elsewhere."""
-    for library in _tensorrt_files():
-        _load(str(library), globally=True)
-
-
-def _tensorrt_files() -> Iterator[Path]:
-    """Yield the libraries in the order in which they need each other."""
-    spec = util.find_spec(_TENSORRT_PACKAGE)
+    spec = util.find_spec("tensorrt_libs")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         for pattern in _TENSORRT_LIBRARIES:
-            yield from sorted(Path(folder).glob(pattern))
+            for library in sorted(Path(folder).glob(pattern)):
+                _load(str(library), globally=True)
 
 
 def reason(ort: Any, device: str = "cuda") -> str | None:
@@ -174,9 +165,6 @@ def _major(version: str) -> str:
 
 def _imported(name: str) -> ModuleType | None:
     """Return a package, or None where it is missing or can't be imported."""
-    if not installed(name):
-        return None
-    try:
-        return require(name, purpose="the comparison of CUDA versions")
-    except MissingDependency:
-        return None
+    with contextlib.suppress(MissingDependency):
+        return require(name, purpose="the comparison of CUDA versions") if installed(name) else None
+    return None

@@ -93,6 +93,7 @@ def _examine(spec: RunnerSpec, bundle: Bundle) -> Health:
     truth = expected(images)
     difference = float(np.abs(answer - truth).max() / np.abs(truth).max())
     works = difference <= BOUND  # false for NaN
-    reason = "" if works else f"its numbers are wrong: error {difference:.1e} of scale, allowed {BOUND:.0e}"
-    remedy = "" if works else "Check the driver's version, and for other settings of precision in the environment"
+    wrong = f"its outputs are wrong: the error is {difference:.1e} of scale, but at most {BOUND:.0e} is allowed"
+    reason = "" if works else wrong
+    remedy = "" if works else "Check the driver's version, and the environment for settings of the precision"
     return Health(spec.name, works, device, difference if np.isfinite(difference) else None, reason, remedy, details)

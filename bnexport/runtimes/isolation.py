@@ -16,9 +16,9 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -50,12 +50,12 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Array]]:
     """Read one message, with arrays in separate memory; EOFError after the other process has ended."""
     size = int.from_bytes(_exactly(stream, 8), "little")
     if size > _MAX_HEAD:
-        raise ValueError(f"a message of {size} bytes")
+        raise ValueError(f"a message has {size} bytes, more than {_MAX_HEAD}")
     head = json.loads(bytes(_exactly(stream, size)))
     arrays = {}
     for name, dtype, shape in head.pop(_ARRAYS):
         if dtype not in DTYPES:
-            raise ValueError(f"an array of the type {dtype!r}")
+            raise ValueError(f"an array has the unknown type {dtype!r}")
         content = _exactly(stream, math.prod(shape) * np.dtype(dtype).itemsize)
         arrays[str(name)] = np.frombuffer(content, dtype).reshape(shape)
     return head, arrays
@@ -79,14 +79,17 @@ _GRACE = 5.0
 _CHILD = "bnexport.runtimes.isolated_child"
 
 
-@dataclass(frozen=True)
-class Variable:
+class Variable(NamedTuple):
     """One row of ENVIRONMENT: a variable (a final * stands for any ending), its values, None for unset, and its effect."""
 
     name: str
     float32: str | None
     tf32: str | None
     reason: str
+
+    def covers(self, name: str) -> bool:
+        """Return True if a name is that of the variable."""
+        return name.startswith(self.name[:-1]) if self.name.endswith("*") else name == self.name
 
 
 #: Variables that change numbers. Everything else (paths, devices, threads) is the user's and stays.
@@ -182,7 +185,9 @@ class IsolatedRunner(Runner):
         message = f"the process of {self.name} {how}" + (f" ({words})" if words else "")
         if self.effective_device == "cpu" and not late:
             return BundleError(message, remedy=REBUILD)
-        return RuntimeUnavailable(message, remedy="Check memory and drivers; bnexport doctor lists what works here")
+        return RuntimeUnavailable(
+            message, remedy="Check memory and drivers; bnexport doctor lists the runtimes that work here"
+        )
 
     def close(self) -> None:
         """End the child."""
@@ -192,7 +197,7 @@ class IsolatedRunner(Runner):
 
 def child_environment(precision: str) -> dict[str, str]:
     """Return this process's environment, changed for a precision as ENVIRONMENT states."""
-    rest = {name: value for name, value in os.environ.items() if not any(_names(row, name) for row in ENVIRONMENT)}
+    rest = {name: value for name, value in os.environ.items() if not any(row.covers(name) for row in ENVIRONMENT)}
     wanted = {row.name: row.float32 if precision == "float32" else row.tf32 for row in ENVIRONMENT}
     return {**rest, **{name: value for name, value in wanted.items() if value is not None}, "PYTHONPATH": import_path()}
 
@@ -201,10 +206,6 @@ def import_path() -> str:
     """Return the PYTHONPATH with which a child finds the packages of this process."""
     here = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join(dict.fromkeys([*(str(Path(path or ".").resolve()) for path in sys.path), here]))
-
-
-def _names(row: Variable, name: str) -> bool:
-    return name.startswith(row.name[:-1]) if row.name.endswith("*") else name == row.name
 
 
 def start_child(module: str, name: str, stderr: IO[bytes], precision: str = "float32") -> subprocess.Popen[bytes]:

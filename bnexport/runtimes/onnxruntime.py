@@ -86,18 +86,16 @@ class OnnxRuntimeRunner(Runner):
     def _opening_error(self, model: bytes, error: Exception) -> BnexportError:
         """Blame the file when it does not open on the CPU either, else the machine."""
         text = one_line(error, 200)
-        if self._device != "cpu" and self._opens_on_cpu(model):
-            missing = cuda_libraries.reason(self._ort, self._device)
-            remedy = device_remedy(str(error)) if missing is None else cuda_libraries.REMEDIES[self._device]
-            return RuntimeUnavailable(f"{self.name} can't run here: {missing or text}", remedy=remedy)
-        return BundleError(f"{self._file} is not a model that onnxruntime can load: {text}", remedy=REBUILD)
-
-    def _opens_on_cpu(self, model: bytes) -> bool:
+        unfit = BundleError(f"{self._file} is not a model that onnxruntime can load: {text}", remedy=REBUILD)
+        if self._device == "cpu":
+            return unfit
         try:
             open_session(self._ort, model, "cpu", RunSettings())
         except Exception:  # as above
-            return False
-        return True
+            return unfit
+        missing = cuda_libraries.reason(self._ort, self._device)
+        remedy = device_remedy(str(error)) if missing is None else cuda_libraries.REMEDIES[self._device]
+        return RuntimeUnavailable(f"{self.name} can't run here: {missing or text}", remedy=remedy)
 
     def _refuse_other_signature(self) -> None:
         inputs, outputs = (
@@ -141,7 +139,7 @@ class OnnxRuntimeRunner(Runner):
         lie = sorted({str(value.device_name()).lower() for value in values})
         if lie != [where]:
             raise RuntimeUnavailable(
-                f"{self.name} did not keep its bound values on {where}: they are on {', '.join(lie)}",
+                f"{self.name} bound its values to {where}, but they are on {', '.join(lie)}",
                 remedy="Run it without IO binding",
             )
         self.description["memory"] = f"bound on {where}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,13 @@ _NO_KERNEL = "Run this model on the CPU, or replace the operators that the GPU p
 _TENSORRT_VARIABLES = {f"ORT_TENSORRT_{what}_ENABLE": "0" for what in ("FP16", "BF16", "INT8", "ENGINE_CACHE")}
 
 
-@dataclass(frozen=True)
-class Target:
-    """One row of TARGETS: ``must``, called ``words`` in sentences, is the provider that has to take at least one node.
-
-    The providers are in order of preference. onnxruntime adds the CPU's itself, so its nodes are read back and judged.
-    """
-
-    providers: tuple[str, ...]
-    must: str
-    words: str
-
-
-#: Device of a runner -> its providers.
-TARGETS: dict[str, Target] = {
-    "cpu": Target((CPU,), CPU, "the CPU"),
-    "cuda": Target((CUDA,), CUDA, "CUDA"),
+#: Device of a runner -> the name of its first provider in sentences, and its providers in order of preference. The first one
+#: has to take at least one node. onnxruntime adds the CPU's itself, so its nodes are read back and judged.
+TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cpu": ("the CPU", (CPU,)),
+    "cuda": ("CUDA", (CUDA,)),
     # TensorRT leaves operators without an implementation to CUDA; the description has the number of nodes of each.
-    "tensorrt": Target((TENSORRT, CUDA), TENSORRT, "TensorRT"),
+    "tensorrt": ("TensorRT", (TENSORRT, CUDA)),
 }
 #: RunSettings.optimisation -> onnxruntime's name.
 LEVELS = {
@@ -89,7 +77,7 @@ def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> 
         options.add_session_config_entry("session.x64quantprecision", "1")
     if device != "cpu":
         options.use_deterministic_compute = settings.precision == "float32"
-    providers = [(name, provider_options(name, settings)) for name in TARGETS[device].providers]
+    providers = [(name, provider_options(name, settings)) for name in TARGETS[device][1]]
     return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
 
@@ -111,10 +99,10 @@ def prepare_device(ort: Any, name: str, device: str, settings: RunSettings) -> N
     """
     if device == "cpu":
         return
-    target = TARGETS[device]
-    if not set(target.providers) <= set(ort.get_available_providers()):
+    first, providers = TARGETS[device]
+    if not set(providers) <= set(ort.get_available_providers()):
         raise RuntimeUnavailable(
-            f"{name} can't run here: this onnxruntime ({ort.__version__}) is built without {target.words}",
+            f"{name} can't run here: this onnxruntime ({ort.__version__}) is built without {first}",
             remedy="Replace it: pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'",
         )
     cuda_libraries.preload(ort)
@@ -173,17 +161,17 @@ def check_placement(ort: Any, session: Any, nodes: Sequence[PlacedNode], name: s
     ``name`` is the runner's, and ``model`` holds the bytes that the session was opened from. RuntimeUnavailable if a node is on
     another device, except shape arithmetic on the CPU, or if the requested provider took none.
     """
-    target, remedy = TARGETS[device], cuda_libraries.REMEDIES.get(device, "")
-    if target.must not in session.get_providers():
-        reason = cuda_libraries.reason(ort, device) or f"onnxruntime opened no {target.words} provider"
+    (first, providers), remedy = TARGETS[device], cuda_libraries.REMEDIES.get(device, "")
+    if providers[0] not in session.get_providers():
+        reason = cuda_libraries.reason(ort, device) or f"onnxruntime opened no {first} provider"
         raise RuntimeUnavailable(f"{name} can't run here: {reason}", remedy=remedy)
     # A graph of constants has no nodes left.
     used = dict.fromkeys(node.provider for node in nodes) or [session.get_providers()[0]]
-    if strange := [provider for provider in used if provider not in (*target.providers, CPU)]:
+    if strange := [provider for provider in used if provider not in (*providers, CPU)]:
         raise RuntimeUnavailable(f"{name} fell back: nodes run on {', '.join(strange)}", remedy=remedy)
-    if target.must not in used:
+    if providers[0] not in used:
         raise RuntimeUnavailable(
-            f"{name} fell back: no node runs on {target.words}, all run on {', '.join(used)}",
+            f"{name} fell back: no node runs on {first}, all run on {', '.join(used)}",
             remedy=_NO_KERNEL,
         )
     if device != "cpu":

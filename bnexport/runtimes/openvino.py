@@ -107,16 +107,18 @@ class OpenVinoRunner(Runner):
             return
         coarse = {name: n for name, n in self.description["layers"].items() if name in ("bfloat16", "float16")}
         if self.description["precision"] != "float32" or coarse:
-            layers = ", ".join(f"{n} layers in {name}" for name, n in coarse.items()) or "its property"
+            found = ", ".join(f"{n} layers in {name}" for name, n in coarse.items()) or self.description["precision"]
             raise RuntimeUnavailable(
-                f"openvino-cpu does not compute in the requested float32: {layers}",
+                f"float32 was requested from openvino-cpu, but it reports {found}",
                 remedy="Update openvino; this version ignores the setting",
             )
 
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         if any(array.size == 0 for array in feeds.values()):
             # Some models raise an error; others return the answer to the previous batch.
-            raise FeedError("OpenVINO takes no empty batch", remedy="Give at least one sample")
+            raise FeedError(
+                "the batch is empty, but OpenVINO needs at least one sample", remedy="Give at least one sample"
+            )
         try:
             outputs = self._request.infer(dict(feeds))
         except RuntimeError as error:
@@ -153,7 +155,7 @@ def problem(_device: str) -> str | None:
         return error.message
     except Exception as error:  # a plugin that can't be loaded
         return f"OpenVINO can't start: {own_reason(error)}"
-    return None if _DEVICE in devices else f"OpenVINO sees no CPU, only {', '.join(devices) or 'nothing'}"
+    return None if _DEVICE in devices else f"OpenVINO finds no CPU, only {', '.join(devices) or 'nothing'}"
 
 
 @functools.cache

@@ -28,7 +28,7 @@ class ReferenceRunner(Runner):
         expected = tuple(spec.name for spec in self.signature.inputs)
         if self._evaluator.inputs != expected:
             raise BundleError(
-                f"{file} has the inputs {list(self._evaluator.inputs)}, the manifest states {list(expected)}",
+                f"{file} has the inputs {list(self._evaluator.inputs)}, but the manifest states {list(expected)}",
                 remedy=REBUILD,
             )
         self.description = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -48,7 +46,7 @@ def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
     error = max(largest_error(answers[name], values) for name, values in expected.items())
     if not error <= bound:  # NaN fails
         raise BundleError(
-            f"{bundle.path}: {runner.name} answers the golden vectors with an error of {error:.1e} of scale, "
+            f"{bundle.path}: {runner.name} has an error of {error:.1e} of scale on the golden vectors, "
             f"but at most {bound:.1e} is allowed",
             remedy="Run bnexport verify on the bundle on this machine; it reports which stage fails",
         )
@@ -58,39 +56,34 @@ def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
 def golden_bound(manifest: Manifest, runtime: str) -> float:
     """Return the allowed error of a runtime's answers to the golden inputs, as a share of scale.
 
-    It is GOLDEN_BOUND, or the noise of the file's precision on this model where that is more. That noise was predicted at
-    export and is in the manifest's verdict. A BundleError refuses a bundle in half precision or int8 without a verdict that
-    passed on a runtime of this engine.
+    It is GOLDEN_BOUND, or the noise of the file's precision on this model if that is more. The noise was predicted at export,
+    and is in the manifest's verdict, in the rows of kernels of the file's own precision. A BundleError refuses a bundle in half
+    precision or int8 without a verdict that passed on a runtime of this engine.
     """
-    engine = runtime.rpartition("-")[0]
-    found = [float(row["bound"]) for row in _golden_rows(manifest) if str(row["subject"]).rpartition("-")[0] == engine]
+    engine, rows = runtime.rpartition("-")[0], manifest.verification.get("rows")
+    found = [
+        float(row["bound"])
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+        and (row.get("stage"), row.get("passed"), row.get("settings", "")) == ("golden", True, "")
+        and isinstance(row.get("bound"), float)
+        and str(row["subject"]).rpartition("-")[0] == engine
+    ]
     if manifest.precision == "float32":
         return max(GOLDEN_BOUND, *(bound for bound in (*found, 0.0) if bound <= _WIDEST_FLOAT32))
     widest = _WIDEST_INT8 if manifest.precision == "int8" else WIDEST_BOUND
     if not found or not 0 < max(found) <= widest:
         raise BundleError(
-            f"the bundle {manifest.name!r} is in {manifest.precision} and was not verified on {engine} at export",
+            f"the bundle {manifest.name!r} has the precision {manifest.precision}, but was not verified on {engine} at export",
             remedy="Export it again where bnexport can verify it on that engine",
         )
     return max(GOLDEN_BOUND, *found)
 
 
-def _golden_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
-    """Return the rows of the verdict at export for the golden vectors on kernels of the file's own precision."""
-    rows = manifest.verification.get("rows")
-    return [
-        row
-        for row in (rows if isinstance(rows, list) else [])
-        if isinstance(row, dict)
-        and (row.get("stage"), row.get("passed"), row.get("settings", "")) == ("golden", True, "")
-        and isinstance(row.get("bound"), float)
-    ]
-
-
 def incomparable(name: str, candidate: Array, reference: Array) -> str | None:
     """Return why two arrays can't be compared, as a sentence without its full stop; None when they can."""
     if candidate.shape != reference.shape:
-        return f"output {name!r} has shape {candidate.shape}, the reference {reference.shape}"
+        return f"output {name!r} has shape {candidate.shape}, but the reference has {reference.shape}"
     if reference.size == 0:
         return f"output {name!r} is empty: nothing was compared"
     for whose, array in (("the reference", reference), ("the candidate", candidate)):

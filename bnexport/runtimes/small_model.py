@@ -6,14 +6,13 @@ gemm.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle, Manifest, seal
-from bnexport.optional import quiet
+from bnexport.optional import no_warnings, quiet
 from bnexport.protobuf_wire import message
 from bnexport.tensor_proto import write_tensor
 from bnexport.tensors import Array, Signature, TensorSpec
@@ -25,6 +24,8 @@ SIGNATURE = Signature(
     (TensorSpec("input", "float32", ("batch", 1, 8, 8)),), (TensorSpec("logits", "float32", ("batch", 3)),)
 )
 OPSET, IR_VERSION = 18, 8
+#: Kinds of attributes: AttributeProto.AttributeType.
+_INT, _TENSOR, _INTS = 2, 4, 7
 #: Conv 1 to 2, 3x3, no padding; flatten; addition of ones; Linear 72 to 3.
 _SHAPES = {"kernel": (2, 1, 3, 3), "shift": (2,), "matrix": (3, 72), "bias": (3,)}
 
@@ -54,17 +55,18 @@ def write_onnx(file: Path) -> None:
     tensors = [write_tensor(values, name) for name, values in small_weights().items()]
     numbers = {"first": np.array(0), "axes": np.array([0]), "rest": np.array([-1]), "one": np.array([1])}
     tensors += [write_tensor(values.astype(np.int64), name) for name, values in numbers.items()]
+    ones = write_tensor(np.ones(1, np.float32), "")
     nodes = [
-        _node("Conv", ("input", "kernel", "shift"), "maps", _numbers("kernel_shape", 3, 3)),
+        _node("Conv", ("input", "kernel", "shift"), "maps", _attribute("kernel_shape", _INTS, (8, 3), (8, 3))),
         _node("Shape", ("maps",), "sizes"),
         _node("Gather", ("sizes", "first"), "batch"),
         _node("Unsqueeze", ("batch", "axes"), "row"),
-        _node("Concat", ("row", "rest"), "flat_sizes", _number("axis", 0)),
+        _node("Concat", ("row", "rest"), "flat_sizes", _attribute("axis", _INT, (3, 0))),
         _node("Reshape", ("maps", "flat_sizes"), "flat"),
-        _node("Concat", ("row", "one"), "made_sizes", _number("axis", 0)),
-        _node("ConstantOfShape", ("made_sizes",), "made", _tensor("value", np.ones(1, np.float32))),
+        _node("Concat", ("row", "one"), "made_sizes", _attribute("axis", _INT, (3, 0))),
+        _node("ConstantOfShape", ("made_sizes",), "made", _attribute("value", _TENSOR, (5, ones))),
         _node("Add", ("flat", "made"), "sum"),
-        _node("Gemm", ("sum", "matrix", "bias"), "logits", _number("transB", 1)),
+        _node("Gemm", ("sum", "matrix", "bias"), "logits", _attribute("transB", _INT, (3, 1))),
     ]
     graph = message(
         *((1, node) for node in nodes),
@@ -83,19 +85,9 @@ def _node(operator: str, inputs: tuple[str, ...], output: str, attribute: bytes 
     )
 
 
-def _number(name: str, value: int) -> bytes:
-    """Return an attribute of the kind INT (2)."""
-    return message((1, name), (3, value), (20, 2))
-
-
-def _numbers(name: str, *values: int) -> bytes:
-    """Return an attribute of the kind INTS (7)."""
-    return message((1, name), *((8, value) for value in values), (20, 7))
-
-
-def _tensor(name: str, values: Array) -> bytes:
-    """Return an attribute of the kind TENSOR (4)."""
-    return message((1, name), (5, write_tensor(values, "")), (20, 4))
+def _attribute(name: str, kind: int, *values: tuple[int, int | bytes]) -> bytes:
+    """Return an attribute of a kind of AttributeProto.AttributeType, with (field, value) of each of its values."""
+    return message((1, name), *values, (20, kind))
 
 
 def _value(spec: TensorSpec) -> bytes:
@@ -131,9 +123,7 @@ def write_torchscript(file: Path) -> None:
     """Write the model as TorchScript: scripted, since a trace turns the device of ``made`` into a constant."""
     import torch
 
-    with warnings.catch_warnings():
-        # Deprecated upstream, but one of this project's formats.
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\..*")
+    with no_warnings:  # deprecated upstream, but one of this project's formats
         torch.jit.save(torch.jit.freeze(torch.jit.script(torch_module())), str(file))
 
 

@@ -78,7 +78,7 @@ class TorchFloat64Evaluator:
         expected = len(self._signature.outputs)
         if len(results) != expected:
             raise BundleError(
-                f"{self._name} gives {len(results)} outputs, the manifest states {expected}",
+                f"{self._name} returns {len(results)} outputs, but the manifest states {expected}",
                 remedy="Check that the file is the one that was exported",
             )
         for spec, tensor in zip(self._signature.outputs, results, strict=True):
@@ -174,8 +174,8 @@ def _widened_script(file: TorchFile) -> Callable[..., Any]:
         itself = next(iter(graph.inputs()))
         if list(itself.uses()):
             raise BundleError(
-                f"{file.name} can't be evaluated in float64: it changes its own weights while it runs",
-                remedy="Export a network in eval mode, which keeps nothing between two calls",
+                f"{file.name} can't be evaluated in float64: it changes its own weights during a call",
+                remedy="Export a network in eval mode, which stores nothing between two calls",
             )
         graph.eraseInput(0)
         function: Callable[..., Any] = torch._C._create_function_from_graph("forward", graph)
@@ -228,7 +228,7 @@ def _refuse_narrow(name: str, value: Any) -> None:
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
         raise ProofError(
             f"the float64 evaluation left float64 at {name!r}",
-            remedy="Report this with the model: an operator of its graph names a type where none was expected",
+            remedy="Report this with the model: an operator of its graph states a type where none was expected",
         )
 
 

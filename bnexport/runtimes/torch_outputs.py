@@ -35,7 +35,7 @@ _WEIGHT_ELSEWHERE = re.compile(
 _DEVICE_WORDS = (
     "CUDA", "cuDNN", "CUDNN_", "CUBLAS_", "cuBLAS", "cuFFT", "nvrtc", "NVIDIA driver", "unable to find an engine",
 )  # fmt: skip
-REMEDY = "Install an NVIDIA driver and a torch built for CUDA; in a container hand the GPU through"
+REMEDY = "Install an NVIDIA driver and a torch built for CUDA; in a container, pass the GPU through"
 
 
 class TorchRunner(Runner):
@@ -60,7 +60,11 @@ class TorchRunner(Runner):
                 f"{self.name} can't run here: {reason}", remedy="Unset that variable, or run in a separate process"
             )
         self.effective_device = str(self._device)
-        self.description = describe(name, self._device)
+        import torch
+
+        gpu = {"gpu": torch.cuda.get_device_name(self._device)} if device == "cuda" else {}
+        version = str(torch.__version__)
+        self.description = {"engine": ENGINES[name], "version": version, "device": self.effective_device, **gpu}
 
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         settings = self._settings
@@ -97,7 +101,7 @@ class TorchRunner(Runner):
     def refuse_other_arguments(self, file: Path, taken: int) -> None:
         """Refuse a file whose function does not take as many inputs as the signature has."""
         if taken != (expected := len(self.signature.inputs)):
-            raise BundleError(f"{file} takes {taken} inputs, the manifest states {expected}", remedy=REBUILD)
+            raise BundleError(f"{file} takes {taken} inputs, but the manifest states {expected}", remedy=REBUILD)
 
     def close(self) -> None:
         """Free the module."""
@@ -123,7 +127,7 @@ def problem(device: str) -> str | None:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:  # RuntimeError, or torch.AcceleratorError, with the driver's own words
         return one_line(error)
-    return "torch sees no CUDA device"
+    return "torch finds no CUDA device"
 
 
 def need(name: str, device: str) -> torch.device:
@@ -163,11 +167,7 @@ def device_fault(error: Exception) -> bool:
     """Return True if an exception of torch is a fault of the GPU or its libraries, and not of a file or network."""
     import torch
 
-    kinds = tuple(
-        kind
-        for name in ("OutOfMemoryError", "AcceleratorError")  # the second since torch 2.8
-        if isinstance(kind := getattr(torch, name, None), type)
-    )
+    kinds = (torch.OutOfMemoryError, torch.AcceleratorError)
     return isinstance(error, kinds) or any(words in str(error) for words in _DEVICE_WORDS)
 
 
@@ -205,11 +205,3 @@ def flatten(result: Any) -> list[torch.Tensor]:
     if isinstance(result, list | tuple):
         return [tensor for item in result for tensor in flatten(item)]
     return []
-
-
-def describe(engine: str, where: torch.device) -> dict[str, Any]:
-    """Return engine, version and device as plain JSON values; each run adds the precision in effect."""
-    import torch
-
-    gpu = {"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}
-    return {"engine": ENGINES[engine], "version": str(torch.__version__), "device": str(where), **gpu}

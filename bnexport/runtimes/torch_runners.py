@@ -52,7 +52,7 @@ class TorchEagerRunner(torch_outputs.TorchRunner):
 
 
 def open_bundle(
-    bundle: Bundle, *, device: str = "cpu", module: nn.Module | None = None, settings: RunSettings | None = None
+    bundle: Bundle, device: str = "cpu", module: nn.Module | None = None, settings: RunSettings | None = None
 ) -> TorchEagerRunner:
     """Open a bundle's original network; ``module`` is the live one, for a bundle without its network's code."""
     torch_outputs.need(f"torch-{device}", device)

@@ -57,9 +57,13 @@ def check_exported(sizes: Mapping[str, int], read: Callable[[str, int], bytes], 
             if sizes[name]:  # an empty file is not unpickled: the author left the samples out
                 pickled(name)
         elif name.startswith("models/"):
-            _check_model(parse_json(read(name, limit("code-bytes")), max_bytes=limit("code-bytes")))
+            _check_model(_parsed(read(name, limit("code-bytes"))))
         elif name.endswith("_config.json"):
-            _check_payloads(name, sizes, parse_json(read(name, limit("code-bytes")), max_bytes=limit("code-bytes")))
+            _check_payloads(name, sizes, _parsed(read(name, limit("code-bytes"))))
+
+
+def _parsed(text: bytes) -> Any:
+    return parse_json(text, max_bytes=limit("code-bytes"))
 
 
 def _check_model(model: Any) -> None:
@@ -81,7 +85,7 @@ def _check_model(model: Any) -> None:
     for size in sizes:  # each text once: a network with varying sizes repeats them a few thousand times
         check_size(size)
     for symbol in _table(model, "range_constraints"):
-        if not is_symbol(symbol):  # torch counts up to the number in the name
+        if _SYMBOL.fullmatch(symbol) is None:  # torch counts up to the number in the name
             raise Refusal(f"has a size with the invalid name {shown(symbol)}")
     for guard in model.get("guards_code") or ():
         check_guard(guard)
@@ -128,19 +132,14 @@ def _check_spec(key: str, value: Any) -> None:
         raise Refusal(f"has an invalid {key}")
     if not value:
         return
-    for name, kind in _pairs(parse_json(value.encode("utf-8", "replace"), max_bytes=limit("code-bytes"))):
+    for name, kind in _pairs(_parsed(value.encode("utf-8", "replace"))):
         if name == "type" and kind not in _CONTAINERS:
             raise Refusal(f"has arguments in a container of the kind {shown(str(kind))}")
         if name == "context" and isinstance(kind, str):
-            _check_context(kind)
-
-
-def _check_context(text: str) -> None:
-    """Check the keys of a dictionary of arguments."""
-    keys = parse_json(text.encode("utf-8", "replace"), max_bytes=limit("code-bytes"))
-    for key in keys if isinstance(keys, list) else ():
-        if not isinstance(key, int):
-            _check_name(key, _DOTTED)
+            keys = _parsed(kind.encode("utf-8", "replace"))  # of a dictionary of arguments
+            for item in keys if isinstance(keys, list) else ():
+                if not isinstance(item, int):
+                    _check_name(item, _DOTTED)
 
 
 def _check_payloads(name: str, sizes: Mapping[str, int], value: Any) -> None:
@@ -171,7 +170,7 @@ FUNCTIONS = frozenset({
     "Not", "ceiling", "floor", "oo", "int_oo", "Add", "Mul", "Pow", "Integer", "Rational", "true", "false", "Equality",
     "Unequality", "StrictLessThan", "StrictGreaterThan", "LessThan", "GreaterThan", "Symbol", "Float",
 })  # fmt: skip
-#: Name of a size that varies. It has at most six digits, because torch counts up to the number.
+#: Name of a size that varies: s0, u12, zuf3. It has at most six digits, because torch counts up to the number.
 _SYMBOL = re.compile(r"[a-z]{1,8}\d{1,6}")
 #: Function whose first argument is a text -> pattern of the text.
 _TEXTS = {"Symbol": _SYMBOL, "Float": re.compile(r"-?\d{1,20}(\.\d{1,20})?(e-?\d{1,3})?")}
@@ -195,7 +194,7 @@ def check_size(text: Any) -> None:
     for node in nodes:
         odd = not isinstance(node, (*_SHARED, ast.keyword))
         if isinstance(node, ast.Name):
-            odd = node.id not in FUNCTIONS and not is_symbol(node.id)
+            odd = node.id not in FUNCTIONS and _SYMBOL.fullmatch(node.id) is None
         elif isinstance(node, ast.Call):
             odd = not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS or _is_large_power(node)
         elif isinstance(node, ast.keyword):
@@ -238,7 +237,7 @@ def check_guard(text: Any) -> None:
     for node in ast.walk(_tree(text)):
         odd = not isinstance(node, (*_SHARED, ast.Subscript, ast.Attribute))
         if isinstance(node, ast.Name):
-            odd = node.id not in _GUARD_NAMES and not is_symbol(node.id)
+            odd = node.id not in _GUARD_NAMES and _SYMBOL.fullmatch(node.id) is None
         elif isinstance(node, ast.Attribute):
             of_torch = isinstance(node.value, ast.Name) and node.value.id == "torch"
             odd = node.attr not in (_TORCH_CALLS if of_torch else _GUARD_CALLS)
@@ -271,11 +270,6 @@ def _tree(text: Any) -> ast.Expression:
             return ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Refusal(f"has {shown(text)} where a size is expected") from error
-
-
-def is_symbol(name: str) -> bool:
-    """Return True if a text is the name of a size that varies: s0, u12, zuf3."""
-    return _SYMBOL.fullmatch(name) is not None
 
 
 def _is_small(value: object, most: int = 2**63) -> bool:

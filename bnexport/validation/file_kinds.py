@@ -157,14 +157,7 @@ def kind_of(path: Path) -> FileKind | None:
 
 
 def refuse_other_kinds(path: Path, *wanted: str) -> str:
-    """Refuse a file of a known kind that is not among the wanted ones.
-
-    Returns:
-        The name of the kind; "" for an unknown kind, which passes.
-
-    Raises:
-        ModelError: The file is of another kind.
-    """
+    """Refuse (ModelError) a file of a known kind that is not wanted; return its kind, "" for an unknown one, which passes."""
     kind = kind_of(path)
     if kind is not None and kind.name not in wanted:
         raise ModelError(f"{path} {kind.fact}", remedy=kind.remedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,23 +113,13 @@ Call = tuple[str, str, str]
 
 def check_calls(main: Counter[Call], functions: Mapping[Call, Counter[Call]]) -> None:
     """Refuse functions that call each other in a circle, or that grow a file to millions of nodes."""
+    inner = {call: [used for used in nodes if used in functions] for call, nodes in functions.items()}
     sizes: dict[Call, int] = {}
-    waiting = {call: {inner for inner in nodes if inner in functions} for call, nodes in functions.items()}
-    users: dict[Call, list[Call]] = {}
-    for call, inner in waiting.items():
-        for used in inner:
-            users.setdefault(used, []).append(call)
-    ready = [call for call, inner in waiting.items() if not inner]
-    while ready:
-        call = ready.pop()
-        sizes[call] = _expanded(functions[call], sizes)
-        for user in users.get(call, ()):
-            waiting[user].discard(call)
-            if not waiting[user]:
-                ready.append(user)
-    if len(sizes) < len(functions):
-        name = next(call for call in functions if call not in sizes)[1]
-        raise Refusal(f"has the function {shown(name)}, which calls itself")
+    try:
+        for call in TopologicalSorter(inner).static_order():
+            sizes[call] = _expanded(functions[call], sizes)
+    except CycleError as error:
+        raise Refusal(f"has the function {shown(error.args[1][0][1])}, which calls itself") from error
     if (nodes := _expanded(main, sizes)) > limit("onnx-expanded"):
         raise Refusal(f"has functions that grow it to {min(nodes, 10**18)} nodes, more than {limit('onnx-expanded')}")
 
@@ -143,8 +133,7 @@ _FIXED = {4: (FIXED32, 4), 10: (FIXED64, 8)}
 _LAST_BYTES = bytes(range(0x80))
 
 
-@dataclass(frozen=True)
-class Outside:
+class Outside(NamedTuple):
     """Rules for data in other files."""
 
     folder: Path | None  # Folder of the files; None: the model has no folder, so its reader will refuse them
@@ -169,7 +158,11 @@ def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, o
     elif 9 in found:
         if typed:
             raise Refusal(f"has the tensor {shown(name)} with its data twice")
-        _check_raw(found[9][0], kind, elements, name)
+        there, needed = found[9][0].end - found[9][0].start, (elements * kind.bits + 7) // 8
+        if not kind.bits:
+            raise Refusal(f"has the tensor {shown(name)} of strings as raw bytes")
+        if there != needed:
+            raise Refusal(f"declares {needed} bytes for the tensor {shown(name)}, but has {there}")
     elif typed != -(-elements // kind.elements) * kind.entries or (
         typed and any(number in found and number != kind.field for number in TYPED)
     ):
@@ -185,14 +178,6 @@ def numbers(content: bytes, fields: Sequence[Field]) -> list[int]:
             if len(values) > limit("onnx-rank"):
                 return values
     return values
-
-
-def _check_raw(field: Field, kind: Element, elements: int, name: str) -> None:
-    there, needed = field.end - field.start, (elements * kind.bits + 7) // 8
-    if not kind.bits:
-        raise Refusal(f"has the tensor {shown(name)} of strings as raw bytes")
-    if there != needed:
-        raise Refusal(f"declares {needed} bytes for the tensor {shown(name)}, but has {there}")
 
 
 def _entries(content: bytes, number: int, fields: Sequence[Field]) -> int:

@@ -407,27 +407,17 @@ def _number(form: str) -> Callable[[io.BytesIO], Any]:
     return lambda stream: struct.unpack(form, _take(stream, size))[0]
 
 
-def _bytes(form: str) -> Callable[[io.BytesIO], bytes]:
-    """Return a reader of bytes with their number in front."""
+def _bytes(form: str, convert: Callable[[bytes], Any] = bytes) -> Callable[[io.BytesIO], Any]:
+    """Return a reader of bytes with their number in front, which are converted to another type."""
     length = _number(form)
 
-    def read(stream: io.BytesIO) -> bytes:
+    def read(stream: io.BytesIO) -> Any:
         count = length(stream)
         if count < 0:
             raise Refusal("holds a damaged pickle: it has a string of negative length")
-        return _take(stream, count)
+        return convert(_take(stream, count))
 
     return read
-
-
-def _text(form: str) -> Callable[[io.BytesIO], str]:
-    read = _bytes(form)
-    return lambda stream: _decoded(read(stream))
-
-
-def _whole(form: str) -> Callable[[io.BytesIO], int]:
-    read = _bytes(form)
-    return lambda stream: int.from_bytes(read(stream), "little", signed=True)
 
 
 def _name(stream: io.BytesIO) -> str:
@@ -441,6 +431,10 @@ def _name(stream: io.BytesIO) -> str:
 def _decoded(content: bytes) -> str:
     # A text may hold any bytes (a shared constant of a network). A text that is not UTF-8 is checked and never used.
     return content.decode("utf-8", "replace")
+
+
+def _whole(content: bytes) -> int:
+    return int.from_bytes(content, "little", signed=True)
 
 
 def _ignore(_machine: _Machine, _argument: Any) -> None:
@@ -480,11 +474,11 @@ _STEPS: _Steps = {
     b"J": (_number("<i"), _Machine.push),  # BININT
     b"K": (_number("B"), _Machine.push),
     b"M": (_number("<H"), _Machine.push),
-    b"\x8a": (_whole("B"), _Machine.push),  # LONG1
+    b"\x8a": (_bytes("B", _whole), _Machine.push),  # LONG1
     b"G": (_number(">d"), _Machine.push),  # BINFLOAT
-    b"X": (_text("<I"), _Machine.push),  # BINUNICODE
-    b"T": (_text("<i"), _Machine.push),  # BINSTRING
-    b"U": (_text("B"), _Machine.push),
+    b"X": (_bytes("<I", _decoded), _Machine.push),  # BINUNICODE
+    b"T": (_bytes("<i", _decoded), _Machine.push),  # BINSTRING
+    b"U": (_bytes("B", _decoded), _Machine.push),
     b"q": (_number("B"), _Machine.put),  # BINPUT
     b"r": (_number("<I"), _Machine.put),
     b"h": (_number("B"), _Machine.get),  # BINGET
@@ -508,13 +502,13 @@ _MODERN_STEPS: _Steps = {
     b"\x95": (_number("<Q"), _ignore),  # FRAME
     b"\x94": (_nothing, _Machine.memoize),
     b"\x93": (_nothing, _Machine.name_of_texts),  # STACK_GLOBAL
-    b"\x8c": (_text("B"), _Machine.push),
-    b"\x8d": (_text("<Q"), _Machine.push),
+    b"\x8c": (_bytes("B", _decoded), _Machine.push),
+    b"\x8d": (_bytes("<Q", _decoded), _Machine.push),
     b"C": (_bytes("B"), _Machine.push),  # BINBYTES
     b"B": (_bytes("<I"), _Machine.push),
     b"\x8e": (_bytes("<Q"), _Machine.push),
     b"\x96": (_bytes("<Q"), _Machine.push),
-    b"\x8b": (_whole("<i"), _Machine.push),  # LONG4
+    b"\x8b": (_bytes("<i", _whole), _Machine.push),  # LONG4
     b"\x90": (_nothing, lambda machine, _: machine.extend(machine.pop_to_mark())),  # ADDITEMS
     b"\x91": (_nothing, _to_mark("set")),
     b"\x92": (_nothing, lambda machine, _: machine.make(*machine.pop(3))),

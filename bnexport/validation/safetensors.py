@@ -33,15 +33,12 @@ def validate_safetensors(file: BinaryIO) -> Any:
     header = parse_json(file.read(length), max_bytes=limit("safetensors-header"))
     if not isinstance(header, dict):
         raise Refusal("has a header that is not a table of tensors")
-    _check_metadata(header.get(_METADATA, {}))
+    metadata = header.get(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise Refusal("has metadata that are not strings")
     spans = [_span(name, entry) for name, entry in header.items() if name != _METADATA]
     _check_cover(sorted(spans), size - 8 - length)
     return header
-
-
-def _check_metadata(metadata: Any) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise Refusal("has metadata that are not strings")
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:

@@ -116,7 +116,7 @@ def test_weights_of_another_architecture(bad: Run, tmp_path: Path) -> None:
     path.write_bytes(content)
     code, message = bad("fold-and-export", path, "--out", tmp_path / "x" / "1")
     assert code == 2
-    assert "does not hold the weights of the network that it names" in message
+    assert "do not fit its network" in message
 
 
 def test_output_that_exists(bad: Run, good: Path) -> None:

@@ -98,7 +98,7 @@ def test_doctor_fits_80_columns_and_states_each_cause_once(
 ) -> None:
     loader = "no NVIDIA driver (libcuda.so.1: cannot open shared object file: No such file or directory)"
     remedy = (
-        "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; in a container hand the GPU through"
+        "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; in a container, pass the GPU through"
     )
     rows = [
         Health("torch-cpu", True, "cpu", 1.5e-7, details={"engine": "torch eager", "version": "2.14.1+cu130"}),

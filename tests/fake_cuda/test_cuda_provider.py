@@ -172,7 +172,7 @@ def test_the_doctor_opens_cuda_and_does_not_believe_its_numbers(machine: Machine
     done = machine.bnexport("doctor", "--json", "--require", "onnxruntime-cuda")
     assert done.returncode == 3
     health = {row["runtime"]: row for row in json.loads(done.stdout)["runtimes"]}
-    assert health["onnxruntime-cuda"]["reason"].startswith("its numbers are wrong: error ")
+    assert health["onnxruntime-cuda"]["reason"].startswith("its outputs are wrong: the error is ")
     assert health["onnxruntime-cuda"]["device"] == "cuda:0"
     assert health["onnxruntime-cuda"]["details"]["placement"].endswith("on the CPU")
     assert health["onnxruntime-cpu"]["works"] is True

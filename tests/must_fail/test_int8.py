@@ -191,7 +191,7 @@ def test_a_server_loads_the_bundle_and_gives_what_the_file_states(
 
 def test_a_server_refuses_a_file_with_other_codes(int8_bundle: Bundle, tmp_path: Path) -> None:
     copied = spoiled(int8_bundle, tmp_path, "codes transposed")
-    with pytest.raises(BundleError, match="answers the golden vectors with an error of"):
+    with pytest.raises(BundleError, match="of scale on the golden vectors, but at most"):
         open_served("net", "1", copied.path, ServingSettings(workers=1))
 
 

@@ -324,7 +324,7 @@ def test_variants_are_files_runtimes_batches_threads_and_sessions(monkeypatch: p
         ({"sessions": (9,)}, "--sessions is 9, but this process has 2 cores"),
         ({"threads": (3,)}, "--threads is 3, but this process has 2 cores"),
         ({"threads": (2,), "sessions": (2,)}, "2 sessions of 2 threads need 4 cores"),
-        ({"rounds": 4}, "--rounds is 4, too few"),
+        ({"rounds": 4}, "--rounds is 4, but the interval of a ratio needs at least 5"),
         ({"seconds": 0.0}, "--seconds is 0.0"),
         ({"seconds": math.nan}, "--seconds is nan"),
         ({"bundles": ()}, "no bundle is given"),

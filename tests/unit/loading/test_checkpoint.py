@@ -80,8 +80,8 @@ WHOLE = content_of(json.dumps(METADATA))
         (pickle.dumps({"x": 1}), "not a complete safetensors file"),
         (safetensors.torch.save({"x": torch.ones(1)}), "no bnexport metadata"),
         (content_of("{"), "can't be read"),
-        (content_of("[]"), "does not name a network"),
-        (content_of("{}"), "does not name a network"),
+        (content_of("[]"), "contain no network"),
+        (content_of("{}"), "contain no network"),
     ],
 )
 def test_what_is_not_a_checkpoint_is_one_sentence(tmp_path, content, message):

@@ -107,15 +107,15 @@ def test_a_checkpoint_takes_no_other_weights(checkpoint):
 def test_a_checkpoint_of_other_tensors(tmp_path):
     metadata = {"network": {"source": "bn_lenet", "options": {"num_classes": 4}}}
     save_checkpoint(tmp_path / "a", Checkpoint(lenet().state_dict(), metadata))
-    assert "does not hold the weights of the network that it names" in message(str(tmp_path / "a"))
+    assert "do not fit its network" in message(str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("options", [{"foo": 1}, [1], {"in_channels": "x"}, {"num_classes": None}])
 def test_a_checkpoint_with_foreign_options(tmp_path, options):
     metadata = {"network": {"source": "bn_lenet", "options": options}}
     save_checkpoint(tmp_path / "a.safetensors", Checkpoint(lenet().state_dict(), metadata))
-    assert "bn_lenet has no such options" in message(str(tmp_path / "a.safetensors"))
-    assert "bn_lenet has no such options" in message("bn_lenet", tmp_path / "a.safetensors")
+    assert "bn_lenet can't be built with these options" in message(str(tmp_path / "a.safetensors"))
+    assert "bn_lenet can't be built with these options" in message("bn_lenet", tmp_path / "a.safetensors")
 
 
 def test_a_source_that_is_nothing():

@@ -110,12 +110,12 @@ def test_an_option_that_is_not_taken_is_named(source):
 @pytest.mark.parametrize("key", ["weights", "weights_backbone", "pretrained", "checkpoint_path", "pretrained_cfg"])
 @pytest.mark.parametrize("source", ["torchvision:fcn_resnet50", "timm:repvgg_a0"])
 def test_options_that_fetch_something_are_refused(source, key):
-    assert "fetches no weights" in refusal(source, **{key: "DEFAULT"}).message
+    assert "downloads no weights" in refusal(source, **{key: "DEFAULT"}).message
 
 
 def test_wrong_values_are_one_sentence():
     assert "can't be built with num_classes=x: TypeError" in refusal("torchvision:resnet18", num_classes="x").message
-    with pytest.raises(ModelError, match="are not a table"):
+    with pytest.raises(ModelError, match="not a table"):
         build_from_zoo("torchvision:resnet18", [1])
 
 

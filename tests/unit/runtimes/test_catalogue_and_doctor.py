@@ -134,7 +134,7 @@ def test_the_doctor_does_not_believe_wrong_numbers(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor, "expected", lambda images: right(images) * wrong)
     diagnosis = doctor.diagnose()
     assert {health.runtime for health in diagnosis.broken()} == {spec.name for spec in RUNNERS if spec.device == "cpu"}
-    assert "numbers are wrong" in diagnosis.broken()[0].reason
+    assert "outputs are wrong" in diagnosis.broken()[0].reason
     json.dumps(diagnosis.to_json(), allow_nan=False)
 
 

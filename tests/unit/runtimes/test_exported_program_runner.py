@@ -101,8 +101,8 @@ def test_the_reference_is_float64_rounded_once(bundle: Bundle) -> None:
 def test_the_reference_refuses_another_signature(bundle: Bundle) -> None:
     signature = bundle.manifest.signature
     renamed = replace(signature, inputs=(replace(signature.inputs[0], name="image"),))
-    with pytest.raises(BundleError, match=r"has the inputs \['input'\], the manifest states \['image'\]"):
+    with pytest.raises(BundleError, match=r"has the inputs \['input'\], but the manifest states \['image'\]"):
         ReferenceRunner(Bundle(bundle.path, replace(bundle.manifest, signature=renamed)))
     named = replace(signature, outputs=(replace(signature.outputs[0], name="scores"),))
-    with pytest.raises(BundleError, match="gave no output 'scores'"):
+    with pytest.raises(BundleError, match="returned no output 'scores'"):
         ReferenceRunner(Bundle(bundle.path, replace(bundle.manifest, signature=named)))

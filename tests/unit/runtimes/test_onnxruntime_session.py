@@ -266,7 +266,7 @@ def test_bound_runs_go_through_the_binding_and_refuse_values_elsewhere(
         feed = np.ones((2, 1, 28, 28), np.float32)
         assert runner.run({"input": feed})["logits"].flags.owndata
         elsewhere = SimpleNamespace(device_name=lambda: "cpu")
-        with pytest.raises(RuntimeUnavailable, match="did not keep its bound values on cuda: they are on cpu"):
+        with pytest.raises(RuntimeUnavailable, match="bound its values to cuda, but they are on cpu"):
             runner._refuse_other_memory([elsewhere], "cuda")
 
 

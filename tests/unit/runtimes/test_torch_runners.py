@@ -130,7 +130,7 @@ IMAGE = TensorSpec("input", "float32", ("batch", 1, 28, 28))
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (TWO, "takes 1 inputs, the manifest states 2"),
+        (TWO, "takes 1 inputs, but the manifest states 2"),
         (Signature((replace(IMAGE, shape=("batch", 3, 28, 28)),), TWO.outputs[:1]), "can't run its file"),
         (Signature((IMAGE,), (TensorSpec("y", "float32", ("batch", 7)),)), "has shape 2x10, expected 2x7"),
     ],

@@ -60,7 +60,7 @@ def test_nothing_to_compare_is_a_problem() -> None:
     assert measure({}, {}, bound=1).problem == "there are no outputs to compare"
     assert measure({}, {"y": REFERENCE}, bound=1).problem == "output 'y' is missing"
     assert "nothing was compared" in measure({"y": REFERENCE[:0]}, {"y": REFERENCE[:0]}, bound=1).problem
-    assert "shape (2, 2), the reference (2, 3)" in (incomparable("y", REFERENCE[:, :2], REFERENCE) or "")
+    assert "shape (2, 2), but the reference has (2, 3)" in (incomparable("y", REFERENCE[:, :2], REFERENCE) or "")
 
 
 def test_float32_is_not_measured_in_float32() -> None:
