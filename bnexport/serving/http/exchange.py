@@ -73,9 +73,9 @@ class Exchange(RequestContext):
 async def read_body(state: ServerState, exchange: Exchange) -> bytes:
     """Return the whole body, unpacked, within the limits of one body and of all bodies.
 
-    The caller returns its length to ``state.memory.release``.
+    ``App`` releases its memory after the answer.
     """
-    limits, memory, headers = state.settings.limits, state.memory, exchange.headers
+    limits, headers = state.settings.limits, exchange.headers
     declared = headers.get(b"content-length")
     if declared is not None and int(declared) > limits.body_bytes:
         if b"expect" not in headers:
@@ -85,18 +85,16 @@ async def read_body(state: ServerState, exchange: Exchange) -> bytes:
     body: bytes = message.get("body", b"")
     if len(body) > limits.body_bytes:
         raise _too_large(f"{len(body)} bytes", limits)
-    memory.hold(len(body))
+    state.hold(exchange, len(body))
     if message.get("more_body", False):
         body = await _rest(state, exchange, body)
     coding = headers.get(b"content-encoding")
     if coding is not None and coding.lower() != b"identity":
         packed = len(body)
-        try:
-            # In a thread: detecting a decompression bomb takes a tenth of a second.
-            body = await asyncio.to_thread(unpacked, body, coding.lower(), limits.inflated_bytes)
-            memory.hold(len(body))
-        finally:
-            memory.release(packed)
+        # In a thread: detecting a decompression bomb takes a tenth of a second.
+        body = await asyncio.to_thread(unpacked, body, coding.lower(), limits.inflated_bytes)
+        state.hold(exchange, len(body))
+        state.release(exchange, packed)
     exchange.read = True
     exchange.bytes_in = len(body)
     return body
@@ -104,19 +102,15 @@ async def read_body(state: ServerState, exchange: Exchange) -> bytes:
 
 async def _rest(state: ServerState, exchange: Exchange, start: bytes) -> bytes:
     limits, chunks, size, more = state.settings.limits, [start], len(start), True
-    try:
-        while more:
-            message = await exchange.next_message()
-            chunk, more = message.get("body", b""), message.get("more_body", False)
-            state.memory.hold(len(chunk))
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > limits.body_bytes:
-                await _linger(exchange, limits)
-                raise _too_large("more bytes", limits)
-    except BaseException:
-        state.memory.release(size)
-        raise
+    while more:
+        message = await exchange.next_message()
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        state.hold(exchange, len(chunk))
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limits.body_bytes:
+            await _linger(exchange, limits)
+            raise _too_large("more bytes", limits)
     return b"".join(chunks)
 
 

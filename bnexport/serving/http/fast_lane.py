@@ -1,8 +1,8 @@
 """Short inference requests, answered without a task and without ASGI's messages, which cost more than a small model.
 
 The connection passes such a request to the fast lane once its headers are complete. Everything else (large, packed or chunked
-bodies, pipelined requests, other routes) goes through the application. Both call the same functions of routes.py and app.py,
-so the answers are the same.
+bodies, pipelined requests, other routes) goes through the application. Both call the same functions of app.py, so the
+answers are the same.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from bnexport.errors import BnexportError, RequestError
-from bnexport.serving.http.app import App
-from bnexport.serving.http.exchange import STATUS_LINES, Exchange, Reply, reply_headers
-from bnexport.serving.http.routes import FoundRoute, find_route, infer, infer_reply, infer_request, infer_target
+from bnexport.serving.http.app import App, FoundRoute, find_route, infer, infer_reply, infer_request, infer_target
+from bnexport.serving.http.exchange import STATUS_LINES, Exchange, Reply, error_reply, reply_headers
 from bnexport.serving.serving_limits import BoundedCache
 from bnexport.tensors import Array
 
@@ -153,8 +152,8 @@ class FastCall(Exchange):
         app, body = self._lane.app, self.body
         state = app.state
         try:
-            app.let_in(self.headers)
-            state.memory.hold(len(body))
+            state.let_in(self.headers.get(b"authorization", b""))
+            state.hold(self, len(body))
             self.read, self.bytes_in = True, len(body)
             model = infer_target(state, self, *self._route.captured)
             self._request = request = infer_request(model, self, body)
@@ -164,7 +163,7 @@ class FastCall(Exchange):
                 return
             reply = infer_reply(model.response(request, arrays))
         except Exception as error:
-            reply = app.failed(self, error)
+            reply = error_reply(state.failure(self, error))
         self._answer(reply)
 
     def abandon(self) -> None:
@@ -181,18 +180,17 @@ class FastCall(Exchange):
         try:
             reply = infer_reply(self.model.response(self._request, result))
         except Exception as error:
-            reply = self._lane.app.failed(self, error)
+            reply = error_reply(self._lane.app.state.failure(self, error))
         self._answer(reply)
 
     def set_exception(self, exception: BnexportError, /) -> None:
         """Answer with an error."""
-        self._answer(self._lane.app.failed(self, exception))
+        self._answer(error_reply(exception))
 
     def _answer(self, reply: Reply) -> None:
         app, connection = self._lane.app, self._connection
         app.state.active -= 1
-        if self.read:
-            app.state.memory.release(len(self.body))
+        app.state.release(self, self.held)
         reply = app.finished(self, self._route.name, reply, self._start)
         self.response_complete = self.read = True
         transport = connection.transport
