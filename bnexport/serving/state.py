@@ -194,6 +194,20 @@ class ServerState:
             )
         return Totals(self.requests, self.calls, self.active, self.calls_active, models)
 
+    async def load(self, name: str, *, parameters: bool) -> dict[str, Any]:
+        """Load a model's versions from disk; return the protocol's empty answer."""
+        self.permit_loading()
+        if parameters:
+            raise RequestError("a model is loaded from disk as it is, without parameters", remedy="Send no parameters")
+        await self.repository.reload(name)
+        return {}
+
+    def unload(self, name: str) -> dict[str, Any]:
+        """Close a model's versions; return the protocol's empty answer."""
+        self.permit_loading()
+        self.repository.unload(name)
+        return {}
+
     def let_in(self, authorization: bytes) -> None:
         """Refuse a request without the required token, and record the time of another one."""
         token = self.settings.token

@@ -24,7 +24,7 @@ from bnexport.proto_messages import HEALTH, INFERENCE
 from bnexport.serving.grpc.inference import Call, classes, code_of, infer, read_message
 from bnexport.serving.listener import resolved
 from bnexport.serving.protocol.messages import sentence_of
-from bnexport.serving.serving_limits import ServingLimits
+from bnexport.serving.serving_limits import ServingLimits, above_limit
 from bnexport.serving.state import SERVER_METADATA, ServerState
 from bnexport.validation.limits import shown
 
@@ -76,23 +76,7 @@ async def watch(state: ServerState, context: Any, closing: Callable[[], bool]) -
         await asyncio.sleep(_LOOK)
 
 
-async def load(state: ServerState, request: Any) -> dict[str, Any]:
-    """Load a model's versions from disk."""
-    state.permit_loading()
-    if request.parameters:
-        raise RequestError("a model is loaded from disk as it is, without parameters", remedy="Send no parameters")
-    await state.repository.reload(_model_named(request))
-    return {}
-
-
-def unload(state: ServerState, request: Any) -> dict[str, Any]:
-    """Close a model's versions."""
-    state.permit_loading()
-    state.repository.unload(_model_named(request))
-    return {}
-
-
-def _model_named(request: Any) -> str:
+def _named(request: Any) -> str:
     """Return the model's name; KServe's message has it in the field for Triton's repository name."""
     return str(request.model_name or request.repository_name)
 
@@ -117,11 +101,7 @@ class Method(NamedTuple):
 
 def _parsed(name: str, data: bytes, most: int) -> Any:
     if len(data) > most:
-        raise RequestError(
-            f"the message has {len(data)} bytes, but the limit is {most}",
-            remedy="Send a name and a version",
-            status=413,
-        )
+        raise above_limit(f"the message has {len(data)} bytes", most, remedy="Send a name and a version")
     kind = classes()[name]
     try:
         return kind.FromString(data)
@@ -145,8 +125,8 @@ _METHODS = (
     Method("ModelConfig", lambda state, model: {"config": state.model_config(model.name, model.version or None)}),
     Method("ModelStatistics", lambda state, model: state.statistics(model.name or None, model.version or None)),
     Method("RepositoryIndex", lambda state, index: {"models": state.repository.index(only_ready=index.ready)}),
-    Method("RepositoryModelLoad", load),
-    Method("RepositoryModelUnload", unload),
+    Method("RepositoryModelLoad", lambda state, model: state.load(_named(model), parameters=bool(model.parameters))),
+    Method("RepositoryModelUnload", lambda state, model: state.unload(_named(model))),
 )
 #: Path -> method. ``GrpcServer`` handles the two streaming methods, STREAM and WATCH.
 METHODS: dict[str, Method] = {f"{_SERVICE}{method.messages}": method for method in _METHODS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -22,8 +23,7 @@ from bnexport.serving.http.exchange import (
     Exchange,
     Receive,
     Reply,
-    check_host,
-    check_once,
+    check_headers,
     error_reply,
     header_length,
     json_reply,
@@ -36,7 +36,7 @@ from bnexport.serving.http.prometheus import render
 from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.messages import InferRequest, InferResponse, encode_response
 from bnexport.serving.served_model import ServedModel
-from bnexport.serving.serving_limits import BoundedCache
+from bnexport.serving.serving_limits import BoundedCache, above_limit
 from bnexport.serving.state import SERVER_METADATA, ServerState
 from bnexport.validation.limits import shown
 
@@ -138,18 +138,14 @@ async def load(state: ServerState, exchange: Exchange, name: str) -> Reply:
     """Load a model's versions from disk."""
     parameters = (await _optional_object(state, exchange)).get("parameters", {})
     _permit(state, exchange)
-    if parameters != {}:
-        raise RequestError("a model is loaded from disk as it is, without parameters", remedy="Send no parameters")
-    await state.repository.reload(name)
-    return json_reply({})
+    return json_reply(await state.load(name, parameters=parameters != {}))
 
 
 async def unload(state: ServerState, exchange: Exchange, name: str) -> Reply:
     """Close a model's versions."""
     await _optional_object(state, exchange)
     _permit(state, exchange)
-    state.repository.unload(name)
-    return json_reply({})
+    return json_reply(state.unload(name))
 
 
 def _permit(state: ServerState, exchange: Exchange) -> None:
@@ -169,11 +165,7 @@ async def _optional_object(state: ServerState, exchange: Exchange) -> dict[str, 
     limits = state.settings.limits
     body = await read_body(state, exchange)
     if len(body) > limits.header_json_bytes:
-        raise RequestError(
-            f"the body has {len(body)} bytes, but the limit is {limits.header_json_bytes}",
-            remedy="Send {}",
-            status=413,
-        )
+        raise above_limit(f"the body has {len(body)} bytes", limits.header_json_bytes, remedy="Send {}")
     value = load_json(body, brackets=limits.brackets) if body else {}
     if not isinstance(value, dict):
         raise RequestError("the request is not a JSON object", remedy="Send {}, or no body")
@@ -230,18 +222,13 @@ class FoundRoute(NamedTuple):
     probe: bool
 
 
-def _expanded(pattern: str) -> list[tuple[str, ...]]:
-    """Return the segments of a pattern, with and without the optional part."""
-    before, bracket, rest = pattern.partition("[")
-    inside, _, after = rest.partition("]")
-    texts = [before + inside + after, before + after] if bracket else [pattern]
-    return [tuple(text.split("/")) for text in texts]
+def _paths(pattern: str) -> re.Pattern[str]:
+    """Return the paths of a route as a regular expression with a group for each captured segment."""
+    text = pattern.replace(".", r"\.").replace("[", "(?:").replace("]", ")?")
+    return re.compile(re.sub(r"{\w+}", "([^/]+)", text))
 
 
-_BY_LENGTH: dict[int, list[tuple[tuple[str, ...], Route]]] = {}
-for _route in ROUTES:
-    for _segments in _expanded(_route.pattern):
-        _BY_LENGTH.setdefault(len(_segments), []).append((_segments, _route))
+_PATHS = [(_paths(route.pattern), route) for route in ROUTES]
 _known: BoundedCache[tuple[str, str], FoundRoute] = BoundedCache(1024)
 
 
@@ -255,14 +242,12 @@ def find_route(method: str, path: str) -> FoundRoute:
 
 
 def _search(method: str, path: str) -> FoundRoute:
-    segments = path.removeprefix("/").split("/")
     wanted = "GET" if method == "HEAD" else method
     methods = []
-    for pattern, route in _BY_LENGTH.get(len(segments), ()):
-        if all(part == have or (part[:1] == "{" and have) for part, have in zip(pattern, segments, strict=True)):
+    for paths, route in _PATHS:
+        if (match := paths.fullmatch(path.removeprefix("/"))) is not None:
             if route.method == wanted:
-                captured = tuple(have for part, have in zip(pattern, segments, strict=True) if part[:1] == "{")
-                return FoundRoute(route.pattern, route.handler, captured, route.probe)
+                return FoundRoute(route.pattern, route.handler, tuple(filter(None, match.groups())), route.probe)
             methods.append(route.method)
     if methods:
         allow = tuple(dict.fromkeys(["GET", "HEAD"] if "GET" in methods else methods))
@@ -295,9 +280,7 @@ class App:
         state.active += 1
         route = ""
         try:
-            if len(headers) != len(pairs):
-                check_once(pairs)
-            check_host(headers, scope["http_version"])
+            check_headers(headers, pairs, scope["http_version"])
             found = find_route(exchange.method, exchange.path)
             route = found.name
             if not found.probe:

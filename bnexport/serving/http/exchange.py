@@ -19,7 +19,7 @@ import orjson
 
 from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.protocol.messages import sentence_of, status_of
-from bnexport.serving.serving_limits import ServingLimits
+from bnexport.serving.serving_limits import ServingLimits, above_limit
 from bnexport.serving.state import RequestContext, ServerState
 from bnexport.validation.limits import shown
 
@@ -115,9 +115,7 @@ async def _rest(state: ServerState, exchange: Exchange, start: bytes) -> bytes:
 
 
 def _too_large(size: str, limits: ServingLimits) -> RequestError:
-    return RequestError(
-        f"the body has {size}, but the limit is {limits.body_bytes}", remedy="Send several requests", status=413
-    )
+    return above_limit(f"the body has {size}", limits.body_bytes, remedy="Send several requests")
 
 
 async def _linger(exchange: Exchange, limits: ServingLimits) -> None:
@@ -132,20 +130,17 @@ async def _linger(exchange: Exchange, limits: ServingLimits) -> None:
                     return
 
 
-def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
-    """Refuse an HTTP/1.1 request without the header Host (RFC 9112, 3.2)."""
+def check_headers(headers: Mapping[bytes, bytes], pairs: list[tuple[bytes, bytes]], http_version: str) -> None:
+    """Refuse repeated headers that must not be repeated, and an HTTP/1.1 request without Host (RFC 9112, 3.2)."""
+    if len(headers) != len(pairs):
+        names = [name for name, _ in pairs]
+        for name in _ONCE:
+            if names.count(name) > 1:
+                raise RequestError(f"the header {name.decode()} was sent more than once", remedy="Send it once")
     if http_version == "1.1" and b"host" not in headers:
         raise RequestError(
             "the header Host is missing, which HTTP/1.1 requires", remedy="Let an HTTP library write the request"
         )
-
-
-def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
-    """Refuse headers that must not be repeated."""
-    names = [name for name, _ in pairs]
-    for name in _ONCE:
-        if names.count(name) > 1:
-            raise RequestError(f"the header {name.decode()} was sent more than once", remedy="Send it once")
 
 
 def unpacked(body: bytes, coding: bytes, most: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 from bnexport.errors import BnexportError, RequestError
@@ -91,12 +92,9 @@ class FastLane:
 
     def _found(self, url: bytes) -> FoundRoute | None:
         """Return the inference route of a URL that needs no decoding; None for other URLs."""
-        try:
-            return self._known[url]
-        except KeyError:
-            found = _infer_route(url)
-        self._known[url] = found
-        return found
+        if url not in self._known:
+            self._known[url] = _infer_route(url)
+        return self._known[url]
 
 
 def _infer_route(url: bytes) -> FoundRoute | None:
@@ -107,13 +105,6 @@ def _infer_route(url: bytes) -> FoundRoute | None:
     except RequestError:
         return None
     return found if found.handler is infer else None
-
-
-class _NoEvent:
-    """Replaces the event with which uvicorn wakes the task of a request: this request has no task."""
-
-    def set(self) -> None:
-        """Do nothing."""
 
 
 class FastCall(Exchange):
@@ -130,7 +121,9 @@ class FastCall(Exchange):
         "keep_alive",
         "response_complete",
     )
-    message_event = _NoEvent()
+    message_event = SimpleNamespace(
+        set=lambda: None
+    )  # uvicorn wakes the task of a request by it, but this one has no task
 
     def __init__(self, connection: Line, lane: FastLane, head: Head) -> None:
         client = connection.client[0] if connection.client else ""
