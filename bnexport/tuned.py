@@ -20,7 +20,7 @@ from bnexport.errors import BundleError
 from bnexport.files import Refusal, write_atomically
 from bnexport.optional import one_line
 from bnexport.validation.json_text import parse_json
-from bnexport.validation.limits import limit, shown
+from bnexport.validation.limits import limit, refusing, shown
 from bnexport.validation.paths import place_problem
 
 Goal = Literal["latency", "throughput", "cpu"]
@@ -101,12 +101,8 @@ def write_tuning(bundle_folder: str | Path, tuning: Tuning) -> Path:
     """Write tuned.json into a bundle's directory, whole or not at all; BundleError if ``read_tuning`` would refuse it."""
     content = (json.dumps(tuning.to_json(), indent=1, allow_nan=False) + "\n").encode()
     path = Path(bundle_folder, TUNED)
-    try:
+    with refusing(f"{path} is not written, because it", BundleError, remedy="Run bnexport benchmark again"):
         _parsed(content)
-    except Refusal as refusal:
-        raise BundleError(
-            f"{path} is not written, because it {refusal}", remedy="Run bnexport benchmark again"
-        ) from refusal
     write_atomically(path, content)
     return path
 

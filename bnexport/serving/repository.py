@@ -15,6 +15,7 @@ from typing import Any
 
 from bnexport.bundle import MANIFEST, Bundle, bundle_hint
 from bnexport.errors import BnexportError, BundleError, NotServing, RequestError, Unavailable
+from bnexport.files import input_errors
 from bnexport.optional import one_line
 from bnexport.plain_table import printable
 from bnexport.serving.served_model import ServedModel, ServingSettings, open_served
@@ -57,7 +58,7 @@ class Repository:
     settings: ServingSettings
     log: Log
     models: dict[str, dict[str, Version]] = field(default_factory=dict)
-    _newest: dict[str, ServedModel] = field(default_factory=dict)
+    newest: dict[str, ServedModel] = field(default_factory=dict)  # Name -> newest version that is ready
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
     def load(self) -> None:
@@ -79,13 +80,9 @@ class Repository:
             entry.seen = _looks(folder)
             self._switch(name, version, entry, self._opened(name, version, folder, strict=True))
 
-    def newest(self, name: str) -> ServedModel | None:
-        """Return the newest version that is ready."""
-        return self._newest.get(name)
-
     def resolve(self, name: str, version: str | None = None) -> ServedModel:
         """Return the model that a URL names."""
-        if version is None and (found := self._newest.get(name)) is not None:
+        if version is None and (found := self.newest.get(name)) is not None:
             return found
         versions = self.models.get(name)
         if versions is None:
@@ -110,7 +107,7 @@ class Repository:
 
     def ready(self) -> bool:
         """Return True if there is a model, and every model can answer that was not unloaded by a request."""
-        return bool(self._newest) and all(name in self._newest or _unloaded(self.models[name]) for name in self.models)
+        return bool(self.newest) and all(name in self.newest or _unloaded(self.models[name]) for name in self.models)
 
     def each(self) -> Iterator[tuple[str, str, Version]]:
         """Yield every known version."""
@@ -204,9 +201,9 @@ class Repository:
         ready = [item for item in self.models[name].values() if item.served is not None]
         newest = max(ready, key=lambda item: int(item.served.version) if item.served else 0, default=None)
         if newest is None or newest.served is None:
-            self._newest.pop(name, None)
+            self.newest.pop(name, None)
         else:
-            self._newest[name] = newest.served
+            self.newest[name] = newest.served
         if old is not None:
             task = asyncio.get_running_loop().create_task(old.close())
             self._closing.add(task)
@@ -236,7 +233,7 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}", remedy="Give a bundle, or a folder of models such as models/")
-    try:
+    with input_errors(path, BundleError, remedy="Check its permissions"):
         return {
             (model.name, version.name): version
             for model in sorted(path.iterdir())
@@ -244,8 +241,6 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
             for version in sorted(model.iterdir(), key=lambda item: (len(item.name), item.name))
             if _VERSION.fullmatch(version.name) and (version / MANIFEST).is_file()
         }
-    except OSError as error:
-        raise BundleError(f"{path} can't be read: {one_line(error)}", remedy="Check its permissions") from error
 
 
 def _misnamed(path: Path, found: Iterable[Path]) -> list[Path]:

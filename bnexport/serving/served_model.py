@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -170,9 +170,10 @@ def open_served(name: str, version: str, path: Path, settings: ServingSettings) 
         decoder = Decoder(bundle.manifest.signature, limits)
         opened.pop_all()
         tuning = None if applied is None else tuning_line(applied)
-        return ServedModel(
-            name, version, bundle, spec, batcher, worst, decoder, _preprocessing(bundle), threads, tuning
-        )
+        model = ServedModel(name, version, bundle, spec, batcher, worst, decoder, threads=threads, tuning=tuning)
+        with suppress(BnexportError):
+            model.preprocessing = image_preprocessing(bundle)
+        return model
 
 
 def _tuned(bundle: Bundle, settings: ServingSettings) -> Choice | str | None:
@@ -183,13 +184,6 @@ def _tuned(bundle: Bundle, settings: ServingSettings) -> Choice | str | None:
     if isinstance(found, Choice) and settings.processes > 1:
         return f"{TUNED} was measured with one process; this server has {settings.processes}"
     return found
-
-
-def _preprocessing(bundle: Bundle) -> Preprocessing | None:
-    try:
-        return image_preprocessing(bundle)
-    except BnexportError:
-        return None
 
 
 def measured_cost(runner: Runner, feeds: dict[str, Array]) -> Cost:

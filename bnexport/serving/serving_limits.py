@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from bnexport.errors import UsageError
+from bnexport.errors import RequestError, UsageError
 
 _KB, _MB = 2**10, 2**20
 
@@ -71,6 +71,11 @@ def limits_from(texts: Iterable[str]) -> ServingLimits:
 def rows() -> list[tuple[str, Any, str, str]]:
     """Return (name, value, what is counted, reason) of every limit."""
     return [(item.name, item.default, item.metadata["what"], item.metadata["reason"]) for item in fields(ServingLimits)]
+
+
+def above_limit(fact: str, most: float, *, remedy: str) -> RequestError:
+    """Return the error for a request that is larger than a limit."""
+    return RequestError(f"{fact}, but the limit is {most}", remedy=remedy, status=413)
 
 
 K = TypeVar("K")

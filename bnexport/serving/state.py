@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnexport import __version__
-from bnexport.errors import NotServing, RequestError
+from bnexport.errors import BnexportError, NotServing, RequestError
 from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.counters import Key, ModelTotals, Share, Totals
@@ -37,33 +37,17 @@ class AppSettings:
     allow_load: bool = False  # Allow requests to load and unload models
 
 
-class Memory:
-    """Counts the bytes of the bodies of all requests in progress, at most ``most``."""
-
-    def __init__(self, most: int) -> None:
-        self.held, self._most = 0, most
-
-    def hold(self, size: int) -> None:
-        """Count ``size`` more bytes."""
-        if self.held + size > self._most:
-            raise NotServing("the requests in progress use all memory for bodies", remedy="Try again in a second")
-        self.held += size
-
-    def release(self, size: int) -> None:
-        """Stop counting ``size`` bytes."""
-        self.held -= size
-
-
 class RequestContext(ABC):
     """One request over HTTP or gRPC, with the data of its log line."""
 
-    __slots__ = ("bytes_in", "id", "model", "path", "rows")
+    __slots__ = ("bytes_in", "held", "id", "model", "path", "rows")
 
     def __init__(self, path: str, request_id: str) -> None:
         self.path = path  # Path in the URL, unquoted; of gRPC "/package.Service/Method"
         self.id = request_id  # The client's request id, or a new one
         self.model: ServedModel | None = None  # The answering model, once it is known
         self.rows = self.bytes_in = 0  # Samples, once they are known, and bytes of the body
+        self.held = 0  # Bytes that count in ``ServerState.held``
 
     @abstractmethod
     def origin(self) -> tuple[str, str, str]:
@@ -77,7 +61,7 @@ class ServerState:
         self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
     ) -> None:
         self.repository, self.settings, self.log, self.share = repository, settings, log, share
-        self.memory = Memory(settings.limits.held_bytes)  # Counts the bytes that requests hold
+        self.held = 0  # Bytes of the bodies of all requests in progress
         self.draining = False  # True if the server is about to stop
         self.active = 0  # Requests in progress, over HTTP and gRPC
         self.last_work = time.monotonic()  # Time of the last request that was not a probe, by ``time.monotonic``
@@ -92,6 +76,18 @@ class ServerState:
         if given and len(given) <= _LONGEST_ID and given.isascii() and given.isprintable():
             return given
         return f"{self._prefix}{self._count:x}"
+
+    def hold(self, request: RequestContext, size: int) -> None:
+        """Count ``size`` more bytes of a request's body."""
+        if self.held + size > self.settings.limits.held_bytes:
+            raise NotServing("the requests in progress use all memory for bodies", remedy="Try again in a second")
+        self.held += size
+        request.held += size
+
+    def release(self, request: RequestContext, size: int) -> None:
+        """Stop counting ``size`` bytes of a request."""
+        self.held -= size
+        request.held -= size
 
     def answered(self, request: RequestContext, status: int | str, ns: int, size: int, *, ok: bool) -> None:
         """Count an answer of ``size`` bytes after ``ns`` nanoseconds for its model, and log it.
@@ -121,8 +117,10 @@ class ServerState:
             fields["trace"] = trace[:64]
         self.log.request(fields)
 
-    def fault(self, request: RequestContext, error: Exception) -> NotServing:
-        """Log an unexpected error, and return the error that the client gets."""
+    def failure(self, request: RequestContext, error: Exception) -> BnexportError:
+        """Return the error that the client gets; log an unexpected one."""
+        if isinstance(error, BnexportError):
+            return error
         text = f"{type(error).__name__}: {one_line(error)}"
         self.log.event("fault", id=request.id, path=request.path[:200], error=text)
         return NotServing("the server failed", remedy="The server's log contains the error", status=500)
@@ -132,6 +130,10 @@ class ServerState:
         model = self.repository.resolve(name, version)
         versions = [number for number, entry in self.repository.models[name].items() if entry.served is not None]
         return model.metadata(sorted(versions, key=int) if version is None else [version])
+
+    def model_config(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """Return Triton's model configuration."""
+        return self.repository.resolve(name, version).config()
 
     def statistics(self, name: str | None = None, version: str | None = None) -> dict[str, Any]:
         """Return the counters of one model, or of all (Triton, "Statistics Extension")."""
@@ -192,18 +194,32 @@ class ServerState:
             )
         return Totals(self.requests, self.calls, self.active, self.calls_active, models)
 
+    async def load(self, name: str, *, parameters: bool) -> dict[str, Any]:
+        """Load a model's versions from disk; return the protocol's empty answer."""
+        self.permit_loading()
+        if parameters:
+            raise RequestError("a model is loaded from disk as it is, without parameters", remedy="Send no parameters")
+        await self.repository.reload(name)
+        return {}
+
+    def unload(self, name: str) -> dict[str, Any]:
+        """Close a model's versions; return the protocol's empty answer."""
+        self.permit_loading()
+        self.repository.unload(name)
+        return {}
+
     def let_in(self, authorization: bytes) -> None:
-        """Refuse a request without the required token."""
+        """Refuse a request without the required token, and record the time of another one."""
         token = self.settings.token
-        if token is None:
-            return
-        kind, _, shown = authorization.partition(b" ")
-        if kind.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), token):
-            raise RequestError(
-                "the request has no token, or a wrong one",
-                remedy="Send the header Authorization: Bearer TOKEN",
-                status=401,
-            )
+        if token is not None:
+            kind, _, shown = authorization.partition(b" ")
+            if kind.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), token):
+                raise RequestError(
+                    "the request has no token, or a wrong one",
+                    remedy="Send the header Authorization: Bearer TOKEN",
+                    status=401,
+                )
+        self.last_work = time.monotonic()
 
     def permit_loading(self) -> None:
         """Refuse to load and unload models unless the settings allow it."""

@@ -17,8 +17,8 @@ from support.grpc_calls import HEALTH, SERVICE, ask, call, channel_to, infer, in
 from support.serving import PATIENCE, Server, close, serving, tensor
 
 from bnexport import __version__
+from bnexport.serving.grpc.grpc_server import STATUSES
 from bnexport.serving.grpc.inference import classes
-from bnexport.serving.grpc.methods import STATUSES
 
 INFER = SERVICE + "ModelInfer"
 

@@ -17,7 +17,7 @@ from support.pictures import png
 from support.serving import Server, serving, tensor
 
 from bnexport import __version__
-from bnexport.serving.http.routes import ROUTES, openapi_document
+from bnexport.serving.http.app import ROUTES, openapi_document
 from bnexport.serving.protocol.messages import BYTES, DATATYPES
 from bnexport.serving.repository import READY, UNAVAILABLE
 

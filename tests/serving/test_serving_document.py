@@ -18,9 +18,9 @@ from support.serving import ROOT, Server
 
 from bnexport.cli.main import run
 from bnexport.cli.serve import command
+from bnexport.serving.grpc.grpc_server import METHODS, STREAM, WATCH
 from bnexport.serving.grpc.inference import CODES
-from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH
-from bnexport.serving.http.routes import ROUTES
+from bnexport.serving.http.app import ROUTES
 from bnexport.serving.serving_limits import rows
 
 GUIDE, REFERENCE = (

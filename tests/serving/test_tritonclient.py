@@ -13,7 +13,7 @@ import pytest
 from support.serving import Server
 
 from bnexport.proto_messages import INFERENCE, message_classes
-from bnexport.serving.grpc.methods import METHODS, STREAM
+from bnexport.serving.grpc.grpc_server import METHODS, STREAM
 
 pytestmark = pytest.mark.slow
 

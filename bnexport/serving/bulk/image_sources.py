@@ -20,6 +20,7 @@ import numpy as np
 from bnexport.data.images import fit_stack, load_images, map_npy, pictures_below, read_picture, stack_problem
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
+from bnexport.files import input_errors
 from bnexport.optional import one_line
 from bnexport.serving.bulk.bulk_request import BulkRequest
 from bnexport.serving.bulk.parquet import check_columns, encoded_images, opened
@@ -181,13 +182,11 @@ def _check_name(path: Path) -> None:
 
 
 def _kind_of(path: Path) -> str:
-    try:
+    with input_errors(path, DataError, remedy="Check the path"):
         if path.is_dir():
             return "parquet" if next(path.rglob("*.parquet"), None) is not None else "folder"
         if not path.exists():
             raise DataError(f"{path} does not exist", remedy="Check the path")
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {one_line(error)}", remedy="Check the path") from error
     kind = path.suffix.lower().removeprefix(".")
     if kind not in SOURCES:
         raise DataError(
@@ -216,10 +215,8 @@ def _plan_folder(path: Path, request: BulkRequest) -> ShardPlan:
 
 
 def _stat(file: Path) -> str:
-    try:
+    with input_errors(file, DataError, remedy="Check the file"):
         found = file.stat()
-    except OSError as error:
-        raise DataError(f"{file} can't be read: {one_line(error)}", remedy="Check the file") from error
     return f"{found.st_size} {found.st_mtime_ns}"
 
 

@@ -1,26 +1,136 @@
-"""The gRPC server: finds a call's handler in the table of methods, sends the answer, logs and counts it."""
+"""The gRPC server: the table of methods, their handlers, and the sending, logging and counting of answers.
+
+The health service has the service "" for the server, and one service per model, with the model's name.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from bnexport.errors import BnexportError, NotServing, RequestError, UsageError
 from bnexport.optional import one_line
+from bnexport.proto_messages import HEALTH, INFERENCE
 from bnexport.serving.grpc.inference import Call, classes, code_of, infer, read_message
-from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method, watch
 from bnexport.serving.listener import resolved
 from bnexport.serving.protocol.messages import sentence_of
-from bnexport.serving.serving_limits import ServingLimits
-from bnexport.serving.state import ServerState
+from bnexport.serving.serving_limits import ServingLimits, above_limit
+from bnexport.serving.state import SERVER_METADATA, ServerState
 from bnexport.validation.limits import shown
+
+#: Name of a service's state -> its number.
+STATUSES: dict[str, int] = dict(classes()["HealthCheckResponse"].ServingStatus.items())
+#: Names of the service for the whole server.
+_SERVER = ("", f"{INFERENCE}.GRPCInferenceService")
+#: Seconds between the checks of Watch.
+_LOOK = 0.1
+
+
+def _ready(state: ServerState, model: str, version: str) -> bool | None:
+    """Return True if a model answers; None for an unknown one."""
+    try:
+        return not state.why_model_not_ready(model, version or None)
+    except RequestError:
+        return None
+
+
+def status_of_service(state: ServerState, service: str) -> str:
+    """Return a service's state, a key of STATUSES."""
+    ready = not state.why_not_ready() if service in _SERVER else _ready(state, service, "")
+    return "SERVICE_UNKNOWN" if ready is None else "SERVING" if ready else "NOT_SERVING"
+
+
+def check(state: ServerState, request: Any) -> dict[str, Any]:
+    """Return the current state of a service."""
+    status = status_of_service(state, request.service)
+    if status == "SERVICE_UNKNOWN":
+        raise RequestError(
+            f"the server has no service {shown(request.service)}", remedy='Name "" or a model', status=404
+        )
+    return {"status": status}
+
+
+async def watch(state: ServerState, context: Any, closing: Callable[[], bool]) -> None:
+    """Send the state of a service at once and after each change, until the server closes."""
+    data = await read_message(context, state.settings.limits.body_seconds)
+    try:
+        service = classes()["HealthCheckRequest"].FromString(data).service
+    except DecodeError as error:
+        raise RequestError("the message is not a HealthCheckRequest", remedy="Name a service") from error
+    sent = ""
+    while not closing():
+        status = status_of_service(state, service)
+        if status != sent:
+            await context.write(classes()["HealthCheckResponse"](status=STATUSES[status]).SerializeToString())
+            sent = status
+        await asyncio.sleep(_LOOK)
+
+
+def _named(request: Any) -> str:
+    """Return the model's name; KServe's message has it in the field for Triton's repository name."""
+    return str(request.model_name or request.repository_name)
+
+
+class Method(NamedTuple):
+    """One row of METHODS."""
+
+    messages: str  # Name of its messages without "Request" and "Response"
+    # (state, request message) -> the answer's fields as plain JSON values; None for ModelInfer, which takes bytes
+    handler: Callable[[ServerState, Any], Any] | None
+    probe: bool = False  # A health probe: needs no token, and a stop does not wait for it
+
+    async def answer(self, state: ServerState, call: Call, data: bytes) -> bytes:
+        """Answer a message."""
+        if self.handler is None:
+            return bytes((await infer(state, call, data)).SerializeToString())
+        value = self.handler(state, _parsed(f"{self.messages}Request", data, state.settings.limits.header_json_bytes))
+        fields: Mapping[str, Any] = await value if inspect.isawaitable(value) else value
+        answer = json_format.ParseDict(fields, classes()[f"{self.messages}Response"]())
+        return bytes(answer.SerializeToString())
+
+
+def _parsed(name: str, data: bytes, most: int) -> Any:
+    if len(data) > most:
+        raise above_limit(f"the message has {len(data)} bytes", most, remedy="Send a name and a version")
+    kind = classes()[name]
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise RequestError(
+            f"the message can't be parsed as {kind.DESCRIPTOR.full_name}",
+            remedy="Write it with a client of the protocol",
+        ) from error
+
+
+_SERVICE = f"/{INFERENCE}.GRPCInferenceService/"
+STREAM = f"{_SERVICE}ModelStreamInfer"
+WATCH = f"/{HEALTH}.Health/Watch"
+_METHODS = (
+    Method("ModelInfer", None),
+    Method("ServerLive", lambda _state, _request: {"live": True}, probe=True),
+    Method("ServerReady", lambda state, _request: {"ready": not state.why_not_ready()}, probe=True),
+    Method("ModelReady", lambda state, model: {"ready": bool(_ready(state, model.name, model.version))}, probe=True),
+    Method("ServerMetadata", lambda _state, _request: SERVER_METADATA),
+    Method("ModelMetadata", lambda state, model: state.model_metadata(model.name, model.version or None)),
+    Method("ModelConfig", lambda state, model: {"config": state.model_config(model.name, model.version or None)}),
+    Method("ModelStatistics", lambda state, model: state.statistics(model.name or None, model.version or None)),
+    Method("RepositoryIndex", lambda state, index: {"models": state.repository.index(only_ready=index.ready)}),
+    Method("RepositoryModelLoad", lambda state, model: state.load(_named(model), parameters=bool(model.parameters))),
+    Method("RepositoryModelUnload", lambda state, model: state.unload(_named(model))),
+)
+#: Path -> method. ``GrpcServer`` handles the two streaming methods, STREAM and WATCH.
+METHODS: dict[str, Method] = {f"{_SERVICE}{method.messages}": method for method in _METHODS}
+METHODS[f"/{HEALTH}.Health/Check"] = Method("HealthCheck", check, probe=True)
 
 #: Calls of Watch at a time: they need no token, and count as open calls.
 _MOST_WATCHERS = 256
@@ -105,8 +215,9 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         async def answer(_messages: Any, context: Any) -> bytes:
             call = self._call(path, context)
             context.set_trailing_metadata((("x-request-id", call.id),))
-            code, answer = await self._measured(call, self._answer(method, call), counted=method is not None)
-            return _finished(context, code, answer)
+            return _finished(
+                context, await self._measured(call, self._answer(method, call), counted=method is not None)
+            )
 
         return grpc.stream_unary_rpc_method_handler(answer)
 
@@ -122,11 +233,8 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         state = self.state
         data = await read_message(call.context, state.settings.limits.body_seconds)
         call.bytes_in = len(data)
-        state.memory.hold(len(data))
-        try:
-            return await method.answer(state, call, data)
-        finally:
-            state.memory.release(len(data))
+        state.hold(call, len(data))
+        return await method.answer(state, call, data)
 
     async def _stream(self, _messages: Any, context: Any) -> None:
         """Answer ModelStreamInfer: one answer per request, in order. An error ends a request but not the stream."""
@@ -134,25 +242,22 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             self._let_in(call)
         except BnexportError as error:
-            _finished(context, code_of(error), error)
+            _finished(context, error)
             return
         while (data := await self._next(context)) is not None:
             one = self._call(STREAM, context)
             one.bytes_in = len(data)
-            _, answer = await self._measured(one, self._streamed(one, data), counted=True)
+            answer = await self._measured(one, self._streamed(one, data), counted=True)
             if isinstance(answer, BnexportError):
                 answer = _failed(one, answer)
             await context.write(answer)
         if self.is_closing():
-            _finished(context, grpc.StatusCode.UNAVAILABLE, _stopping())
+            _finished(context, _stopping())
 
     async def _streamed(self, call: Call, data: bytes) -> bytes:
         self.state.last_work = time.monotonic()
-        self.state.memory.hold(len(data))
-        try:
-            response = await infer(self.state, call, data)
-        finally:
-            self.state.memory.release(len(data))
+        self.state.hold(call, len(data))
+        response = await infer(self.state, call, data)
         response.parameters["triton_final_response"].bool_param = True
         return bytes(classes()["ModelStreamInferResponse"](infer_response=response).SerializeToString())
 
@@ -184,7 +289,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 )
             await watch(self.state, context, self.is_closing)
         except BnexportError as error:
-            _finished(context, code_of(error), error)
+            _finished(context, error)
         finally:
             self._watching -= 1
 
@@ -195,16 +300,13 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         if self.is_closing():
             self._refused_at = time.monotonic()
             raise _stopping()
-        self.state.last_work = time.monotonic()
 
     def _call(self, path: str, context: Any) -> Call:
         metadata = dict(context.invocation_metadata() or ())
         return Call(path, context, metadata, self.state.id_of(str(metadata.get("x-request-id", ""))))
 
-    async def _measured(
-        self, call: Call, work: Awaitable[bytes], *, counted: bool
-    ) -> tuple[grpc.StatusCode, bytes | BnexportError]:
-        """Await the answer to a call, count and log it; return its code, and the answer or the error."""
+    async def _measured(self, call: Call, work: Awaitable[bytes], *, counted: bool) -> bytes | BnexportError:
+        """Await the answer to a call, count and log it; return the answer or the error."""
         state, start = self.state, time.perf_counter_ns()
         state.active += 1
         state.calls_active += 1
@@ -213,23 +315,23 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             answer = await work
             code = grpc.StatusCode.OK
-        except BnexportError as error:
-            code, answer = code_of(error), error
         except Exception as error:
-            code, answer = grpc.StatusCode.INTERNAL, state.fault(call, error)
+            answer = state.failure(call, error)
+            code = code_of(answer)
         finally:
+            state.release(call, call.held)
             state.active -= 1
             state.calls_active -= 1
             state.calls[call.path if counted else "none", code.name] += 1
             ns, size = time.perf_counter_ns() - start, len(answer) if isinstance(answer, bytes) else 0
             state.answered(call, code.name, ns, size, ok=code is grpc.StatusCode.OK)
-        return code, answer
+        return answer
 
 
-def _finished(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) -> bytes:
+def _finished(context: Any, answer: bytes | BnexportError) -> bytes:
     """Return the bytes of an answer; for an error, set its code and sentence and return none."""
     if isinstance(answer, BnexportError):
-        context.set_code(code)
+        context.set_code(code_of(answer))
         context.set_details(sentence_of(answer))
         return b""
     return answer

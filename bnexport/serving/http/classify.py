@@ -94,13 +94,10 @@ async def classify(state: ServerState, exchange: Exchange, name: str, version: s
             remedy="Send tensors to its infer route, or export it by bnexport fold-and-export with --mean and --std",
         )
     body = await read_body(state, exchange)
-    try:
-        pictures = pictures_of(body, exchange.headers.get(b"content-type", b""), most=state.settings.limits.parts)
-        exchange.rows = len(pictures)
-        # Decoding takes milliseconds; other requests continue meanwhile.
-        pixels = await asyncio.to_thread(_read, pictures, preprocessing)
-    finally:
-        state.memory.release(len(body))
+    pictures = pictures_of(body, exchange.headers.get(b"content-type", b""), most=state.settings.limits.parts)
+    exchange.rows = len(pictures)
+    # Decoding takes milliseconds; other requests continue meanwhile.
+    pixels = await asyncio.to_thread(_read, pictures, preprocessing)
     # The model may have been replaced meanwhile; one with another input size refuses the pictures.
     model = exchange.model = state.repository.resolve(name, version)
     logits = await model.logits(pixels)

@@ -19,7 +19,7 @@ import orjson
 
 from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.protocol.messages import sentence_of, status_of
-from bnexport.serving.serving_limits import ServingLimits
+from bnexport.serving.serving_limits import ServingLimits, above_limit
 from bnexport.serving.state import RequestContext, ServerState
 from bnexport.validation.limits import shown
 
@@ -73,9 +73,9 @@ class Exchange(RequestContext):
 async def read_body(state: ServerState, exchange: Exchange) -> bytes:
     """Return the whole body, unpacked, within the limits of one body and of all bodies.
 
-    The caller returns its length to ``state.memory.release``.
+    ``App`` releases its memory after the answer.
     """
-    limits, memory, headers = state.settings.limits, state.memory, exchange.headers
+    limits, headers = state.settings.limits, exchange.headers
     declared = headers.get(b"content-length")
     if declared is not None and int(declared) > limits.body_bytes:
         if b"expect" not in headers:
@@ -85,18 +85,16 @@ async def read_body(state: ServerState, exchange: Exchange) -> bytes:
     body: bytes = message.get("body", b"")
     if len(body) > limits.body_bytes:
         raise _too_large(f"{len(body)} bytes", limits)
-    memory.hold(len(body))
+    state.hold(exchange, len(body))
     if message.get("more_body", False):
         body = await _rest(state, exchange, body)
     coding = headers.get(b"content-encoding")
     if coding is not None and coding.lower() != b"identity":
         packed = len(body)
-        try:
-            # In a thread: detecting a decompression bomb takes a tenth of a second.
-            body = await asyncio.to_thread(unpacked, body, coding.lower(), limits.inflated_bytes)
-            memory.hold(len(body))
-        finally:
-            memory.release(packed)
+        # In a thread: detecting a decompression bomb takes a tenth of a second.
+        body = await asyncio.to_thread(unpacked, body, coding.lower(), limits.inflated_bytes)
+        state.hold(exchange, len(body))
+        state.release(exchange, packed)
     exchange.read = True
     exchange.bytes_in = len(body)
     return body
@@ -104,26 +102,20 @@ async def read_body(state: ServerState, exchange: Exchange) -> bytes:
 
 async def _rest(state: ServerState, exchange: Exchange, start: bytes) -> bytes:
     limits, chunks, size, more = state.settings.limits, [start], len(start), True
-    try:
-        while more:
-            message = await exchange.next_message()
-            chunk, more = message.get("body", b""), message.get("more_body", False)
-            state.memory.hold(len(chunk))
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > limits.body_bytes:
-                await _linger(exchange, limits)
-                raise _too_large("more bytes", limits)
-    except BaseException:
-        state.memory.release(size)
-        raise
+    while more:
+        message = await exchange.next_message()
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        state.hold(exchange, len(chunk))
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limits.body_bytes:
+            await _linger(exchange, limits)
+            raise _too_large("more bytes", limits)
     return b"".join(chunks)
 
 
 def _too_large(size: str, limits: ServingLimits) -> RequestError:
-    return RequestError(
-        f"the body has {size}, but the limit is {limits.body_bytes}", remedy="Send several requests", status=413
-    )
+    return above_limit(f"the body has {size}", limits.body_bytes, remedy="Send several requests")
 
 
 async def _linger(exchange: Exchange, limits: ServingLimits) -> None:
@@ -138,20 +130,17 @@ async def _linger(exchange: Exchange, limits: ServingLimits) -> None:
                     return
 
 
-def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
-    """Refuse an HTTP/1.1 request without the header Host (RFC 9112, 3.2)."""
+def check_headers(headers: Mapping[bytes, bytes], pairs: list[tuple[bytes, bytes]], http_version: str) -> None:
+    """Refuse repeated headers that must not be repeated, and an HTTP/1.1 request without Host (RFC 9112, 3.2)."""
+    if len(headers) != len(pairs):
+        names = [name for name, _ in pairs]
+        for name in _ONCE:
+            if names.count(name) > 1:
+                raise RequestError(f"the header {name.decode()} was sent more than once", remedy="Send it once")
     if http_version == "1.1" and b"host" not in headers:
         raise RequestError(
             "the header Host is missing, which HTTP/1.1 requires", remedy="Let an HTTP library write the request"
         )
-
-
-def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
-    """Refuse headers that must not be repeated."""
-    names = [name for name, _ in pairs]
-    for name in _ONCE:
-        if names.count(name) > 1:
-            raise RequestError(f"the header {name.decode()} was sent more than once", remedy="Send it once")
 
 
 def unpacked(body: bytes, coding: bytes, most: int) -> bytes:

@@ -1,20 +1,20 @@
 """Short inference requests, answered without a task and without ASGI's messages, which cost more than a small model.
 
 The connection passes such a request to the fast lane once its headers are complete. Everything else (large, packed or chunked
-bodies, pipelined requests, other routes) goes through the application. Both call the same functions of routes.py and app.py,
-so the answers are the same.
+bodies, pipelined requests, other routes) goes through the application. Both call the same functions of app.py, so the
+answers are the same.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 from bnexport.errors import BnexportError, RequestError
-from bnexport.serving.http.app import App
-from bnexport.serving.http.exchange import STATUS_LINES, Exchange, Reply, reply_headers
-from bnexport.serving.http.routes import FoundRoute, find_route, infer, infer_reply, infer_request, infer_target
+from bnexport.serving.http.app import App, FoundRoute, find_route, infer, infer_reply, infer_request, infer_target
+from bnexport.serving.http.exchange import STATUS_LINES, Exchange, Reply, error_reply, reply_headers
 from bnexport.serving.serving_limits import BoundedCache
 from bnexport.tensors import Array
 
@@ -92,12 +92,9 @@ class FastLane:
 
     def _found(self, url: bytes) -> FoundRoute | None:
         """Return the inference route of a URL that needs no decoding; None for other URLs."""
-        try:
-            return self._known[url]
-        except KeyError:
-            found = _infer_route(url)
-        self._known[url] = found
-        return found
+        if url not in self._known:
+            self._known[url] = _infer_route(url)
+        return self._known[url]
 
 
 def _infer_route(url: bytes) -> FoundRoute | None:
@@ -108,13 +105,6 @@ def _infer_route(url: bytes) -> FoundRoute | None:
     except RequestError:
         return None
     return found if found.handler is infer else None
-
-
-class _NoEvent:
-    """Replaces the event with which uvicorn wakes the task of a request: this request has no task."""
-
-    def set(self) -> None:
-        """Do nothing."""
 
 
 class FastCall(Exchange):
@@ -131,7 +121,9 @@ class FastCall(Exchange):
         "keep_alive",
         "response_complete",
     )
-    message_event = _NoEvent()
+    message_event = SimpleNamespace(
+        set=lambda: None
+    )  # uvicorn wakes the task of a request by it, but this one has no task
 
     def __init__(self, connection: Line, lane: FastLane, head: Head) -> None:
         client = connection.client[0] if connection.client else ""
@@ -153,8 +145,8 @@ class FastCall(Exchange):
         app, body = self._lane.app, self.body
         state = app.state
         try:
-            app.let_in(self.headers)
-            state.memory.hold(len(body))
+            state.let_in(self.headers.get(b"authorization", b""))
+            state.hold(self, len(body))
             self.read, self.bytes_in = True, len(body)
             model = infer_target(state, self, *self._route.captured)
             self._request = request = infer_request(model, self, body)
@@ -164,7 +156,7 @@ class FastCall(Exchange):
                 return
             reply = infer_reply(model.response(request, arrays))
         except Exception as error:
-            reply = app.failed(self, error)
+            reply = error_reply(state.failure(self, error))
         self._answer(reply)
 
     def abandon(self) -> None:
@@ -181,18 +173,17 @@ class FastCall(Exchange):
         try:
             reply = infer_reply(self.model.response(self._request, result))
         except Exception as error:
-            reply = self._lane.app.failed(self, error)
+            reply = error_reply(self._lane.app.state.failure(self, error))
         self._answer(reply)
 
     def set_exception(self, exception: BnexportError, /) -> None:
         """Answer with an error."""
-        self._answer(self._lane.app.failed(self, exception))
+        self._answer(error_reply(exception))
 
     def _answer(self, reply: Reply) -> None:
         app, connection = self._lane.app, self._connection
         app.state.active -= 1
-        if self.read:
-            app.state.memory.release(len(self.body))
+        app.state.release(self, self.held)
         reply = app.finished(self, self._route.name, reply, self._start)
         self.response_complete = self.read = True
         transport = connection.transport

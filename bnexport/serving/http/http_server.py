@@ -17,6 +17,7 @@ import uvicorn
 
 from bnexport import interrupts
 from bnexport.errors import UsageError
+from bnexport.files import input_errors
 from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.batcher import THREADS
@@ -172,10 +173,8 @@ def _config(app: App, settings: ServerSettings) -> uvicorn.Config:
 
 def read_token(file: Path) -> bytes:
     """Return the token in a file, without surrounding white space."""
-    try:
+    with input_errors(file, UsageError, remedy="Give a file with one token"):
         token = file.read_bytes().strip()
-    except OSError as error:
-        raise UsageError(f"{file} can't be read: {one_line(error)}", remedy="Give a file with one token") from error
     if len(token) < 16 or len(token) > 4096 or any(not 0x21 <= byte <= 0x7E for byte in token):
         raise UsageError(
             f"{file} contains no token of 16 to 4096 visible ASCII characters", remedy="Write one: openssl rand -hex 32"

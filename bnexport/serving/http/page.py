@@ -70,7 +70,7 @@ def _described(state: ServerState, name: str, version: str, entry: Version) -> d
         return value | {"newest": False, "inputs": [], "outputs": []} | nothing
     metadata, image = served.metadata([version]), served.preprocessing
     return value | {
-        "newest": state.repository.newest(name) is served,
+        "newest": state.repository.newest.get(name) is served,
         "inputs": [
             {**tensor, "smallest": [spec.smallest.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape]}
             for tensor, spec in zip(metadata["inputs"], served.signature.inputs, strict=True)

@@ -29,6 +29,7 @@ import orjson
 import uvicorn
 
 from bnexport.errors import BnexportError, UsageError
+from bnexport.files import input_errors
 from bnexport.optional import one_line
 from bnexport.serving.http.exchange import STATUS_LINES
 from bnexport.serving.listener import backlog, deafen
@@ -181,7 +182,9 @@ class LimitedConnection(HttpToolsProtocol):
             self._reason = f"more than {self.limits.pipeline} requests wait for an earlier one. Read the answers first"
             raise ValueError("too many requests")
         self._head_open, self._since = False, self.loop.time()
-        if self.fast_lane is not None and self._free() and (call := self.fast_lane.call(self)) is not None:
+        # No earlier request waits for its answer, and the client reads its answers.
+        free = (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
+        if free and self.fast_lane is not None and (call := self.fast_lane.call(self)) is not None:
             self.cycle = self._call = call  # type: ignore[assignment]
             return
         url, headers, expect = self.url, self.headers, self.expect_100_continue
@@ -189,10 +192,6 @@ class LimitedConnection(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expect
         self.headers.extend(headers)
         super().on_headers_complete()
-
-    def _free(self) -> bool:
-        """Return True if no earlier request waits for its answer, and the client reads its answers."""
-        return (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
 
     def on_body(self, body: bytes) -> None:
         """Receive a part of the body."""
@@ -288,10 +287,8 @@ def configured(
 
 
 def _tls_options(certificate: Path, key: Path) -> dict[str, Any]:
-    try:  # a pipe can be read only once
+    with input_errors(key, UsageError, remedy="Check its permissions"):  # a pipe can be read only once
         locked = key.is_file() and b"ENCRYPTED" in key.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{key} can't be read: {one_line(error)}", remedy="Check its permissions") from error
     if locked:
         raise UsageError(
             f"the key in {key} has a passphrase",

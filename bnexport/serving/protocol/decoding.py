@@ -15,7 +15,7 @@ import orjson
 from bnexport.errors import FeedError, RequestError
 from bnexport.optional import one_line
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, RequestedOutput, all_finite
-from bnexport.serving.serving_limits import BoundedCache, ServingLimits
+from bnexport.serving.serving_limits import BoundedCache, ServingLimits, above_limit
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 from bnexport.validation.limits import shown
 
@@ -133,11 +133,8 @@ class Decoder:
             return self._raw(body)
         if header_length is None:
             if len(body) > self._limits.json_bytes:
-                raise RequestError(
-                    f"the JSON has {len(body)} bytes, but the limit is {self._limits.json_bytes}",
-                    remedy="Send the tensors in binary",
-                    status=413,
-                )
+                fact = f"the JSON has {len(body)} bytes"
+                raise above_limit(fact, self._limits.json_bytes, remedy="Send the tensors in binary")
             plan, start = self._planned(load_json(body, brackets=self._limits.brackets)), len(body)
         else:
             if header_length > len(body) or header_length > self._limits.header_json_bytes:
@@ -255,20 +252,12 @@ class Decoder:
         return _RequestPlan(inputs, request, sum(item.size for item in inputs))
 
     def _input(self, item: object) -> _Input:
-        if not isinstance(item, dict):
-            raise RequestError("an input is not a JSON object", remedy=_SHAPES)
-        spec = self._specs.get(name) if isinstance(name := item.get("name"), str) else None
-        if spec is None:
-            raise RequestError(
-                f"the model has no input {shown(str(name))}", remedy=f"The inputs are {', '.join(self._specs)}"
-            )
+        item, spec = _named(item, "input", self._specs)
         if item.get("datatype") != (expected := DATATYPES[spec.dtype]):
             found = shown(str(item.get("datatype")))
             raise RequestError(f"input {spec.name!r} has the datatype {found}", remedy=f"Send {expected}")
         shape = self._checked_shape(spec, item.get("shape"))
-        parameters = _object(item, "parameters")
-        if "shared_memory_region" in parameters:
-            raise RequestError("shared memory is not supported", remedy="Send the data in the request")
+        parameters = _own_parameters(item, "Send the data in the request")
         size, data = parameters.get("binary_data_size"), item.get("data")
         if (size is None) == (data is None):
             raise RequestError(
@@ -300,17 +289,10 @@ class Decoder:
         if (problem := spec.too_small(shape)) is not None:
             raise RequestError(f"input {problem}", remedy="Send larger ones")
         if shape and isinstance(spec.shape[0], str) and shape[0] > self._limits.batch:
-            raise RequestError(
-                f"the batch is {shape[0]}, but the limit is {self._limits.batch}",
-                remedy="Send several requests",
-                status=413,
-            )
+            raise above_limit(f"the batch is {shape[0]}", self._limits.batch, remedy="Send several requests")
         if (size := math.prod(shape) * np.dtype(spec.dtype).itemsize) > self._limits.inflated_bytes:
-            raise RequestError(
-                f"input {spec.name!r} would have {size} bytes, but the limit is {self._limits.inflated_bytes}",
-                remedy="Send smaller tensors",
-                status=413,
-            )
+            fact = f"input {spec.name!r} would have {size} bytes"
+            raise above_limit(fact, self._limits.inflated_bytes, remedy="Send smaller tensors")
         return tuple(shape)
 
     def _wanted(self, given: object, *, binary: bool) -> tuple[RequestedOutput, ...]:
@@ -324,15 +306,8 @@ class Decoder:
         return wanted
 
     def _output(self, item: object, *, binary: bool) -> RequestedOutput:
-        if not isinstance(item, dict):
-            raise RequestError("an output is not a JSON object", remedy=_SHAPES)
-        spec = self._outputs.get(name) if isinstance(name := item.get("name"), str) else None
-        if spec is None:
-            outputs = ", ".join(self._outputs)
-            raise RequestError(f"the model has no output {shown(str(name))}", remedy=f"The outputs are {outputs}")
-        parameters = _object(item, "parameters")
-        if "shared_memory_region" in parameters:
-            raise RequestError("shared memory is not supported", remedy="Take the data from the answer")
+        item, spec = _named(item, "output", self._outputs)
+        parameters = _own_parameters(item, "Take the data from the answer")
         classes = parameters.get("classification", 0)
         if type(classes) is not int or classes < 0 or (classes and len(spec.shape) != 2):
             raise RequestError(
@@ -377,6 +352,24 @@ def _object(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise RequestError(f'"{key}" is not a JSON object', remedy=f'Omit "{key}", or send an object')
     return found
+
+
+def _named(item: object, kind: str, specs: Mapping[str, TensorSpec]) -> tuple[dict[str, Any], TensorSpec]:
+    """Return the description of an input or output, and the model's tensor of its name."""
+    if not isinstance(item, dict):
+        raise RequestError(f"an {kind} is not a JSON object", remedy=_SHAPES)
+    spec = specs.get(name) if isinstance(name := item.get("name"), str) else None
+    if spec is None:
+        raise RequestError(f"the model has no {kind} {shown(str(name))}", remedy=f"The {kind}s are {', '.join(specs)}")
+    return item, spec
+
+
+def _own_parameters(item: Mapping[str, Any], instead: str) -> Mapping[str, Any]:
+    """Return the parameters of an input or output, which must be in the message itself."""
+    parameters = _object(item, "parameters")
+    if "shared_memory_region" in parameters:
+        raise RequestError("shared memory is not supported", remedy=instead)
+    return parameters
 
 
 def _flag(parameters: Mapping[str, Any], key: str, *, default: bool = False) -> bool:

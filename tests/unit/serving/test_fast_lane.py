@@ -99,7 +99,7 @@ async def test_an_answer_is_the_same_both_ways(repository: Repository, calls: li
             del line["id"]
     assert lines[0] == lines[1]
     assert houses[0].state.requests == houses[1].state.requests
-    assert (houses[0].state.memory.held, houses[0].server_state.total_requests) == (0, 1)
+    assert (houses[0].state.held, houses[0].server_state.total_requests) == (0, 1)
 
 
 async def test_a_connection_remembers_a_head_and_notices_another(repository: Repository, calls: list[bool]) -> None:
@@ -177,7 +177,7 @@ async def test_the_body_may_come_in_pieces_or_not_at_all(repository: Repository)
     connection.data_received(data[:1000])
     assert house.state.active == 1, "a stop waits for it"
     connection.connection_lost(None)
-    assert (house.state.active, house.state.memory.held) == (0, 0)
+    assert (house.state.active, house.state.held) == (0, 0)
     assert not wire.written
 
 
@@ -206,7 +206,7 @@ async def test_a_client_that_went_away_gets_no_answer(repository: Repository) ->
     await quiet(house)
     assert not wire.written
     assert other.written.startswith(b"HTTP/1.1 200")
-    assert house.state.memory.held == 0
+    assert house.state.held == 0
 
 
 async def test_a_stop_closes_the_connection_after_the_answer(repository: Repository) -> None:

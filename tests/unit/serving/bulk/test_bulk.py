@@ -22,9 +22,8 @@ from unit.serving.bulk.conftest import IMAGES, predict, rows
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
-from bnexport.serving.bulk.bulk_prediction import ShardActor, predict_in_bulk, threads_ended
+from bnexport.serving.bulk.bulk_prediction import JOB, ShardActor, make_job, predict_in_bulk, threads_ended
 from bnexport.serving.bulk.bulk_request import BulkProgress, BulkRequest
-from bnexport.serving.bulk.job import JOB, make_job
 from bnexport.serving.predictor import predict_images
 from bnexport.tuned import Choice, tuning_line
 

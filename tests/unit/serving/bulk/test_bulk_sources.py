@@ -16,9 +16,8 @@ from unit.serving.bulk.conftest import IMAGES, predict, rows, write_parquet
 from bnexport.bundle import Bundle
 from bnexport.data.images import ENDINGS
 from bnexport.errors import DataError, UsageError
-from bnexport.serving.bulk.bulk_prediction import ShardWorker
+from bnexport.serving.bulk.bulk_prediction import ShardWorker, make_job
 from bnexport.serving.bulk.bulk_request import BulkRequest
-from bnexport.serving.bulk.job import make_job
 
 #: Source -> part of the error.
 BAD_SOURCES = {
