@@ -72,7 +72,7 @@ class Evaluation:
             "accuracy_95": list(self.interval),
             "loss": self.loss,
             f"top_{TOP_K}": self.top,
-            "classes": [row.to_json() for row in self.classes],
+            "classes": [dict(vars(row)) for row in self.classes],
             "confusion": self.confusion.tolist(),
             "note": self.note,
             "environment": self.environment,

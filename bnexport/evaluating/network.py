@@ -34,9 +34,6 @@ from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
 from bnexport.validation.file_kinds import kind_of
 
-#: Used for a checkpoint without a preprocessing: pixels from 0 to 1.
-DEFAULT_PREPROCESSING = Preprocessing()
-
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
@@ -48,9 +45,9 @@ class LoadedCheckpoint:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The checkpoint's preprocessing, or DEFAULT_PREPROCESSING; DataError if it can't be read."""
+        """The checkpoint's preprocessing, without one pixels from 0 to 1; DataError if it can't be read."""
         found = self.model.preprocessing
-        return DEFAULT_PREPROCESSING if found is None else Preprocessing.from_json(found)
+        return Preprocessing() if found is None else Preprocessing.from_json(found)
 
     def dataset(self, given: str | None) -> str:
         """Return the given data set, else the one that the network was trained on; UsageError without either."""
@@ -175,15 +172,6 @@ SAMPLE = 1024
 BATCH_SIZE = 256
 
 
-@dataclass(frozen=True)
-class TrainedNetwork:
-    """A network with its training set and preprocessing."""
-
-    module: nn.Module  # The network; it is not changed
-    dataset: str | None  # The data set that it was trained on; None if unknown
-    preprocessing: Mapping[str, Any] | None  # JSON of the preprocessing; None if unknown
-
-
 def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
     """Return the unfolded network of a bundle, built by the user's code ``file.py:factory`` with the bundle's options.
 
@@ -195,7 +183,7 @@ def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
     return load_source(source, weights=bundle.file(WEIGHTS), options=network.get("options") if same else None).module
 
 
-def trained_network(path: Path, request: InspectionRequest | None = None) -> TrainedNetwork:
+def trained_network(path: Path, request: InspectionRequest | None = None) -> LoadedModel:
     """Return the network of a run directory, a checkpoint, weights or a bundle; ``request`` replaces facts of the file.
 
     UsageError if an option does not apply to bundles; other errors are those of ``load_trained`` and ``Bundle.check``.
@@ -214,15 +202,16 @@ def trained_network(path: Path, request: InspectionRequest | None = None) -> Tra
                 f"{path} is the bundle of a network {reason}", remedy="Name its code with --source FILE.py:FACTORY"
             )
         module = original_network(bundle) if given.source is None else network_of_bundle(bundle, given.source)
-        return TrainedNetwork(module, given.dataset or manifest.dataset, manifest.preprocessing)
+        name, preprocessing = given.dataset or manifest.dataset, manifest.preprocessing
+        return LoadedModel(module, manifest.name, manifest.network, dataset=name, preprocessing=preprocessing)
     trained = load_trained(path, given)
     if (name := given.dataset or trained.model.dataset) is not None:
         trained.classes(name, data_dir=given.data_dir)
-    return TrainedNetwork(trained.model.module, given.dataset or trained.model.dataset, trained.preprocessing.to_json())
+    return replace(trained.model, dataset=name, preprocessing=trained.preprocessing.to_json())
 
 
 def sampled_staleness(
-    subject: TrainedNetwork, *, data_dir: str | Path | None = None, download: bool = False
+    subject: LoadedModel, *, data_dir: str | Path | None = None, download: bool = False
 ) -> StalenessReport:
     """Compare moving statistics with exact ones over SAMPLE training images, the same in each call; on the CPU.
 
@@ -252,7 +241,7 @@ def sampled_staleness(
             raise fails_on(batches[0], error, subject.module) from error
 
 
-def stale_warning(subject: TrainedNetwork, *, data_dir: str | Path | None = None) -> str:
+def stale_warning(subject: LoadedModel, *, data_dir: str | Path | None = None) -> str:
     """Return the fold report's warning of stale statistics; "" if they are up to date or can't be compared."""
     try:
         report = sampled_staleness(subject, data_dir=data_dir)

@@ -64,7 +64,7 @@ def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: 
     """
     finite = np.asarray(errors, dtype=np.float64)
     finite = finite[np.isfinite(finite)]
-    parts = [_grid(axis, 24)]
+    parts = [f'<path class="grid" d="M{_n(1000 * share)} 0V24"/>' for share, _ in axis.ticks()]
     if finite.size:
         counts, edges = np.histogram(axis.at(finite), bins=_BINS, range=(0.0, 1.0))
         heights = 22 * np.log1p(counts) / np.log1p(counts.max())
@@ -93,7 +93,11 @@ def margins(errors: Array, margin: Array, bound: float | None, across: ChartAxis
         bins=(_COLUMNS, _ROWS),
         range=((0.0, 1.0), (0.0, 1.0)),
     )
-    parts = [_corner(across, up, left, width, height), *_lines_across(up, left, width, height)]
+    # The corner where the error is at least half of the margin
+    edges = np.log10(np.logspace(across.low, across.high, 2) / 2)
+    start, end = (_n(y) for y in height * (1 - (edges - up.low) / (up.high - up.low)))
+    corner = f"M{left} {start}L{left + width} {end}L{left + width} {-height}L{left} {-height}Z"
+    parts = [f'<path class="risk" d="{corner}"/>', *_lines_across(up, left, width, height)]
     for share, label in across.ticks(4):
         x = _n(left + width * share)
         anchor = "start" if share < 0.03 else "end" if share > 0.97 else "middle"
@@ -245,19 +249,6 @@ def _speed_style() -> str:
     return base + dashes + light + night + "@media print{.speeds text{fill:#000}.speeds .g{stroke:#999}}"
 
 
-def _corner(across: ChartAxis, up: ChartAxis, left: int, width: int, height: int) -> str:
-    """Draw the region where the error is at least half of the margin."""
-    edge = np.logspace(across.low, across.high, 2)
-    lower = np.log10(edge / 2)
-    ys = height * (1 - (lower - up.low) / (up.high - up.low))
-    points = f"M{left} {_n(ys[0])}L{left + width} {_n(ys[1])}L{left + width} {-height}L{left} {-height}Z"
-    return f'<path class="risk" d="{points}"/>'
-
-
-def _grid(axis: ChartAxis, height: int) -> str:
-    return "".join(f'<path class="grid" d="M{_n(1000 * share)} 0V{height}"/>' for share, _ in axis.ticks())
-
-
 def _lines_across(up: ChartAxis, left: int, width: int, height: int) -> Iterator[str]:
     """Yield the labelled lines of an axis that goes upwards."""
     for share, label in up.ticks(4):
@@ -295,19 +286,11 @@ SHOWN_LAYERS = 40
 
 
 @dataclass(frozen=True)
-class Strip:
-    """The errors of one run."""
-
-    name: str  # Name of the run
-    chart: Markup  # Distribution of its errors
-    error: str  # The largest error of all batches, as text
-
-
-@dataclass(frozen=True)
 class Strips:
     """The errors of every run on one axis."""
 
-    lines: tuple[Strip, ...]
+    #: Name of each run, distribution of its errors, and the largest error of all batches, as text
+    lines: tuple[tuple[str, Markup, str], ...]
     axis: ChartAxis
 
 
@@ -348,40 +331,27 @@ def int8_charts(found: Int8Findings | None) -> Int8Charts | None:
 
 def strips(lines: Sequence[ReportedRun], samples: Samples) -> Strips | None:
     """Return the distribution of the errors of each run that has some; None if none has."""
-    measured = [run for run in lines if run.first is not None]
+    measured = [
+        (run.name, run.first.bound, [row.error for row in run.kernels.rows if row.error is not None])
+        for run in lines
+        if run.kernels and run.first
+    ]
     if not measured:
         return None
-    worst = {
-        run.name: [row.error for row in run.kernels.rows if row.error is not None] for run in measured if run.kernels
-    }
-    bounds = {run.name: run.first.bound for run in measured if run.first}
-    parts: list[Array | float | None] = [*bounds.values(), *(np.array(errors) for errors in worst.values())]
-    parts += [samples[run.name][0] for run in measured if run.name in samples]
-    axis = axis_of(parts)
-    none = np.array([])
-    return Strips(
-        tuple(
-            Strip(
-                run.name,
-                histogram(
-                    samples[run.name][0] if run.name in samples else none, worst[run.name], bounds[run.name], axis
-                ),
-                number(max(worst[run.name])),
-            )
-            for run in measured
-        ),
-        axis,
-    )
+    errors = {name: samples[name][0] if name in samples else np.array([]) for name, _, _ in measured}
+    axis = axis_of(part for name, bound, worst in measured for part in (bound, np.array(worst), errors[name]))
+    drawn = ((name, histogram(errors[name], worst, bound, axis), number(max(worst))) for name, bound, worst in measured)
+    return Strips(tuple(drawn), axis)
 
 
 def maps(lines: Sequence[ReportedRun], samples: Samples) -> list[tuple[str, Markup]]:
     """Return (run, error against margin) of each run whose samples are known."""
-    shown = [run for run in lines if run.name in samples and run.first is not None and len(samples[run.name][0])]
-    across = axis_of(samples[run.name][1] for run in shown)
+    shown = [run for run in lines if run.name in samples and len(samples[run.name][0])]
     bounds = {run.name: run.first.bound for run in shown if run.first}
+    across = axis_of(samples[name][1] for name in bounds)
     corner = 10.0 ** (across.low + 1)  # Keeps the shaded corner in the picture.
-    up = axis_of([*(samples[run.name][0] for run in shown), *bounds.values(), corner])
-    return [(run.name, margins(*samples[run.name], bounds[run.name], across, up)) for run in shown]
+    up = axis_of([*(samples[name][0] for name in bounds), *bounds.values(), corner])
+    return [(name, margins(*samples[name], bound, across, up)) for name, bound in bounds.items()]
 
 
 def drifts(report: VerificationReport) -> list[Drift]:

@@ -33,6 +33,7 @@ from bnexport.verification.verdict import (
     labels_right,
     number,
     run_name,
+    total_flips,
 )
 
 #: Number of layers in the sentence on an int8 file.
@@ -60,6 +61,11 @@ def rate_bound(report: VerificationReport) -> float | None:
     counted = [row.flips for row in rows if row.flips is not None]
     bounds = [flips.rate_bound for flips in counted if flips.rate_bound is not None]
     return max(bounds) if bounds and len(bounds) == len(counted) else None
+
+
+def every_flip(report: VerificationReport) -> Flips:
+    """Return the counts of labels over all comparisons."""
+    return total_flips(row.flips for row in report.rows if row.flips is not None)
 
 
 def flipped(flips: Flips | None) -> str:
@@ -138,11 +144,6 @@ class ReportedRun:
         """Return the first comparison with an error: on real inputs, if there are some."""
         rows = self.kernels.rows if self.kernels else ()
         return next((row for row in rows if row.error is not None), None)
-
-    @property
-    def detected(self) -> str:
-        """Return the precision that its error indicates; "" where none was determined."""
-        return next((row.detected for row in self.rows if row.detected), "")
 
 
 @dataclass(frozen=True)
@@ -246,15 +247,20 @@ class Confusion:
 
 def flips(report: VerificationReport) -> list[Flip]:
     """Return the changed samples, unexplained ones first, then by largest margin."""
-    gathered: dict[tuple[int, int, int], list[tuple[str, FlippedSample]]] = {}
-    for name, items in report.findings.flipped.items():
-        for item in items:
-            gathered.setdefault((item.index, item.reference, item.candidate), []).append((name, item))
     found = [
         Flip(min((item for _, item in cases), key=_rank), tuple(name for name, _ in cases))
-        for cases in gathered.values()
+        for cases in _gathered(report, "index", "reference", "candidate").values()
     ]
     return sorted(found, key=lambda flip: _rank(flip.sample))
+
+
+def _gathered(report: VerificationReport, *keys: str) -> dict[tuple[int, ...], list[tuple[str, FlippedSample]]]:
+    """Return the changed samples of every run, with its name, by some of their attributes."""
+    gathered: dict[tuple[int, ...], list[tuple[str, FlippedSample]]] = {}
+    for name, items in report.findings.flipped.items():
+        for item in items:
+            gathered.setdefault(tuple(getattr(item, key) for key in keys), []).append((name, item))
+    return gathered
 
 
 def pictures(report: VerificationReport, shown: Sequence[Flip]) -> dict[int, str]:
@@ -265,18 +271,15 @@ def pictures(report: VerificationReport, shown: Sequence[Flip]) -> dict[int, str
 
 def confusions(report: VerificationReport) -> list[Confusion]:
     """Return the pairs of classes, the most frequent first."""
-    gathered: dict[tuple[int, int], list[tuple[str, FlippedSample]]] = {}
-    for name, items in report.findings.flipped.items():
-        for item in items:
-            gathered.setdefault((item.reference, item.candidate), []).append((name, item))
     found = [
         Confusion(
-            *pair,
+            reference=before,
+            candidate=after,
             samples=len({item.index for _, item in cases}),
             unexplained=len({item.index for _, item in cases if not item.explained}),
             runs=len({name for name, _ in cases}),
         )
-        for pair, cases in gathered.items()
+        for (before, after), cases in _gathered(report, "reference", "candidate").items()
     ]
     return sorted(found, key=lambda row: (-row.samples, row.reference, row.candidate))
 

@@ -83,15 +83,12 @@ def detect(
     same_weights: bool = True,
     functions: float = 0.0,
 ) -> Detected:
-    """Find the precision that made an error.
+    """Find the precision that made the error of an engine: ``candidate`` - ``exact``, in float64 with the engine's weights.
 
-    Args:
-        candidate: Output name -> (n, ...), from the engine.
-        exact: The same in float64, with the weights that the engine used.
-        emulated: Precision -> its outputs for the same inputs; must contain "float32". One that overflows is left out.
-        same_weights: The engine used the emulated weights. The unfolded network rounds other numbers, so its errors have
-            the size of the emulated ones, but not their direction.
-        functions: Root mean square of the error, over scale, that the engine's approximated functions add to float32's.
+    ``emulated`` has the outputs of each precision for the same inputs; it must contain "float32", and one that overflows is
+    left out. Without ``same_weights``, the engine did not use the emulated weights: the unfolded network rounds other numbers,
+    so its errors have the size of the emulated ones, but not their direction. ``functions`` is the root mean square of the
+    error, over scale, that the engine's approximated functions add to float32's.
     """
     error = _difference(candidate, exact)
     if not np.isfinite(error).all():
@@ -157,7 +154,7 @@ def rounding_noise(model: ModelProto, feeds: Mapping[str, Array], *, seeds: int 
         for name, values in exact.items():
             if not (np.isfinite(values).all() and np.isfinite(moved[name]).all()):
                 raise ProofError(
-                    "the file gives values that are not finite in float64", remedy="Check the network's weights"
+                    "the outputs of the file in float64 are not finite", remedy="Check the network's weights"
                 )
             worst = max(worst, float(np.abs(moved[name] - values).max(initial=0.0)) / scale(values))
     return worst
@@ -206,9 +203,8 @@ def _by_size(size: float, sizes: Mapping[str, float], names: list[str]) -> Detec
     if not fitting:
         return _unknown(size, sizes, names, {})
     nearest = min(fitting, key=lambda name: abs(math.log(size / sizes[name])))
-    sentence = f"the error (rms {size:.1e} of scale) has the size of {words_of(nearest)}'s"
-    others = [name for name in fitting if name != nearest]
-    sentence += f", as it has of {_listed(others)}'s" if others else ""
+    ordered = [nearest, *(name for name in fitting if name != nearest)]
+    sentence = f"the error (rms {size:.1e} of scale) is about as large as that of {_listed(ordered)}"
     return Detected(nearest, size, None, min(_COARSENESS[name] for name in fitting), sentence)
 
 
@@ -225,7 +221,7 @@ def _unknown(size: float, sizes: Mapping[str, float], names: list[str], cosines:
     compared += "" if cosine is None else f", cosine {cosine:.2f} with it"
     if cosine is not None and cosine >= _PERHAPS and 1 / _SAME_SIZE <= times <= _SAME_SIZE:
         return Detected(
-            UNDECIDED, size, cosine, coarseness, f"the error may be that of a precision, or a fault: {compared}"
+            UNDECIDED, size, cosine, coarseness, f"either a precision or a fault makes the error: {compared}"
         )
     return Detected(UNKNOWN, size, cosine, coarseness, f"{sentence}: {compared}")
 

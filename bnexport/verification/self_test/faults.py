@@ -84,7 +84,7 @@ def flip_unfolded_weight(copy: Copy) -> str:
     import torch
 
     if not copy.subject.rebuilt:
-        raise NotTried(f"nothing here reads {WEIGHTS}: the original network is not rebuilt from it")
+        raise NotTried(f"no check reads {WEIGHTS}: the original network is not rebuilt from it")
     state = safetensors.torch.load_file(copy.file(WEIGHTS))
     order = copy.subject.network.state_dict() if copy.subject.network else state  # the file is sorted by name
     kept = [state[name] for name in order if name in state and state[name].dtype in (torch.float32, torch.float64)]

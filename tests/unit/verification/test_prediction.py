@@ -179,7 +179,7 @@ def test_an_error_of_the_right_size_that_points_half_aside_is_undecided(
     given = exact["logits"] + (0.35 * own + 0.9 * rng.permutation(own)).reshape(exact["logits"].shape)
     seen = detect({"logits": given}, exact, emulated)
     assert seen.precision == "undecided"
-    assert "a precision, or a fault" in seen.sentence
+    assert "either a precision or a fault makes the error" in seen.sentence
     assert compatible("bfloat16", seen)
     assert not compatible("tf32", seen)
 
