@@ -6,7 +6,7 @@ The code of a network comes from bnexport, from a package, or from the user.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,40 +110,36 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedChe
     )
 
 
-class NetworkClassifier:
-    """A network in eval mode and strict float32 that computes scores of images; ``module`` is moved to the device."""
+def classifier_of(module: nn.Module, preprocessing: Preprocessing, device: torch.device) -> Callable[[Array], Array]:
+    """Return a function that computes scores (n, classes) of images in strict float32; ``module`` is moved to the device.
 
-    def __init__(self, module: nn.Module, preprocessing: Preprocessing, device: torch.device) -> None:
-        self._module = module.to(device)
-        self._preprocessing = preprocessing
-        self._device = device
+    The images are uint8, (n, height, width) or (n, channels, height, width) of any size. The function raises DataError if they
+    do not fit the preprocessing, or the scores are not finite; ModelError if the network fails on the images, or its output has
+    no row of scores per image; RuntimeUnavailable if the GPU is out of memory.
+    """
+    module = module.to(device)
 
-    def logits(self, images: Array) -> Array:
-        """Return scores (n, classes) of uint8 images (n, height, width) or (n, channels, height, width) of any size.
-
-        Raises:
-            DataError: The images do not fit the preprocessing, or the scores are not finite.
-            ModelError: The network fails on the images, or its output has no row of scores per image.
-            RuntimeUnavailable: The GPU is out of memory.
-        """
-        X = inputs_of(images, self._preprocessing).to(self._device)
+    def logits(images: Array) -> Array:
+        X = inputs_of(images, preprocessing).to(device)
         with strict_float32(), torch.inference_mode():
             try:
-                Y: Any = self._module(X)
+                Y: Any = module(X)
             except torch.OutOfMemoryError as error:
                 raise RuntimeUnavailable(
-                    f"{self._device} is out of memory", remedy="Choose a smaller --batch-size, or --device cpu"
+                    f"{device} is out of memory", remedy="Choose a smaller --batch-size, or --device cpu"
                 ) from error
             except Exception as error:  # the module is the user's code
-                raise fails_on(X, error, self._module) from error
+                raise fails_on(X, error, module) from error
         if not isinstance(Y, Tensor) or Y.dim() != 2 or len(Y) != len(X):
             raise ModelError("the network's output has no row of scores per image", remedy="Evaluate a classifier")
-        logits: Array = Y.float().cpu().numpy()
-        if not np.isfinite(logits).all():
+        scores: Array = Y.float().cpu().numpy()
+        if not np.isfinite(scores).all():
             raise DataError(
                 "the network's scores contain NaN or infinity", remedy="Check its weights, or train it again"
             )
-        return logits
+        return scores
+
+    return logits
 
 
 def fails_on(X: Tensor, error: Exception, module: nn.Module) -> ModelError:

@@ -16,7 +16,7 @@ from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError
 from bnexport.evaluating.confusion import wilson_interval
 from bnexport.evaluating.evaluate import OnBatch, count_confusion
-from bnexport.evaluating.network import LoadedCheckpoint, NetworkClassifier, fails_on, input_batches, load_trained
+from bnexport.evaluating.network import LoadedCheckpoint, classifier_of, fails_on, input_batches, load_trained
 from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.files import refuse_existing_file
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
@@ -140,7 +140,7 @@ def recalibrate_checkpoint(
     train, _ = load_train_images(name, data_dir=request.data_dir, download=True, preprocessing=fitting)
     # In mixed order: a set sorted by class would give batches unlike those of training.
     order = np.random.default_rng(request.seed).permutation(len(train))[: request.samples]
-    classifier = NetworkClassifier(module, fitting, device)
+    classifier = classifier_of(module, fitting, device)
 
     def accuracy() -> Accuracy:
         found = count_confusion(classifier, name, classes, fitting, data_dir=request.data_dir)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from bnexport.reporting.summary import ReportedRun, int8_sentence
+from bnexport.reporting.summary import ReportedRun
 from bnexport.tensors import Array
-from bnexport.verification.verdict import Int8Findings, Int8Range, LayerDrift, LayerNoise, VerificationReport, number
+from bnexport.verification.verdict import Int8Range, LayerDrift, VerificationReport, number
 
 #: Ends of logarithmic axes. Smaller values (an exact 0) and larger ones (infinity) are drawn at the end.
 LEAST, MOST = 1e-10, 1e3
@@ -303,30 +303,6 @@ class Drift:
     shown: tuple[LayerDrift, ...]  # Layers of the table: the first SHOWN_LAYERS, and all above their prediction
     first: str  # Name of the first layer above its prediction, or ""
     chart: Markup  # Measured and predicted errors
-
-
-@dataclass(frozen=True)
-class Int8Charts:
-    """The layers and ranges of an int8 file with their charts, those that matter most first."""
-
-    sentence: str  # The result in words
-    layers: tuple[tuple[LayerNoise, Markup], ...]  # Layers with a share, the largest first
-    rest: tuple[LayerNoise, ...]  # Layers whose share was not computed
-    ranges: tuple[tuple[Int8Range, Markup], ...]  # In the order of the graph
-
-
-def int8_charts(found: Int8Findings | None) -> Int8Charts | None:
-    """Return the charts of an int8 file; None for other files."""
-    if found is None:
-        return None
-    layers = sorted((item for item in found.layers if item.share is not None), key=lambda item: -(item.share or 0.0))
-    most = max((item.share or 0.0 for item in layers), default=0.0)
-    return Int8Charts(
-        int8_sentence(found),
-        tuple((item, bar(item.share or 0.0, most)) for item in layers),
-        tuple(item for item in found.layers if item.share is None),
-        tuple((item, int8_range(item)) for item in found.ranges),
-    )
 
 
 def strips(lines: Sequence[ReportedRun], samples: Samples) -> Strips | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -104,10 +103,8 @@ def verification_page(bundle: Bundle, report: VerificationReport, *, command: st
 
 def page_environment() -> jinja2.Environment:
     """Return the templates' environment, with autoescape: labels and module paths come from untrusted files."""
-    folder = resources.files("bnexport.reporting").joinpath("templates")
-    sources = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".jinja")}
     environment = jinja2.Environment(
-        loader=jinja2.DictLoader(sources),
+        loader=jinja2.PackageLoader("bnexport.reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

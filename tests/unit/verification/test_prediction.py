@@ -268,7 +268,7 @@ def test_where_tf32_hardly_differs_a_noisy_float32_is_still_float32() -> None:
     ],
 )
 def test_the_requested_precision_must_not_be_finer(requested: str, found: str, fits: bool) -> None:
-    assert compatible(requested, Detected(found, 1e-4, None, _COARSENESS[found], "")) == fits
+    assert compatible(requested, Detected(found, None, _COARSENESS[found], "")) == fits
 
 
 def test_every_precision_has_a_rank() -> None:
