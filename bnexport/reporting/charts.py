@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -174,12 +175,8 @@ class SpeedCurve:
     points: tuple[tuple[float, float], ...]  # (latency of a call in ms, images per second)
 
 
-#: Colours by day and in the dark, after Okabe and Ito (2008), and patterns of lines.
-_COLOURS = (
-    ("#0072b2", "#63b3e4"), ("#d55e00", "#ff9a5c"), ("#009e73", "#4fd1a5"),
-    ("#b0528a", "#e6a5c8"), ("#8a6a00", "#f0c36d"), ("#555555", "#bbbbbb"),
-)  # fmt: skip
-_DASHES = ("none", "7 3", "2 3", "9 3 2 3")
+#: Number of colours in speeds.css, by day and in the dark, after Okabe and Ito (2008), and of patterns of lines.
+_COLOURS, _DASHES = 6, 4
 _LONGEST_NAME = 60
 
 
@@ -188,7 +185,8 @@ def speeds(curves: Sequence[SpeedCurve]) -> Markup:
     left, width, height = 46, 330, 220
     across = _decades([point[0] for curve in curves for point in curve.points])
     up = _decades([point[1] for curve in curves for point in curve.points])
-    parts = [f"<style>{_speed_style()}</style>"]
+    style = resources.files("bnexport.reporting").joinpath("templates", "speeds.css").read_text(encoding="utf-8")
+    parts = [f"<style>{''.join(style.splitlines())}</style>"]
     for share, label in _decade_ticks(up):
         y = _n(height * (1 - share))
         parts.append(f'<path class="g" d="M{left} {y}h{width}"/><text x="{left - 4}" y="{y}" dy="3.5">{label}</text>')
@@ -200,7 +198,7 @@ def speeds(curves: Sequence[SpeedCurve]) -> Markup:
     for place, curve in enumerate(curves):
         xs = left + width * across.at(np.array([x for x, _ in curve.points]))
         ys = height * (1 - up.at(np.array([y for _, y in curve.points])))
-        look = f"c{curve.colour % len(_COLOURS)} d{curve.dash % len(_DASHES)}"
+        look = f"c{curve.colour % _COLOURS} d{curve.dash % _DASHES}"
         parts.append(f'<path class="{look}" d="{_line(xs, ys)}"/>')
         parts += [f'<path class="{look} p" d="M{_n(x)} {_n(y)}v.01"/>' for x, y in zip(xs, ys, strict=True)]
         line = height + 46 + 14 * place
@@ -230,23 +228,6 @@ def _decade_ticks(axis: ChartAxis) -> list[tuple[float, str]]:
         for at in range(axis.low, axis.high + 1)
     ]
     return [(place / width, label) for place, label in enumerate(labels)]
-
-
-def _speed_style() -> str:
-    base = (
-        ".speeds{max-width:40rem;font-family:system-ui,sans-serif}"
-        ".speeds path{fill:none;stroke-width:1.6px;vector-effect:non-scaling-stroke}"
-        ".speeds .g{stroke:#d5dae0;stroke-width:1px}.speeds .p{stroke-width:6px;stroke-linecap:round;stroke-dasharray:none}"
-        ".speeds text{fill:#5a626c;font-size:10px;text-anchor:end}"
-        ".speeds .m{text-anchor:middle}.speeds .s{text-anchor:start}"
-    )
-    dashes = "".join(f".speeds .d{at}:not(.p){{stroke-dasharray:{dash}}}" for at, dash in enumerate(_DASHES))
-    light, dark = (
-        "".join(f".speeds .c{at}{{stroke:{colours[kind]}}}" for at, colours in enumerate(_COLOURS)) for kind in (0, 1)
-    )
-    night = ".speeds{background:#14171a}.speeds text{fill:#a3acb7}.speeds .g{stroke:#3a414a}" + dark
-    night = f"@media screen and (prefers-color-scheme:dark){{{night}}}"
-    return base + dashes + light + night + "@media print{.speeds text{fill:#000}.speeds .g{stroke:#999}}"
 
 
 def _lines_across(up: ChartAxis, left: int, width: int, height: int) -> Iterator[str]:
