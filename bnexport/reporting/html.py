@@ -26,25 +26,6 @@ SHOWN_LABELS = 40
 #: Stages in the verdict, if they were reached: one for each cause.
 HEADLINE = ("file-proof", "strict", "shipping")
 
-#: Stage of a verification -> the question that it answers. TOLERANCES has the reasons for the bounds.
-STAGES: dict[str, str] = {
-    "integrity": "Is every file the one that was written?",
-    "golden": "Do the stored inputs give the stored outputs on each runtime?",
-    "golden-reference": "Are the stored outputs those of the unfolded network?",
-    "declaration": "Does model.onnx declare the names, types, shapes and versions of the manifest?",
-    "weights": "Do all formats hold the same weights, bit by bit?",
-    "file-proof": "Is the fold exact? The written file, evaluated in float64, against the unfolded network in float64.",
-    "quantization": "Is the int8 file the float32 file plus rounding, with no channel that can saturate? Number by number.",
-    "strict": "Do the kernels compute it? Each runtime in strict float32 against the float64 reference.",
-    "shipping": "Is the noise what this precision makes? Each runtime as it is served, against the float64 reference.",
-    "precision": "Which precision does the error itself show, and is it the requested one?",
-    "batch-size": "Does the answer for a sample depend on the number of other samples in its batch?",
-    "repeat": "Does the same input give the same answer twice?",
-    "labels": "Does int8 change more labels than the margins and its noise explain?",
-    "accuracy": "Is the reference the trained network?",
-    "accuracy-change": "Does the runtime label worse than the reference, by McNemar's exact test?",
-}
-
 
 def render_report(
     manifest: Manifest,
@@ -117,7 +98,7 @@ def page_environment() -> jinja2.Environment:
         tables=tables,
         outcomes=OUTCOMES,
         gone=GONE,
-        meaning={**tables.FILE_CHECKS, **summary.KERNEL_STAGES},
+        meaning={**summary.FILE_CHECKS, **summary.KERNEL_STAGES},
         shown_calls=OPEN_CALLS,
         shown_faults=OPEN_FAULTS,
         shown_failures=SHOWN_FAILURES,
@@ -144,7 +125,7 @@ def _stages(verification: VerificationReport) -> dict[str, str]:
     for stage in dict.fromkeys(row.stage for row in verification.rows):
         tolerance = TOLERANCES.get(stage)
         because = f"Bound {number(tolerance.bound)}: {tolerance.reason}." if tolerance else ""
-        found[stage] = " ".join(part for part in (STAGES.get(stage, ""), because) if part)
+        found[stage] = " ".join(part for part in (summary.STAGES.get(stage, ""), because) if part)
     return found
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
 
@@ -89,19 +91,22 @@ def module_name(path: str) -> str:
     return path or "(root)"
 
 
+#: Texts on each stage of a verification, by kind of text.
+_TEXTS = json.loads(resources.files("bnexport.reporting").joinpath("stages.json").read_text(encoding="utf-8"))
+
+
+def _texts(kind: str) -> dict[str, str]:
+    return {stage: texts[kind] for stage, texts in _TEXTS.items() if kind in texts}
+
+
+#: Stage of a verification -> the question that it answers. TOLERANCES has the reasons for the bounds.
+STAGES = _texts("question")
 #: Stage of a run -> heading of its column, in the order of the table. The other stages check files.
-RUN_STAGES: dict[str, str] = {
-    "golden": "golden vectors",
-    "strict": "strict",
-    "shipping": "shipping",
-    "batch-size": "across batch sizes",
-    "repeat": "repeated",
-    "accuracy-change": "accuracy",
-    "labels": "labels",
-    "precision": "precision",
-}
+RUN_STAGES = _texts("heading")
 #: Stages whose error is that of the kernels, against the unfolded network -> the arithmetic of the stage.
-KERNEL_STAGES: dict[str, str] = {"strict": "full float32 arithmetic", "shipping": "the precision that is served"}
+KERNEL_STAGES = _texts("arithmetic")
+#: Check of the files -> the condition under which it passes, for its first line.
+FILE_CHECKS = _texts("passes_if")
 #: Part of ``RunSettings.describe`` -> options of ``bnexport verify`` that select it.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "IO binding": ("--io-binding",),

@@ -18,6 +18,7 @@ from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldOutcome, FoldReport, FoldRow
 from bnexport.plain_table import printable
 from bnexport.reporting.summary import (
+    FILE_CHECKS,
     KERNEL_STAGES,
     ReportedRun,
     certified,
@@ -128,16 +129,6 @@ LEGEND = (
     "labels changed: class differs from that of the network before the fold",
     "labels proven stable: no error within the bound can change the class",
 )
-#: Check of the files -> the condition under which it passes, for its first line.
-FILE_CHECKS: dict[str, str] = {
-    "integrity": "SHA-256 as recorded",
-    "golden": "vectors can be read",
-    "golden-reference": "original gives them",
-    "accuracy": "same as at export",
-    "declaration": "as in the manifest",
-    "file-proof": "exact in float64",
-    "weights": "same in all formats",
-}
 _NO_DRIVER = "no NVIDIA driver"
 
 
