@@ -24,7 +24,7 @@ from bnexport.bundle import MODEL_FLOAT32, MODEL_ONNX, REPORT, WEIGHTS, Bundle, 
 from bnexport.data.preprocessing import Preprocessing, original_feeds, preprocessing_of
 from bnexport.environment import cpu_name, environment
 from bnexport.errors import BnexportError, DataError, ModelError, RefusedModel, UsageError
-from bnexport.evaluating.network import TrainedNetwork, stale_warning
+from bnexport.evaluating.network import stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.export_onnx import stamp_metadata
 from bnexport.exporting.formats import FORMATS
@@ -307,8 +307,7 @@ def _loaded(
 
 def _with_warnings(result: FoldResult, loaded: LoadedModel, request: ExportRequest) -> FoldResult:
     """Add to the fold report: choices in the weights file, and moving statistics that do not fit the network."""
-    subject = TrainedNetwork(loaded.module, loaded.dataset, loaded.preprocessing)
-    warning = stale_warning(subject, data_dir=request.data_dir) if result.report.rows else ""
+    warning = stale_warning(loaded, data_dir=request.data_dir) if result.report.rows else ""
     if warning and request.precision == "int8" and request.calibrate in (None, "none"):
         raise RefusedModel(
             f"int8 ranges come from BatchNorm, and {warning[:1].lower()}{warning[1:]}",

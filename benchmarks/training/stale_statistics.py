@@ -14,7 +14,8 @@ from benchmarks.command import finish, options
 from benchmarks.pages import table_page
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.evaluating.network import BATCH_SIZE, TrainedNetwork, input_batches, sampled_staleness
+from bnexport.evaluating.network import BATCH_SIZE, input_batches, sampled_staleness
+from bnexport.loading.sources import LoadedModel
 from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.moving_statistics import recalibrate
 
@@ -46,7 +47,8 @@ def rows(name: str, runs: Sequence[tuple[float, float, int, tuple[int, ...]]] = 
                 torch.nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if epoch in epochs:
-                worst = sampled_staleness(TrainedNetwork(network, name, APPLY.to_json())).worst
+                trained = LoadedModel(network, name, {}, dataset=name, preprocessing=APPLY.to_json())
+                worst = sampled_staleness(trained).worst
                 exact = copy.deepcopy(network)
                 assert worst is not None
                 order = torch.randperm(len(labels)).numpy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +25,6 @@ class ClassScores:
     recall: float | None  # Share of the samples of this class that are predicted right; None without a sample
     f1: float | None  # Harmonic mean of both, 2 tp / (2 tp + fp + fn); None without a sample and a prediction
     support: int  # Samples of this class
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return dict(vars(self))
 
 
 class ConfusionCounts:

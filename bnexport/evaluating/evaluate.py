@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,9 @@ from bnexport.tensors import Array
 
 #: Called after each batch with the images done and the images in all.
 OnBatch = Callable[[int, int], None]
+#: Computes scores (n, classes) of uint8 images (n, height, width) or (n, channels, height, width).
+Classifier = Callable[[Array], Array]
 BATCH_SIZE = 1000
-
-
-class Classifier(Protocol):
-    """An object that computes scores (n, classes) of uint8 images (n, height, width)."""
-
-    def logits(self, images: Array) -> Array:
-        """Return the scores of a batch."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Evaluation:
             "accuracy_95": list(self.interval),
             "loss": self.loss,
             f"top_{TOP_K}": self.top,
-            "classes": [row.to_json() for row in self.classes],
+            "classes": [dict(vars(row)) for row in self.classes],
             "confusion": self.confusion.tolist(),
             "note": self.note,
             "environment": self.environment,
@@ -147,7 +142,7 @@ def count_confusion(
         raise DataError(f"the data set {dataset} has no test images", remedy="Choose a data set with a test part")
     confusion = ConfusionCounts(classes)
     for start in range(0, len(images), batch_size):
-        logits = classifier.logits(images[start : start + batch_size])
+        logits = classifier(images[start : start + batch_size])
         if logits.shape[1] != classes:
             raise DataError(
                 f"the network returns {logits.shape[1]} scores, but the data set has {classes} classes",
@@ -157,14 +152,6 @@ def count_confusion(
         if on_batch is not None:
             on_batch(confusion.n, len(images))
     return confusion
-
-
-class _FittingPredictor(Predictor):
-    """A predictor for images of any size in a data set's layout: (n, H, W) or (n, C, H, W)."""
-
-    def logits(self, images: Array) -> Array:
-        """Return the scores of images, fitted first."""
-        return super().logits(prepared(images, self.preprocessing))
 
 
 def _evaluate_bundle(path: Path, request: EvaluationRequest, on_batch: OnBatch | None) -> Evaluation:
@@ -181,9 +168,10 @@ def _evaluate_bundle(path: Path, request: EvaluationRequest, on_batch: OnBatch |
         check_classes(manifest.classes, classes, dataset=dataset, scores=None)
         classes = manifest.labels or classes
     runtime = request.runtime or DEFAULT_RUNTIME
-    with _FittingPredictor(bundle, runtime=runtime, batch_size=request.batch_size) as predictor:
-        subject = _Evaluated(path, runtime, dataset, classes, manifest.dataset, predictor.preprocessing)
-        return _evaluation(predictor, subject, request, on_batch)
+    with Predictor(bundle, runtime=runtime, batch_size=request.batch_size) as predictor:
+        fitting = predictor.preprocessing
+        subject = _Evaluated(path, runtime, dataset, classes, manifest.dataset, fitting)
+        return _evaluation(lambda images: predictor.logits(prepared(images, fitting)), subject, request, on_batch)
 
 
 def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBatch | None) -> Evaluation:
@@ -193,14 +181,14 @@ def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBat
             remedy="Choose the device of torch with --device, or export the network first",
         )
     need_packages("evaluating a checkpoint", "torch", "safetensors")
-    from bnexport.evaluating.network import NetworkClassifier, load_trained
+    from bnexport.evaluating.network import classifier_of, load_trained
     from bnexport.training.processes import choose_device
 
     device = choose_device(request.device or "auto")
     trained = load_trained(path, request)
     dataset = trained.dataset(request.dataset)
     classes = trained.classes(dataset, data_dir=request.data_dir)
-    classifier = NetworkClassifier(trained.model.module, trained.preprocessing, device)
+    classifier = classifier_of(trained.model.module, trained.preprocessing, device)
     runtime = f"torch-{device.type}"
     subject = _Evaluated(trained.file, runtime, dataset, classes, trained.model.dataset, trained.preprocessing)
     found = _evaluation(classifier, subject, request, on_batch)

@@ -6,7 +6,7 @@ The code of a network comes from bnexport, from a package, or from the user.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,6 @@ from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
 from bnexport.validation.file_kinds import kind_of
 
-#: Used for a checkpoint without a preprocessing: pixels from 0 to 1.
-DEFAULT_PREPROCESSING = Preprocessing()
-
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
@@ -48,9 +45,9 @@ class LoadedCheckpoint:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The checkpoint's preprocessing, or DEFAULT_PREPROCESSING; DataError if it can't be read."""
+        """The checkpoint's preprocessing, without one pixels from 0 to 1; DataError if it can't be read."""
         found = self.model.preprocessing
-        return DEFAULT_PREPROCESSING if found is None else Preprocessing.from_json(found)
+        return Preprocessing() if found is None else Preprocessing.from_json(found)
 
     def dataset(self, given: str | None) -> str:
         """Return the given data set, else the one that the network was trained on; UsageError without either."""
@@ -113,40 +110,36 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedChe
     )
 
 
-class NetworkClassifier:
-    """A network in eval mode and strict float32 that computes scores of images; ``module`` is moved to the device."""
+def classifier_of(module: nn.Module, preprocessing: Preprocessing, device: torch.device) -> Callable[[Array], Array]:
+    """Return a function that computes scores (n, classes) of images in strict float32; ``module`` is moved to the device.
 
-    def __init__(self, module: nn.Module, preprocessing: Preprocessing, device: torch.device) -> None:
-        self._module = module.to(device)
-        self._preprocessing = preprocessing
-        self._device = device
+    The images are uint8, (n, height, width) or (n, channels, height, width) of any size. The function raises DataError if they
+    do not fit the preprocessing, or the scores are not finite; ModelError if the network fails on the images, or its output has
+    no row of scores per image; RuntimeUnavailable if the GPU is out of memory.
+    """
+    module = module.to(device)
 
-    def logits(self, images: Array) -> Array:
-        """Return scores (n, classes) of uint8 images (n, height, width) or (n, channels, height, width) of any size.
-
-        Raises:
-            DataError: The images do not fit the preprocessing, or the scores are not finite.
-            ModelError: The network fails on the images, or its output has no row of scores per image.
-            RuntimeUnavailable: The GPU is out of memory.
-        """
-        X = inputs_of(images, self._preprocessing).to(self._device)
+    def logits(images: Array) -> Array:
+        X = inputs_of(images, preprocessing).to(device)
         with strict_float32(), torch.inference_mode():
             try:
-                Y: Any = self._module(X)
+                Y: Any = module(X)
             except torch.OutOfMemoryError as error:
                 raise RuntimeUnavailable(
-                    f"{self._device} is out of memory", remedy="Choose a smaller --batch-size, or --device cpu"
+                    f"{device} is out of memory", remedy="Choose a smaller --batch-size, or --device cpu"
                 ) from error
             except Exception as error:  # the module is the user's code
-                raise fails_on(X, error, self._module) from error
+                raise fails_on(X, error, module) from error
         if not isinstance(Y, Tensor) or Y.dim() != 2 or len(Y) != len(X):
             raise ModelError("the network's output has no row of scores per image", remedy="Evaluate a classifier")
-        logits: Array = Y.float().cpu().numpy()
-        if not np.isfinite(logits).all():
+        scores: Array = Y.float().cpu().numpy()
+        if not np.isfinite(scores).all():
             raise DataError(
                 "the network's scores contain NaN or infinity", remedy="Check its weights, or train it again"
             )
-        return logits
+        return scores
+
+    return logits
 
 
 def fails_on(X: Tensor, error: Exception, module: nn.Module) -> ModelError:
@@ -175,15 +168,6 @@ SAMPLE = 1024
 BATCH_SIZE = 256
 
 
-@dataclass(frozen=True)
-class TrainedNetwork:
-    """A network with its training set and preprocessing."""
-
-    module: nn.Module  # The network; it is not changed
-    dataset: str | None  # The data set that it was trained on; None if unknown
-    preprocessing: Mapping[str, Any] | None  # JSON of the preprocessing; None if unknown
-
-
 def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
     """Return the unfolded network of a bundle, built by the user's code ``file.py:factory`` with the bundle's options.
 
@@ -195,7 +179,7 @@ def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
     return load_source(source, weights=bundle.file(WEIGHTS), options=network.get("options") if same else None).module
 
 
-def trained_network(path: Path, request: InspectionRequest | None = None) -> TrainedNetwork:
+def trained_network(path: Path, request: InspectionRequest | None = None) -> LoadedModel:
     """Return the network of a run directory, a checkpoint, weights or a bundle; ``request`` replaces facts of the file.
 
     UsageError if an option does not apply to bundles; other errors are those of ``load_trained`` and ``Bundle.check``.
@@ -214,15 +198,16 @@ def trained_network(path: Path, request: InspectionRequest | None = None) -> Tra
                 f"{path} is the bundle of a network {reason}", remedy="Name its code with --source FILE.py:FACTORY"
             )
         module = original_network(bundle) if given.source is None else network_of_bundle(bundle, given.source)
-        return TrainedNetwork(module, given.dataset or manifest.dataset, manifest.preprocessing)
+        name, preprocessing = given.dataset or manifest.dataset, manifest.preprocessing
+        return LoadedModel(module, manifest.name, manifest.network, dataset=name, preprocessing=preprocessing)
     trained = load_trained(path, given)
     if (name := given.dataset or trained.model.dataset) is not None:
         trained.classes(name, data_dir=given.data_dir)
-    return TrainedNetwork(trained.model.module, given.dataset or trained.model.dataset, trained.preprocessing.to_json())
+    return replace(trained.model, dataset=name, preprocessing=trained.preprocessing.to_json())
 
 
 def sampled_staleness(
-    subject: TrainedNetwork, *, data_dir: str | Path | None = None, download: bool = False
+    subject: LoadedModel, *, data_dir: str | Path | None = None, download: bool = False
 ) -> StalenessReport:
     """Compare moving statistics with exact ones over SAMPLE training images, the same in each call; on the CPU.
 
@@ -252,7 +237,7 @@ def sampled_staleness(
             raise fails_on(batches[0], error, subject.module) from error
 
 
-def stale_warning(subject: TrainedNetwork, *, data_dir: str | Path | None = None) -> str:
+def stale_warning(subject: LoadedModel, *, data_dir: str | Path | None = None) -> str:
     """Return the fold report's warning of stale statistics; "" if they are up to date or can't be compared."""
     try:
         report = sampled_staleness(subject, data_dir=data_dir)

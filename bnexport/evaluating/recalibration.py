@@ -16,7 +16,7 @@ from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError
 from bnexport.evaluating.confusion import wilson_interval
 from bnexport.evaluating.evaluate import OnBatch, count_confusion
-from bnexport.evaluating.network import LoadedCheckpoint, NetworkClassifier, fails_on, input_batches, load_trained
+from bnexport.evaluating.network import LoadedCheckpoint, classifier_of, fails_on, input_batches, load_trained
 from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.files import refuse_existing_file
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
@@ -140,7 +140,7 @@ def recalibrate_checkpoint(
     train, _ = load_train_images(name, data_dir=request.data_dir, download=True, preprocessing=fitting)
     # In mixed order: a set sorted by class would give batches unlike those of training.
     order = np.random.default_rng(request.seed).permutation(len(train))[: request.samples]
-    classifier = NetworkClassifier(module, fitting, device)
+    classifier = classifier_of(module, fitting, device)
 
     def accuracy() -> Accuracy:
         found = count_confusion(classifier, name, classes, fitting, data_dir=request.data_dir)
@@ -148,7 +148,7 @@ def recalibrate_checkpoint(
 
     before = accuracy()
     old = {path: (layer.mean.clone(), layer.var.clone()) for path, layer in layers.items()}
-    _recalibrate(trained, _Feed(train, order, request, trained, on_batch), device)
+    _recalibrate(trained, train, order, request, device, on_batch)
     rows = tuple(
         compare(path, layer, moving=old[path], exact=(layer.mean, layer.var)) for path, layer in layers.items()
     )
@@ -166,43 +166,33 @@ def recalibrate_checkpoint(
     return Recalibration(file, target, facts, before, after, distance, environment(), trained.model.notes)
 
 
-def _recalibrate(trained: LoadedCheckpoint, feed: _Feed, device: torch.device) -> None:
-    module = trained.model.module
+def _recalibrate(
+    trained: LoadedCheckpoint,
+    images: Array,
+    order: Array,
+    request: RecalibrationRequest,
+    device: torch.device,
+    on_batch: OnBatch | None,
+) -> None:
+    """Replace the moving statistics by those of images[order], in one pass or in one per layer."""
+    module, by_layer = trained.model.module, request.definition == "population"
+    passes = len(norm_layers(module)) if by_layer else 1  # at most
+    last, done = torch.zeros(0), 0
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal last, done
+        for last in input_batches(images, order, request.batch_size, trained.preprocessing):
+            yield last
+            done += len(last)
+            if on_batch is not None:
+                on_batch(done, passes * len(order))
+
     try:
-        if feed.request.definition == "population":
-            recalibrate_by_layer(module, feed.begin, device=device)
+        if by_layer:
+            recalibrate_by_layer(module, batches, device=device)
         else:
-            recalibrate(module, feed.begin(), device=device)
+            recalibrate(module, batches(), device=device)
     except BnexportError:
         raise
     except Exception as error:  # the module is the user's code
-        raise fails_on(feed.last, error, module) from error
-
-
-class _Feed:
-    """The training images in batches, as many times as they are needed."""
-
-    def __init__(
-        self,
-        images: Array,
-        order: Array,
-        request: RecalibrationRequest,
-        trained: LoadedCheckpoint,
-        on_batch: OnBatch | None,
-    ) -> None:
-        self.request = request
-        self.last = torch.zeros(0)
-        self._images, self._order = images, order
-        self._preprocessing = trained.preprocessing
-        self._on_batch = on_batch
-        self._passes = len(norm_layers(trained.model.module)) if request.definition == "population" else 1  # at most
-        self._done = 0
-
-    def begin(self) -> Iterator[Tensor]:
-        """Yield each batch once."""
-        for X in input_batches(self._images, self._order, self.request.batch_size, self._preprocessing):
-            self.last = X
-            yield X
-            self._done += len(X)
-            if self._on_batch is not None:
-                self._on_batch(self._done, self._passes * len(self._order))
+        raise fails_on(last, error, module) from error

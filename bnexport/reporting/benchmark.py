@@ -13,10 +13,10 @@ from bnexport.benchmarking.request import Subject
 from bnexport.environment import describe
 from bnexport.reporting.tables import (
     STYLES,
-    ReportTable,
     number_column,
     print_environment,
     print_lines,
+    print_table,
     text_column,
     word_column,
 )
@@ -138,8 +138,8 @@ def print_benchmark(report: BenchmarkReport, console: Console) -> None:
     """Print the recommendations, the table of speeds, the table of processes, and the conditions."""
     for sentence in conclusions(report):
         print_lines(console, sentence, style=STYLES["FAIL" if report.no_winner else "PASS"])
-    _print_table(console, HEADS, [speed_cells(result) for result in report.results])
-    _print_table(console, PROCESS_HEADS, list(process_cells(report)))
+    print_table(console, map(_column, HEADS), map(speed_cells, report.results))
+    print_table(console, map(_column, PROCESS_HEADS), process_cells(report))
     print_lines(console, *LEGEND, *PROCESS_LEGEND, style="dim")
     print_lines(console, *remarks(report), soft_wrap=True)
     print_lines(console, machine_sentence(report), style="dim")
@@ -150,13 +150,6 @@ def _column(head: str) -> Column:
     if head == "runtime":
         return text_column(head, min_width=12)
     return number_column(head) if head in NUMBERS else word_column("" if head == "verdict" else head)
-
-
-def _print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = ReportTable(console, *map(_column, heads))
-    for row in rows:
-        table.add(*row)
-    console.print(table)
 
 
 def curves_of(report: BenchmarkReport) -> list[SpeedCurve]:

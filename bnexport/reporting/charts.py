@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
 from markupsafe import Markup, escape
 
-from bnexport.reporting.summary import ReportedRun, int8_sentence
+from bnexport.reporting.summary import ReportedRun
 from bnexport.tensors import Array
-from bnexport.verification.verdict import Int8Findings, Int8Range, LayerDrift, LayerNoise, VerificationReport, number
+from bnexport.verification.verdict import Int8Range, LayerDrift, VerificationReport, number
 
 #: Ends of logarithmic axes. Smaller values (an exact 0) and larger ones (infinity) are drawn at the end.
 LEAST, MOST = 1e-10, 1e3
@@ -64,7 +65,7 @@ def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: 
     """
     finite = np.asarray(errors, dtype=np.float64)
     finite = finite[np.isfinite(finite)]
-    parts = [_grid(axis, 24)]
+    parts = [f'<path class="grid" d="M{_n(1000 * share)} 0V24"/>' for share, _ in axis.ticks()]
     if finite.size:
         counts, edges = np.histogram(axis.at(finite), bins=_BINS, range=(0.0, 1.0))
         heights = 22 * np.log1p(counts) / np.log1p(counts.max())
@@ -93,7 +94,11 @@ def margins(errors: Array, margin: Array, bound: float | None, across: ChartAxis
         bins=(_COLUMNS, _ROWS),
         range=((0.0, 1.0), (0.0, 1.0)),
     )
-    parts = [_corner(across, up, left, width, height), *_lines_across(up, left, width, height)]
+    # The corner where the error is at least half of the margin
+    edges = np.log10(np.logspace(across.low, across.high, 2) / 2)
+    start, end = (_n(y) for y in height * (1 - (edges - up.low) / (up.high - up.low)))
+    corner = f"M{left} {start}L{left + width} {end}L{left + width} {-height}L{left} {-height}Z"
+    parts = [f'<path class="risk" d="{corner}"/>', *_lines_across(up, left, width, height)]
     for share, label in across.ticks(4):
         x = _n(left + width * share)
         anchor = "start" if share < 0.03 else "end" if share > 0.97 else "middle"
@@ -170,12 +175,8 @@ class SpeedCurve:
     points: tuple[tuple[float, float], ...]  # (latency of a call in ms, images per second)
 
 
-#: Colours by day and in the dark, after Okabe and Ito (2008), and patterns of lines.
-_COLOURS = (
-    ("#0072b2", "#63b3e4"), ("#d55e00", "#ff9a5c"), ("#009e73", "#4fd1a5"),
-    ("#b0528a", "#e6a5c8"), ("#8a6a00", "#f0c36d"), ("#555555", "#bbbbbb"),
-)  # fmt: skip
-_DASHES = ("none", "7 3", "2 3", "9 3 2 3")
+#: Number of colours in speeds.css, by day and in the dark, after Okabe and Ito (2008), and of patterns of lines.
+_COLOURS, _DASHES = 6, 4
 _LONGEST_NAME = 60
 
 
@@ -184,7 +185,8 @@ def speeds(curves: Sequence[SpeedCurve]) -> Markup:
     left, width, height = 46, 330, 220
     across = _decades([point[0] for curve in curves for point in curve.points])
     up = _decades([point[1] for curve in curves for point in curve.points])
-    parts = [f"<style>{_speed_style()}</style>"]
+    style = resources.files("bnexport.reporting").joinpath("templates", "speeds.css").read_text(encoding="utf-8")
+    parts = [f"<style>{''.join(style.splitlines())}</style>"]
     for share, label in _decade_ticks(up):
         y = _n(height * (1 - share))
         parts.append(f'<path class="g" d="M{left} {y}h{width}"/><text x="{left - 4}" y="{y}" dy="3.5">{label}</text>')
@@ -196,7 +198,7 @@ def speeds(curves: Sequence[SpeedCurve]) -> Markup:
     for place, curve in enumerate(curves):
         xs = left + width * across.at(np.array([x for x, _ in curve.points]))
         ys = height * (1 - up.at(np.array([y for _, y in curve.points])))
-        look = f"c{curve.colour % len(_COLOURS)} d{curve.dash % len(_DASHES)}"
+        look = f"c{curve.colour % _COLOURS} d{curve.dash % _DASHES}"
         parts.append(f'<path class="{look}" d="{_line(xs, ys)}"/>')
         parts += [f'<path class="{look} p" d="M{_n(x)} {_n(y)}v.01"/>' for x, y in zip(xs, ys, strict=True)]
         line = height + 46 + 14 * place
@@ -226,36 +228,6 @@ def _decade_ticks(axis: ChartAxis) -> list[tuple[float, str]]:
         for at in range(axis.low, axis.high + 1)
     ]
     return [(place / width, label) for place, label in enumerate(labels)]
-
-
-def _speed_style() -> str:
-    base = (
-        ".speeds{max-width:40rem;font-family:system-ui,sans-serif}"
-        ".speeds path{fill:none;stroke-width:1.6px;vector-effect:non-scaling-stroke}"
-        ".speeds .g{stroke:#d5dae0;stroke-width:1px}.speeds .p{stroke-width:6px;stroke-linecap:round;stroke-dasharray:none}"
-        ".speeds text{fill:#5a626c;font-size:10px;text-anchor:end}"
-        ".speeds .m{text-anchor:middle}.speeds .s{text-anchor:start}"
-    )
-    dashes = "".join(f".speeds .d{at}:not(.p){{stroke-dasharray:{dash}}}" for at, dash in enumerate(_DASHES))
-    light, dark = (
-        "".join(f".speeds .c{at}{{stroke:{colours[kind]}}}" for at, colours in enumerate(_COLOURS)) for kind in (0, 1)
-    )
-    night = ".speeds{background:#14171a}.speeds text{fill:#a3acb7}.speeds .g{stroke:#3a414a}" + dark
-    night = f"@media screen and (prefers-color-scheme:dark){{{night}}}"
-    return base + dashes + light + night + "@media print{.speeds text{fill:#000}.speeds .g{stroke:#999}}"
-
-
-def _corner(across: ChartAxis, up: ChartAxis, left: int, width: int, height: int) -> str:
-    """Draw the region where the error is at least half of the margin."""
-    edge = np.logspace(across.low, across.high, 2)
-    lower = np.log10(edge / 2)
-    ys = height * (1 - (lower - up.low) / (up.high - up.low))
-    points = f"M{left} {_n(ys[0])}L{left + width} {_n(ys[1])}L{left + width} {-height}L{left} {-height}Z"
-    return f'<path class="risk" d="{points}"/>'
-
-
-def _grid(axis: ChartAxis, height: int) -> str:
-    return "".join(f'<path class="grid" d="M{_n(1000 * share)} 0V{height}"/>' for share, _ in axis.ticks())
 
 
 def _lines_across(up: ChartAxis, left: int, width: int, height: int) -> Iterator[str]:
@@ -295,19 +267,11 @@ SHOWN_LAYERS = 40
 
 
 @dataclass(frozen=True)
-class Strip:
-    """The errors of one run."""
-
-    name: str  # Name of the run
-    chart: Markup  # Distribution of its errors
-    error: str  # The largest error of all batches, as text
-
-
-@dataclass(frozen=True)
 class Strips:
     """The errors of every run on one axis."""
 
-    lines: tuple[Strip, ...]
+    #: Name of each run, distribution of its errors, and the largest error of all batches, as text
+    lines: tuple[tuple[str, Markup, str], ...]
     axis: ChartAxis
 
 
@@ -322,66 +286,29 @@ class Drift:
     chart: Markup  # Measured and predicted errors
 
 
-@dataclass(frozen=True)
-class Int8Charts:
-    """The layers and ranges of an int8 file with their charts, those that matter most first."""
-
-    sentence: str  # The result in words
-    layers: tuple[tuple[LayerNoise, Markup], ...]  # Layers with a share, the largest first
-    rest: tuple[LayerNoise, ...]  # Layers whose share was not computed
-    ranges: tuple[tuple[Int8Range, Markup], ...]  # In the order of the graph
-
-
-def int8_charts(found: Int8Findings | None) -> Int8Charts | None:
-    """Return the charts of an int8 file; None for other files."""
-    if found is None:
-        return None
-    layers = sorted((item for item in found.layers if item.share is not None), key=lambda item: -(item.share or 0.0))
-    most = max((item.share or 0.0 for item in layers), default=0.0)
-    return Int8Charts(
-        int8_sentence(found),
-        tuple((item, bar(item.share or 0.0, most)) for item in layers),
-        tuple(item for item in found.layers if item.share is None),
-        tuple((item, int8_range(item)) for item in found.ranges),
-    )
-
-
 def strips(lines: Sequence[ReportedRun], samples: Samples) -> Strips | None:
     """Return the distribution of the errors of each run that has some; None if none has."""
-    measured = [run for run in lines if run.first is not None]
+    measured = [
+        (run.name, run.first.bound, [row.error for row in run.kernels.rows if row.error is not None])
+        for run in lines
+        if run.kernels and run.first
+    ]
     if not measured:
         return None
-    worst = {
-        run.name: [row.error for row in run.kernels.rows if row.error is not None] for run in measured if run.kernels
-    }
-    bounds = {run.name: run.first.bound for run in measured if run.first}
-    parts: list[Array | float | None] = [*bounds.values(), *(np.array(errors) for errors in worst.values())]
-    parts += [samples[run.name][0] for run in measured if run.name in samples]
-    axis = axis_of(parts)
-    none = np.array([])
-    return Strips(
-        tuple(
-            Strip(
-                run.name,
-                histogram(
-                    samples[run.name][0] if run.name in samples else none, worst[run.name], bounds[run.name], axis
-                ),
-                number(max(worst[run.name])),
-            )
-            for run in measured
-        ),
-        axis,
-    )
+    errors = {name: samples[name][0] if name in samples else np.array([]) for name, _, _ in measured}
+    axis = axis_of(part for name, bound, worst in measured for part in (bound, np.array(worst), errors[name]))
+    drawn = ((name, histogram(errors[name], worst, bound, axis), number(max(worst))) for name, bound, worst in measured)
+    return Strips(tuple(drawn), axis)
 
 
 def maps(lines: Sequence[ReportedRun], samples: Samples) -> list[tuple[str, Markup]]:
     """Return (run, error against margin) of each run whose samples are known."""
-    shown = [run for run in lines if run.name in samples and run.first is not None and len(samples[run.name][0])]
-    across = axis_of(samples[run.name][1] for run in shown)
+    shown = [run for run in lines if run.name in samples and len(samples[run.name][0])]
     bounds = {run.name: run.first.bound for run in shown if run.first}
+    across = axis_of(samples[name][1] for name in bounds)
     corner = 10.0 ** (across.low + 1)  # Keeps the shaded corner in the picture.
-    up = axis_of([*(samples[run.name][0] for run in shown), *bounds.values(), corner])
-    return [(run.name, margins(*samples[run.name], bounds[run.name], across, up)) for run in shown]
+    up = axis_of([*(samples[name][0] for name in bounds), *bounds.values(), corner])
+    return [(name, margins(*samples[name], bound, across, up)) for name, bound in bounds.items()]
 
 
 def drifts(report: VerificationReport) -> list[Drift]:

@@ -51,7 +51,7 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: 
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = new_figure(5.2, 3.4)
+    figure, ((axes,),) = new_panels(5.2, 3.4)
     epochs = [_number(row.get("epoch")) for row in history]
     for key, (label, colour, style) in CURVES.items():
         values = [_number(row.get(key)) for row in history]
@@ -66,14 +66,8 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: 
     write_atomically(path, render(figure, path))
 
 
-def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a figure of ``width`` x ``height`` inches with one panel."""
-    figure, ((axes,),) = new_panels(width, height, rows=1, columns=1)
-    return figure, axes
-
-
 def new_panels(
-    width: float, height: float, *, rows: int, columns: int, share: bool = False
+    width: float, height: float, *, rows: int = 1, columns: int = 1, share: bool = False
 ) -> tuple[Figure, list[list[Axes]]]:
     """Return a figure of ``width`` x ``height`` inches with rows of panels; ``share``: one vertical axis per row."""
     from matplotlib.figure import Figure
@@ -135,7 +129,7 @@ def confusion_picture(counts: Array, labels: Sequence[str], path: Path, *, title
     support = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(support, 1)
     side = 3.0 + 0.36 * min(n, COUNTED) + (2.0 if n > COUNTED else 0.0)
-    figure, axes = new_figure(side, side * 0.88)
+    figure, ((axes,),) = new_panels(side, side * 0.88)
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0.0, vmax=1.0), interpolation="nearest")
     axes.set_xlabel("given class")
     axes.set_ylabel("true class")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -14,9 +13,7 @@ from bnexport.folding.report import GONE, OUTCOMES, FoldReport
 from bnexport.reporting import charts, summary, tables
 from bnexport.tensors import TensorSpec
 from bnexport.verification.tolerances import TOLERANCES
-from bnexport.verification.verdict import Group, VerificationReport, groups, number, total_flips, word
-
-TEMPLATE = "report.html.jinja"
+from bnexport.verification.verdict import Group, VerificationReport, number, word
 
 #: Largest number of BatchNorm calls whose table is shown open; a longer table unfolds on a click.
 OPEN_CALLS = 40
@@ -28,25 +25,6 @@ SHOWN_FAILURES = 12
 SHOWN_LABELS = 40
 #: Stages in the verdict, if they were reached: one for each cause.
 HEADLINE = ("file-proof", "strict", "shipping")
-
-#: Stage of a verification -> the question that it answers. TOLERANCES has the reasons for the bounds.
-STAGES: dict[str, str] = {
-    "integrity": "Is every file the one that was written?",
-    "golden": "Do the stored inputs give the stored outputs on each runtime?",
-    "golden-reference": "Are the stored outputs those of the unfolded network?",
-    "declaration": "Does model.onnx declare the names, types, shapes and versions of the manifest?",
-    "weights": "Do all formats hold the same weights, bit by bit?",
-    "file-proof": "Is the fold exact? The written file, evaluated in float64, against the unfolded network in float64.",
-    "quantization": "Is the int8 file the float32 file plus rounding, with no channel that can saturate? Number by number.",
-    "strict": "Do the kernels compute it? Each runtime in strict float32 against the float64 reference.",
-    "shipping": "Is the noise what this precision makes? Each runtime as it is served, against the float64 reference.",
-    "precision": "Which precision does the error itself show, and is it the requested one?",
-    "batch-size": "Does the answer for a sample depend on the number of other samples in its batch?",
-    "repeat": "Does the same input give the same answer twice?",
-    "labels": "Does int8 change more labels than the margins and its noise explain?",
-    "accuracy": "Is the reference the trained network?",
-    "accuracy-change": "Does the runtime label worse than the reference, by McNemar's exact test?",
-}
 
 
 def render_report(
@@ -65,41 +43,22 @@ def render_report(
     ``run_command`` is the base of each run's command ("" is the first of ``commands``). ``samples`` has error and margin per
     sample by run, whose distribution the page shows.
     """
-    lines, account = summary.runs(verification), fold or FoldReport((), 0)
-    counted = total_flips(group.flips for group in groups(verification) if group.flips is not None)
-    base = run_command or next(iter(commands), "")
+    lines, base = summary.runs(verification), run_command or next(iter(commands), "")
     commanded = [(run.name, summary.command_of(run, base, seed=verification.seed)) for run in lines]
-    faults, files = tables.ordered_faults(verification), summary.file_groups(verification)
-    changed = summary.flips(verification)
-    page = page_environment().get_template(TEMPLATE)
+    pixels = ["pixels, converted by the files"] if manifest.takes_pixels else []
+    page = page_environment().get_template("report.html.jinja")
     return page.render(
         manifest=manifest,
-        **dict(zip(("inputs", "outputs"), _specs(manifest), strict=True)),
-        fold=account,
+        inputs=[*map(_spec, manifest.signature.inputs), *pixels],
+        outputs=[*map(_spec, manifest.signature.outputs)],
+        fold=fold or FoldReport((), 0),
         no_fold="The bundle contains no fold report." if fold is None else "The network has no BatchNorm.",
-        tallies=tables.tallies(account),
-        many=len(account.rows) > OPEN_CALLS,
         verification=verification,
         runs=lines,
-        columns=summary.columns(lines),
-        files=files,
-        not_run=[line.removeprefix("not run: ") for line in tables.not_run(verification.skipped, 200)],
-        file_rows=[row for group in files for row in group.rows],
+        files=summary.file_groups(verification),
         stages=_stages(verification),
         headline=_headline(verification),
-        flips=counted,
-        labelled=counted.certified + counted.uncertain + counted.explained + counted.unexplained,
-        rate_bound=summary.rate_bound(verification),
-        self_test=tables.self_test_sentence(verification),
-        faults=faults,
-        folded_faults=len(faults) > OPEN_FAULTS,
-        strips=charts.strips(lines, samples or {}),
-        maps=charts.maps(lines, samples or {}),
-        drifts=charts.drifts(verification),
-        int8=charts.int8_charts(verification.findings.int8),
-        changed=changed,
-        pictures=summary.pictures(verification, changed[: summary.SHOWN_FLIPS]),
-        confused=summary.confusions(verification),
+        samples=samples or {},
         environment=environment,
         commands=commands,
         run_commands=[(name, command) for name, command in commanded if command],
@@ -125,10 +84,8 @@ def verification_page(bundle: Bundle, report: VerificationReport, *, command: st
 
 def page_environment() -> jinja2.Environment:
     """Return the templates' environment, with autoescape: labels and module paths come from untrusted files."""
-    folder = resources.files("bnexport.reporting").joinpath("templates")
-    sources = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".jinja")}
     environment = jinja2.Environment(
-        loader=jinja2.DictLoader(sources),
+        loader=jinja2.PackageLoader("bnexport.reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -136,33 +93,18 @@ def page_environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.globals.update(
+        charts=charts,
+        summary=summary,
+        tables=tables,
         outcomes=OUTCOMES,
         gone=GONE,
-        legend=tables.LEGEND,
-        meaning={**tables.FILE_CHECKS, **summary.KERNEL_STAGES},
+        meaning={**summary.FILE_CHECKS, **summary.KERNEL_STAGES},
+        shown_calls=OPEN_CALLS,
+        shown_faults=OPEN_FAULTS,
         shown_failures=SHOWN_FAILURES,
-        shown_flips=summary.SHOWN_FLIPS,
-        shown_confusions=summary.SHOWN_CONFUSIONS,
         shown_labels=SHOWN_LABELS,
-        shown_maps=charts.SHOWN_MAPS,
-        shown_drifts=charts.SHOWN_DRIFTS,
-        shown_int8=charts.SHOWN_INT8,
     )
-    environment.filters.update(
-        number=number,
-        word=word,
-        flipped=summary.flipped,
-        certified=summary.certified,
-        module_name=summary.module_name,
-        gain=tables.gain_of,
-        growth=tables.growth_of,
-        compact=_compact,
-        short="{:.3g}".format,
-        class_name=summary.class_name,
-        cell_of=summary.cell,
-        real_flips=summary.flips_on_real_inputs,
-        predicted=summary.predicted_sentence,
-    )
+    environment.filters.update(number=number, word=word, compact=_compact, short="{:.3g}".format)
     return environment
 
 
@@ -170,12 +112,10 @@ def _headline(verification: VerificationReport) -> list[tuple[str, str, str, str
     """Return (stage, error nearest to its bound, bound, "1.3" x predicted or "") of each stage in HEADLINE."""
     found: list[tuple[str, str, str, str]] = []
     for stage in HEADLINE:
-        gathered = [group for group in groups(verification) if group.stage == stage]
-        if gathered:
-            whole = Group(stage, "", tuple(row for group in gathered for row in group.rows))
-            worst, ratio = whole.worst, whole.ratio if stage == "shipping" else None
-            if worst is not None and worst.error is not None:
-                found.append((stage, number(worst.error), number(worst.bound), "" if ratio is None else number(ratio)))
+        whole = Group(stage, "", tuple(row for row in verification.rows if row.stage == stage))
+        if whole.worst is not None and whole.worst.error is not None:
+            ratio = whole.ratio if stage == "shipping" else None
+            found.append((stage, *whole.worst_numbers, "" if ratio is None else number(ratio)))
     return found
 
 
@@ -185,23 +125,14 @@ def _stages(verification: VerificationReport) -> dict[str, str]:
     for stage in dict.fromkeys(row.stage for row in verification.rows):
         tolerance = TOLERANCES.get(stage)
         because = f"Bound {number(tolerance.bound)}: {tolerance.reason}." if tolerance else ""
-        found[stage] = " ".join(part for part in (STAGES.get(stage, ""), because) if part)
+        found[stage] = " ".join(part for part in (summary.STAGES.get(stage, ""), because) if part)
     return found
 
 
-def _specs(manifest: Manifest) -> tuple[list[str], list[str]]:
-    """Return inputs and outputs as 'input: float32 (batch, 1, 28, 28)'."""
-    signature, pixels = manifest.signature, ["pixels, converted by the files"] if manifest.takes_pixels else []
-    texts = [
-        [f"{spec.name}: {spec.dtype} ({', '.join(map(str, spec.shape))}){_from(spec)}" for spec in specs]
-        for specs in (signature.inputs, signature.outputs)
-    ]
-    return [*texts[0], *pixels], texts[1]
-
-
-def _from(spec: TensorSpec) -> str:
-    """Return the smallest sizes: ', height from 41'."""
-    return "".join(f", {dim} from {size}" for dim, size in spec.smallest.items())
+def _spec(spec: TensorSpec) -> str:
+    """Return an input or output as 'input: float32 (batch, 1, height, 28), height from 41'."""
+    smallest = "".join(f", {dim} from {size}" for dim, size in spec.smallest.items())
+    return f"{spec.name}: {spec.dtype} ({', '.join(map(str, spec.shape))}){smallest}"
 
 
 def _compact(value: Any) -> str:

@@ -22,9 +22,11 @@ def junit(report: VerificationReport, *, name: str) -> bytes:
     A part that did not run is a skipped case. If a report fails without a failed case (a stage is missing), a failed case
     is added, so that CI systems do not count the report as passed.
     """
-    cases = [*(_case(row) for row in report.rows), *map(_fault, report.findings.self_test or ()), *_skipped(report)]
+    cases = [*map(_row, report.rows), *map(_fault, report.findings.self_test or ())]
+    cases += [_case("runtime", name, "skipped", why) for name, why in report.skipped.items()]
+    cases += [_case(stage, "not run here", "skipped", why) for stage, why in report.findings.waived.items()]
     if not report.passed and all(case.find("failure") is None for case in cases):
-        cases.append(_failed("verdict", "verdict", report.summary(), kind="verdict"))
+        cases.append(_case("verdict", "verdict", "failure", report.summary()))
     counts = {
         "tests": str(len(cases)),
         "failures": str(sum(case.find("failure") is not None for case in cases)),
@@ -57,16 +59,17 @@ def _properties(report: VerificationReport) -> Iterator[tuple[str, str]]:
         yield f"warning {at}", warning
 
 
-def _case(row: Row) -> ElementTree.Element:
+def _row(row: Row) -> ElementTree.Element:
+    """Return the test case of a comparison."""
+    group = f"{row.stage}.{row.run}"
     if not row.passed:
-        return _failed(f"{row.stage}.{row.run}", row.case, row.reason or "over its bound", kind=row.stage)
-    case = _named(f"{row.stage}.{row.run}", row.case)
+        return _case(group, row.case, "failure", row.reason or "over its bound")
     notes = [row.reason] if row.reason else []
     if row.error is not None:
         notes.append(f"error {number(row.error)} of scale, bound {number(row.bound)}, n = {row.n}")
     if row.ratio is not None:
         notes.append(f"{number(row.ratio)} x predicted")
-    return _with_output(case, "; ".join(notes))
+    return _case(group, row.case, "system-out", "; ".join(notes))
 
 
 def _fault(fault: FaultResult) -> ElementTree.Element:
@@ -74,40 +77,26 @@ def _fault(fault: FaultResult) -> ElementTree.Element:
     where = f"{fault.fault} in {fault.where}"
     if fault.outcome == "missed":
         reason = f"no stage caught it; {fault.expected} exists to" + (f": {fault.reason}" if fault.reason else "")
-        return _failed("self-test", where, reason, kind="self-test")
+        return _case("self-test", where, "failure", reason)
     if fault.outcome == "not tried":
-        return _left_out("self-test", where, fault.reason or "not tried")
+        return _case("self-test", where, "skipped", fault.reason or "not tried")
     outcome = f"caught by {', '.join(fault.caught)}" if fault.caught else fault.outcome
-    return _with_output(_named("self-test", where), f"{outcome}: {fault.reason}" if fault.reason else outcome)
+    return _case("self-test", where, "system-out", f"{outcome}: {fault.reason}" if fault.reason else outcome)
 
 
-def _skipped(report: VerificationReport) -> Iterator[ElementTree.Element]:
-    for name, why in report.skipped.items():
-        yield _left_out("runtime", name, why)
-    for stage, why in report.findings.waived.items():
-        yield _left_out(stage, "not run here", why)
+def _case(group: str, name: str, outcome: str, text: str) -> ElementTree.Element:
+    """Return a test case with a text about its outcome: "failure", "skipped" or "system-out", which may be empty.
 
-
-def _left_out(group: str, name: str, why: str) -> ElementTree.Element:
-    case = _named(group, name)
-    ElementTree.SubElement(case, "skipped", {"message": _clean(why)})
-    return case
-
-
-def _failed(group: str, name: str, reason: str, *, kind: str) -> ElementTree.Element:
-    case = _named(group, name)
-    failure = ElementTree.SubElement(case, "failure", {"message": _clean(reason), "type": _clean(kind)})
-    failure.text = _clean(reason)
-    return case
-
-
-def _named(group: str, name: str) -> ElementTree.Element:
-    return ElementTree.Element("testcase", {"classname": _clean(group), "name": _clean(name), "time": _TIME})
-
-
-def _with_output(case: ElementTree.Element, text: str) -> ElementTree.Element:
-    if text:
-        ElementTree.SubElement(case, "system-out").text = _clean(text)
+    The type of a failure is the beginning of ``group``: the stage.
+    """
+    case = ElementTree.Element("testcase", {"classname": _clean(group), "name": _clean(name), "time": _TIME})
+    if outcome == "skipped":
+        ElementTree.SubElement(case, outcome, {"message": _clean(text)})
+    elif outcome == "failure":
+        kind = {"message": _clean(text), "type": _clean(group.partition(".")[0])}
+        ElementTree.SubElement(case, outcome, kind).text = _clean(text)
+    elif text:
+        ElementTree.SubElement(case, outcome).text = _clean(text)
     return case
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from bnexport.auditing.tool_table import AuditReport, AuditRow
 from bnexport.bundle import REPORT, Bundle
@@ -19,7 +20,6 @@ from bnexport.evaluating.confusion import TOP_K, ClassScores, wilson_interval
 from bnexport.folding.report import FoldReport
 from bnexport.reporting.tables import (
     STYLES,
-    ReportTable,
     literal,
     make_console,
     number_column,
@@ -27,6 +27,7 @@ from bnexport.reporting.tables import (
     print_environment,
     print_fold_report,
     print_lines,
+    print_table,
     print_verdict,
     text_column,
     word_column,
@@ -102,10 +103,8 @@ def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = Fals
             click.echo(json.dumps(prediction.to_json(), allow_nan=False))
         return
     console = make_console()
-    table = ReportTable(console, text_column("label"), number_column("probability"), text_column("image"))
-    for prediction in predictions:
-        table.add(prediction.label, f"{prediction.probability:.4f}", prediction.image)
-    console.print(table)
+    columns = text_column("label"), number_column("probability"), text_column("image")
+    print_table(console, columns, [(item.label, f"{item.probability:.4f}", item.image) for item in predictions])
 
 
 def print_statistics(
@@ -120,11 +119,11 @@ def print_statistics(
     console = make_console()
     print_lines(console, *_summary(inspection))
     heads = ("channels", "eps", "|gamma|", "moving var", "|scale|")
-    table = ReportTable(console, text_column("BatchNorm"), *map(number_column, heads))
+    rows = []
     for layer in inspection.layers:
         spans = (_span(abs(getattr(channel, name)) for channel in layer.channels) for name in _SPANS)
-        table.add(layer.name, str(len(layer.channels)), f"{layer.eps:g}", *spans)
-    console.print(table)
+        rows.append((layer.name, str(len(layer.channels)), f"{layer.eps:g}", *spans))
+    print_table(console, (text_column("BatchNorm"), *map(number_column, heads)), rows)
     ranges = "ranges: smallest..largest over channels; scale = gamma / sqrt(moving var + eps)"
     print_lines(console, *map(_marks, inspection.layers), ranges, inspection.note)
     if stale is not None:
@@ -147,21 +146,19 @@ def _span(values: Iterable[float]) -> str:
 
 def _print_channels(layer: LayerStatistics, console: Console) -> None:
     heads = ("channel", "gamma", "beta", "moving mean", "moving var", "scale")
-    table = ReportTable(console, *map(number_column, heads), text_column(""))
-    title = f"{layer.name} ({len(layer.channels)} channels, eps {layer.eps:g})"
-    table.title, table.title_justify = literal(title, console), "left"
+    rows = []
     for index, channel in enumerate(layer.channels):
         numbers = (channel.gamma, channel.beta, channel.moving_mean, channel.moving_var, channel.scale)
-        table.add(str(index), *(f"{value:.4g}" for value in numbers), channel.mark)
-    console.print(table)
+        rows.append((str(index), *(f"{value:.4g}" for value in numbers), channel.mark))
+    title = literal(f"{layer.name} ({len(layer.channels)} channels, eps {layer.eps:g})", console)
+    print_table(console, (*map(number_column, heads), text_column("")), rows, title=title)
 
 
 def print_staleness(report: StalenessReport, console: Console) -> None:
     """Print the distance of each BatchNorm's moving statistics from the exact ones; the caller prints the sentence."""
     heads = ("mean off", "at most", "scale off", "at most", "error")
-    table = ReportTable(console, text_column("BatchNorm"), *map(number_column, heads), text_column(""))
-    for layer in report.layers:
-        table.add(
+    rows = [
+        (
             layer.name,
             f"{layer.shift:.3f}",
             f"{layer.worst_shift:.3f}",
@@ -170,7 +167,9 @@ def print_staleness(report: StalenessReport, console: Console) -> None:
             f"{layer.error:.3f}",
             "stale" if report.is_stale(layer) else "",
         )
-    console.print(table)
+        for layer in report.layers
+    ]
+    print_table(console, (text_column("BatchNorm"), *map(number_column, heads), text_column("")), rows)
     print_lines(
         console,
         "mean off: in standard deviations, root mean square over channels; scale off: a factor, either way",
@@ -238,11 +237,11 @@ def _print_classes(classes: Sequence[ClassScores], console: Console) -> None:
     if len(shown) > LISTED_CLASSES:
         shown = sorted(shown, key=lambda row: (row.f1 is None, row.f1 or 0.0))[:LISTED_CLASSES]
     heads = ("precision", "recall", "F1", "support")
-    table = ReportTable(console, text_column("class"), *map(number_column, heads))
+    rows = []
     for row in shown:
         shares = (NOTHING if value is None else f"{value:.4f}" for value in (row.precision, row.recall, row.f1))
-        table.add(row.label, *shares, str(row.support))
-    console.print(table)
+        rows.append((row.label, *shares, str(row.support)))
+    print_table(console, (text_column("class"), *map(number_column, heads)), rows)
     if len(shown) < len(classes):
         note = f"the {len(shown)} of {len(classes)} classes with the lowest F1; --json FILE has all of them"
         print_lines(console, note, style="dim")
@@ -284,16 +283,17 @@ def print_audit(report: AuditReport, *, as_json: bool = False, console: Console 
         return
     console = console or make_console()
     heads = ("BatchNorms left", "error", "bound")
-    table = ReportTable(console, word_column("verdict"), text_column("tool"), *map(number_column, heads))
-    for row in report.rows:
-        table.add(
+    rows: list[tuple[str | Text, ...]] = [
+        (
             literal("control" if row.control else row.verdict, console, style=_STYLES[row.verdict]),
             row.tool,
             NOTHING if row.batch_norms is None else str(row.batch_norms),
             "inf" if row.error == math.inf else number(row.error),  # inf: answers that can't be compared
             number(report.bound) if row.verdict in ("right", "wrong") and not row.control else NOTHING,
         )
-    console.print(table)
+        for row in report.rows
+    ]
+    print_table(console, (word_column("verdict"), text_column("tool"), *map(number_column, heads)), rows)
     batches = ", ".join(map(str, report.batches))
     print_lines(
         console,
@@ -317,11 +317,11 @@ def print_int8_audit(report: Int8Audit, *, as_json: bool = False, console: Conso
     console = console or make_console()
     console.width = min(console.width, _AUDIT_WIDTH)
     columns = word_column("verdict"), text_column("check", max_width=22), text_column("result")
-    table = ReportTable(console, *columns)
+    rows: list[tuple[str | Text, ...]] = []
     for check in report.checks:
         style = _STYLES.get(check.verdict, "")
-        table.add(*(literal(text, console, style=style) for text in (check.verdict, check.name)), check.text)
-    console.print(table)
+        rows.append((*(literal(text, console, style=style) for text in (check.verdict, check.name)), check.text))
+    print_table(console, columns, rows)
     notes = [f"compared on {report.samples}"]
     if report.bound is not None:
         most = "" if report.largest is None else f", max {report.largest:.2g}"

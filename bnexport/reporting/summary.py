@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from bnexport.verification.verdict import (
     labels_right,
     number,
     run_name,
+    total_flips,
 )
 
 #: Number of layers in the sentence on an int8 file.
@@ -62,6 +65,11 @@ def rate_bound(report: VerificationReport) -> float | None:
     return max(bounds) if bounds and len(bounds) == len(counted) else None
 
 
+def every_flip(report: VerificationReport) -> Flips:
+    """Return the counts of labels over all comparisons."""
+    return total_flips(row.flips for row in report.rows if row.flips is not None)
+
+
 def flipped(flips: Flips | None) -> str:
     """Return the number of changed labels: '0', '2', '2 (1 unexplained)'."""
     if flips is None:
@@ -83,19 +91,22 @@ def module_name(path: str) -> str:
     return path or "(root)"
 
 
+#: Texts on each stage of a verification, by kind of text.
+_TEXTS = json.loads(resources.files("bnexport.reporting").joinpath("stages.json").read_text(encoding="utf-8"))
+
+
+def _texts(kind: str) -> dict[str, str]:
+    return {stage: texts[kind] for stage, texts in _TEXTS.items() if kind in texts}
+
+
+#: Stage of a verification -> the question that it answers. TOLERANCES has the reasons for the bounds.
+STAGES = _texts("question")
 #: Stage of a run -> heading of its column, in the order of the table. The other stages check files.
-RUN_STAGES: dict[str, str] = {
-    "golden": "golden vectors",
-    "strict": "strict",
-    "shipping": "shipping",
-    "batch-size": "across batch sizes",
-    "repeat": "repeated",
-    "accuracy-change": "accuracy",
-    "labels": "labels",
-    "precision": "precision",
-}
+RUN_STAGES = _texts("heading")
 #: Stages whose error is that of the kernels, against the unfolded network -> the arithmetic of the stage.
-KERNEL_STAGES: dict[str, str] = {"strict": "full float32 arithmetic", "shipping": "the precision that is served"}
+KERNEL_STAGES = _texts("arithmetic")
+#: Check of the files -> the condition under which it passes, for its first line.
+FILE_CHECKS = _texts("passes_if")
 #: Part of ``RunSettings.describe`` -> options of ``bnexport verify`` that select it.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "IO binding": ("--io-binding",),
@@ -138,11 +149,6 @@ class ReportedRun:
         """Return the first comparison with an error: on real inputs, if there are some."""
         rows = self.kernels.rows if self.kernels else ()
         return next((row for row in rows if row.error is not None), None)
-
-    @property
-    def detected(self) -> str:
-        """Return the precision that its error indicates; "" where none was determined."""
-        return next((row.detected for row in self.rows if row.detected), "")
 
 
 @dataclass(frozen=True)
@@ -246,15 +252,20 @@ class Confusion:
 
 def flips(report: VerificationReport) -> list[Flip]:
     """Return the changed samples, unexplained ones first, then by largest margin."""
-    gathered: dict[tuple[int, int, int], list[tuple[str, FlippedSample]]] = {}
-    for name, items in report.findings.flipped.items():
-        for item in items:
-            gathered.setdefault((item.index, item.reference, item.candidate), []).append((name, item))
     found = [
         Flip(min((item for _, item in cases), key=_rank), tuple(name for name, _ in cases))
-        for cases in gathered.values()
+        for cases in _gathered(report, "index", "reference", "candidate").values()
     ]
     return sorted(found, key=lambda flip: _rank(flip.sample))
+
+
+def _gathered(report: VerificationReport, *keys: str) -> dict[tuple[int, ...], list[tuple[str, FlippedSample]]]:
+    """Return the changed samples of every run, with its name, by some of their attributes."""
+    gathered: dict[tuple[int, ...], list[tuple[str, FlippedSample]]] = {}
+    for name, items in report.findings.flipped.items():
+        for item in items:
+            gathered.setdefault(tuple(getattr(item, key) for key in keys), []).append((name, item))
+    return gathered
 
 
 def pictures(report: VerificationReport, shown: Sequence[Flip]) -> dict[int, str]:
@@ -265,18 +276,15 @@ def pictures(report: VerificationReport, shown: Sequence[Flip]) -> dict[int, str
 
 def confusions(report: VerificationReport) -> list[Confusion]:
     """Return the pairs of classes, the most frequent first."""
-    gathered: dict[tuple[int, int], list[tuple[str, FlippedSample]]] = {}
-    for name, items in report.findings.flipped.items():
-        for item in items:
-            gathered.setdefault((item.reference, item.candidate), []).append((name, item))
     found = [
         Confusion(
-            *pair,
+            reference=before,
+            candidate=after,
             samples=len({item.index for _, item in cases}),
             unexplained=len({item.index for _, item in cases if not item.explained}),
             runs=len({name for name, _ in cases}),
         )
-        for pair, cases in gathered.items()
+        for (before, after), cases in _gathered(report, "reference", "candidate").items()
     ]
     return sorted(found, key=lambda row: (-row.samples, row.reference, row.candidate))
 

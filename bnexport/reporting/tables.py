@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldOutcome, FoldReport, FoldRow
 from bnexport.plain_table import printable
 from bnexport.reporting.summary import (
+    FILE_CHECKS,
     KERNEL_STAGES,
     ReportedRun,
     certified,
@@ -128,16 +129,6 @@ LEGEND = (
     "labels changed: class differs from that of the network before the fold",
     "labels proven stable: no error within the bound can change the class",
 )
-#: Check of the files -> the condition under which it passes, for its first line.
-FILE_CHECKS: dict[str, str] = {
-    "integrity": "SHA-256 as recorded",
-    "golden": "vectors can be read",
-    "golden-reference": "original gives them",
-    "accuracy": "same as at export",
-    "declaration": "as in the manifest",
-    "file-proof": "exact in float64",
-    "weights": "same in all formats",
-}
 _NO_DRIVER = "no NVIDIA driver"
 
 
@@ -167,28 +158,28 @@ def print_fold_report(report: FoldReport, console: Console) -> None:
 
 
 def _print_tallies(report: FoldReport, console: Console) -> None:
-    texts = map(text_column, ("rule", "what it means"))
-    table = ReportTable(console, number_column("calls"), word_column("outcome"), *texts)
+    columns = (number_column("calls"), word_column("outcome"), text_column("rule"), text_column("what it means"))
+    rows: list[list[str | Text]] = []
     meanings = dict(OUTCOMES)
     for tally in tallies(report):
-        meaning = meanings.pop(tally.outcome, "")  # once each
-        table.add(str(tally.count), tally.outcome, tally.rule or NOTHING, literal(meaning, console, style="dim"))
-    console.print(table)
+        meaning = literal(meanings.pop(tally.outcome, ""), console, style="dim")  # once each
+        rows.append([str(tally.count), tally.outcome, tally.rule or NOTHING, meaning])
+    print_table(console, columns, rows)
 
 
 def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
-    table = ReportTable(
-        console,
-        word_column("outcome"),
-        text_column("BatchNorm", max_width=28),
-        text_column("folded into, or why not"),
-        number_column("|scale|"),
+    names, reasons = text_column("BatchNorm", max_width=28), text_column("folded into, or why not")
+    kind = " ({})" if len({row.kind for row in rows}) > 1 else ""
+    cells = (
+        (
+            row.outcome,
+            module_name(row.module) + kind.format(row.kind),
+            outcome_cell(row)[0],
+            gain_of(row) if row.channels else NOTHING,
+        )
+        for row in rows
     )
-    kinds = {row.kind for row in rows}
-    for row in rows:
-        name = module_name(row.module) + (f" ({row.kind})" if len(kinds) > 1 else "")
-        table.add(row.outcome, name, outcome_cell(row)[0], gain_of(row) if row.channels else NOTHING)
-    console.print(table)
+    print_table(console, (word_column("outcome"), names, reasons, number_column("|scale|")), cells)
     shown = [outcome for outcome in OUTCOMES if any(row.outcome == outcome for row in rows)]
     gone = ", ".join(outcome for outcome in shown if outcome in GONE)
     notes = [f"{gone}: gone, now part of other layers' weights"] if gone else []
@@ -278,26 +269,18 @@ def _print_files(report: VerificationReport, console: Console) -> None:
     gathered = file_groups(report)
     if not gathered:
         return
-    table = ReportTable(
-        console,
+    columns = [
         *map(word_column, ("", "check of files")),
         text_column("file", min_width=10),
         *map(number_column, ("compared", "max error", "bound")),
         text_column("passes if", min_width=20),
-    )
-    meanings = dict(FILE_CHECKS)
+    ]
+    meanings, rows = dict(FILE_CHECKS), []
     for group in gathered:
-        worst = group.worst
-        table.add(
-            word(group.passed),
-            group.stage,
-            group.subject,
-            str(group.n),
-            number(worst.error if worst else None),
-            number(worst.bound if worst else None),
-            literal(meanings.pop(group.stage, ""), console, style="dim"),  # once each
-        )
-    console.print(table)
+        numbers = (str(group.n), *group.worst_numbers)
+        meaning = literal(meanings.pop(group.stage, ""), console, style="dim")  # once each
+        rows.append((word(group.passed), group.stage, group.subject, *numbers, meaning))
+    print_table(console, columns, rows)
 
 
 def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
@@ -306,14 +289,11 @@ def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
         return
     heads = ["\ngolden\nvectors", "\nmax\nerror", "x\npredicted\nnoise", "across\nbatch\nsizes"]
     heads += ("\nlabels\nchanged", "labels\nproven\nstable")
-    runtime = text_column("\n\nruntime", min_width=17)
-    table = ReportTable(console, word_column(""), runtime, *map(number_column, heads))
+    rows = []
     for run in lines:
         kernels = run.kernels
         flipped = kernels.flips if kernels else None
-        table.add(
-            word(run.passed),
-            run.name,
+        cells = (
             _stage_cell(run, ("golden",)),
             _stage_cell(run, tuple(KERNEL_STAGES)),
             number(kernels.ratio if kernels else None),
@@ -321,7 +301,9 @@ def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
             NOTHING if flipped is None else str(flipped.explained + flipped.unexplained),
             certified(flipped),
         )
-    console.print(table)
+        rows.append((word(run.passed), run.name, *cells))
+    runtime = text_column("\n\nruntime", min_width=17)
+    print_table(console, (word_column(""), runtime, *map(number_column, heads)), rows)
     print_lines(console, *LEGEND, *_bounds(lines), style="dim")
 
 
@@ -409,13 +391,19 @@ def _print_flips(report: VerificationReport, console: Console, labels: Sequence[
 def _print_self_test(report: VerificationReport, console: Console) -> None:
     faults = ordered_faults(report)
     if faults:
+        missed = literal("MISSED", console, style=STYLES["FAIL"])
+        rows = (
+            (
+                missed if fault.outcome == "missed" else fault.outcome,
+                fault.fault,
+                fault.where,
+                fault.expected,
+                ", ".join(fault.caught) or "nothing",
+            )
+            for fault in faults
+        )
         heads = ("fault", "where", "made for it", "caught by")
-        table = ReportTable(console, word_column("self-test"), *map(text_column, heads))
-        for fault in faults:
-            missed = fault.outcome == "missed"
-            shown = literal("MISSED", console, style=STYLES["FAIL"]) if missed else fault.outcome
-            table.add(shown, fault.fault, fault.where, fault.expected, ", ".join(fault.caught) or "nothing")
-        console.print(table)
+        print_table(console, (word_column("self-test"), *map(text_column, heads)), rows)
     if sentence := self_test_sentence(report):
         print_lines(console, f"self-test: {sentence}", style=STYLES["FAIL"] if report.missed else "")
 
@@ -440,19 +428,18 @@ def number_column(head: str) -> Column:
     return Column(head, justify="right", no_wrap=True)
 
 
-class ReportTable(Table):
-    """A table of literal texts with lines that the console's encoding can show."""
-
-    def __init__(self, console: Console, *columns: Column) -> None:
-        plain = not console.encoding.lower().startswith("utf")
-        # ASCII lines touch adjacent words; the other lines are spaces, and a second space would widen each column.
-        style, padding = (box.ASCII, (0, 1, 0, 0)) if plain else (box.SIMPLE_HEAD, (0, 0, 0, 0))
-        super().__init__(*columns, box=style, header_style="bold", padding=padding, pad_edge=False)
-        self._console = console
-
-    def add(self, *cells: str | Text) -> None:
-        """Add a row; a text without a style is literal."""
-        self.add_row(*(literal(cell, self._console) if isinstance(cell, str) else cell for cell in cells))
+def print_table(
+    console: Console, columns: Iterable[Column], rows: Iterable[Sequence[str | Text]], *, title: Text | None = None
+) -> None:
+    """Print a table with lines that the console's encoding can show; texts without a style are literal."""
+    plain = not console.encoding.lower().startswith("utf")
+    # ASCII lines touch adjacent words; the other lines are spaces, and a second space would widen each column.
+    style, padding = (box.ASCII, (0, 1, 0, 0)) if plain else (box.SIMPLE_HEAD, (0, 0, 0, 0))
+    table = Table(*columns, box=style, header_style="bold", padding=padding, pad_edge=False)
+    table.title, table.title_justify = title, "left"
+    for cells in rows:
+        table.add_row(*(literal(cell, console) if isinstance(cell, str) else cell for cell in cells))
+    console.print(table)
 
 
 def print_lines(console: Console, *texts: str, style: str | None = None, soft_wrap: bool = False) -> None:

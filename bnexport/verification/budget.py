@@ -62,13 +62,10 @@ class Budget:
 
 
 def budget_of(work: Work, *, thorough: bool = False, most: int | None = None, given: bool = False) -> Budget:
-    """Return the budget of a network.
+    """Return the budget of a network, with the caller's maximum ``most`` for each kind of sample.
 
-    Args:
-        work: The work of one sample.
-        thorough: At least 16 samples of every kind for each runtime and two for each proof, whatever they cost.
-        most: The caller's maximum for each kind.
-        given: The real samples are the caller's own, so at least 16 of them are used.
+    ``thorough``: at least 16 samples of every kind for each runtime and two for each proof, whatever they cost. ``given``: the
+    real samples are the caller's own, so at least 16 of them are used.
     """
 
     def fitting(multiplications: float, least: int, largest: float = math.inf, memory: float = _SYNTHETIC_BYTES) -> int:

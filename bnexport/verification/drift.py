@@ -158,27 +158,28 @@ _STAGES = ("golden", "strict", "shipping")
 
 def diagnose(
     spec: RunnerSpec, settings: RunSettings, run: RuntimeRun, evidence: Evidence, *, wanted: bool | None
-) -> tuple[tuple[LayerDrift, ...], RuntimeRun, str]:
+) -> tuple[RuntimeRun, str]:
     """Compare a runtime layer by layer where ``wanted``, or (None) where it is cheap or the runtime failed.
 
-    Return the layers, the run, and why wanted layers could not be compared. The reason of the run's first failed check names
-    the first layer that exceeds its prediction.
+    Return the run with its layers, and why wanted layers could not be compared. The reason of the run's first failed check
+    names the first layer that exceeds its prediction.
     """
     failed = next((at for at, row in enumerate(run.rows) if not row.passed and row.stage in _STAGES), None)
     forecast = evidence.forecast
     if evidence.precision == "int8":
-        return (), run, "the layers of an int8 file are not compared" if wanted else ""
+        return run, "the layers of an int8 file are not compared" if wanted else ""
     left_out = wanted is False or (wanted is None and failed is None and not forecast.cheap)
     if left_out or spec.file != MODEL_ONNX or not evidence.cases or not forecast.possible:
-        return (), run, ""
+        return run, ""
     feeds = forecast.front(evidence.cases[0], most=_SAMPLES).batch.feeds
     try:
         layers = layer_drift(evidence.bundle, spec, settings, feeds, precision=run.rounding)
     except BnexportError as error:
-        return (), run, error.message if wanted else ""
-    first = next((layer for layer in layers if layer.left), None)
-    if failed is None or first is None:
-        return layers, run, ""
-    where = f"; the first layer beyond its prediction is {first.layer} ({first.operator}): {first.error:.1e} of scale"
-    rows = [replace(row, reason=row.reason + where) if at == failed else row for at, row in enumerate(run.rows)]
-    return layers, replace(run, rows=tuple(rows)), ""
+        return run, error.message if wanted else ""
+    first, rows = next((layer for layer in layers if layer.left), None), list(run.rows)
+    if failed is not None and first is not None:
+        where = (
+            f"; the first layer beyond its prediction is {first.layer} ({first.operator}): {first.error:.1e} of scale"
+        )
+        rows[failed] = replace(rows[failed], reason=rows[failed].reason + where)
+    return replace(run, rows=tuple(rows), drift=layers), ""

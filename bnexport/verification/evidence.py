@@ -5,6 +5,7 @@ Only files whose hash holds are opened. The original is evaluated once for each 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +32,9 @@ from bnexport.verification.inputs import (
     other_sized_batches,
     smallest_batch,
 )
-from bnexport.verification.int8 import int8_file_rows, int8_notes, record_of, within
+from bnexport.verification.int8 import int8_file_rows, int8_notes, record_of, within_range
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
-from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
+from bnexport.verification.reference import Reference, live_reference, not_rebuilt, rebuilt_reference, takes_empty_batch
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import TORCH_PROOFS, compare, failed, format_rows, proof_rows, proved_file
 from bnexport.verification.tolerances import TOLERANCES
@@ -92,17 +93,14 @@ class Evidence:
 
     def warnings(self) -> tuple[str, ...]:
         """Return the warnings for the reader that no row contains."""
-        return (*int8_notes(record_of(self.bundle.manifest)), *self._input_warnings())
-
-    def _input_warnings(self) -> tuple[str, ...]:
-        if not self.cases or self.cases[0].batch.name in REAL:
-            return ()
-        if not any(map(has_labels, self.cases[0].expected.values())):
-            return ()
-        return (
-            "the inputs are synthetic: the number of labels that change on noise differs from that on real samples; "
-            "give real ones with --dataset (and --source for your own network)",
-        )
+        notes = int8_notes(record_of(self.bundle.manifest))
+        synthetic = bool(self.cases) and self.cases[0].batch.name not in REAL
+        if synthetic and any(map(has_labels, self.cases[0].expected.values())):
+            notes += (
+                "the inputs are synthetic: the number of labels that change on noise differs from that on real samples; "
+                "give real ones with --dataset (and --source for your own network)",
+            )
+        return notes
 
 
 def prepare(
@@ -122,7 +120,11 @@ def prepare(
     reference, description, reference_rows = _find_reference(bundle, module, problems)
     rows += [*model_rows, *int8_rows, *reference_rows]
     if samples is not None and reference is None:
-        _refuse_samples(description)
+        require("torch", purpose="--samples, which needs the original network in float64,")
+        raise UsageError(
+            f"--samples needs the original network, which is missing here (reference: {description})",
+            remedy="Give the original network with --source FILE.py:FACTORY",
+        )
     work = _work(bundle, golden, model)
     budget = budget_of(work, thorough=scope.thorough, most=scope.max_samples, given=samples is not None)
     answered = _Answered()
@@ -198,11 +200,10 @@ def coverage(evidence: Evidence, rows: Sequence[Row]) -> str:
     if not evidence.cases:
         return "nothing was compared: there are no inputs"
     kinds = ", ".join(f"{case.batch.n} {case.batch.name}" for case in evidence.cases)
-    sizes = ", ".join(map(str, evidence.budget.batch_sizes))
     proof = sum(evidence.forecast.front(case).batch.n for case in evidence.cases)
-    text = f"each runtime: {kinds}; batch sizes {sizes}" if evidence.sizes is not None else f"each runtime: {kinds}"
-    if not rows:
-        text = f"inputs: {kinds}"
+    text = f"each runtime: {kinds}" if rows else f"inputs: {kinds}"
+    if rows and evidence.sizes is not None:
+        text += f"; batch sizes {', '.join(map(str, evidence.budget.batch_sizes))}"
     text += f"; float64 proofs: {proof}"
     more = budget_of(evidence.work, thorough=True, given=True)
     times = more.synthetic / evidence.budget.synthetic
@@ -242,58 +243,46 @@ def _model(
 
 
 def _proof_at_export(bundle: Bundle) -> tuple[list[Row], dict[str, str]]:
-    """Use the manifest, whose digest holds, in place of the proof without onnx; a bundle that was never proved fails."""
-    text = "the float64 proof was not repeated here: onnx is not installed"
-    error = _error_at_export(bundle)
-    if error is None:
-        reason = f"{text}, and the manifest has no proof from export that passes"
-        return [failed("file-proof", MODEL_ONNX, "open", reason)], {}
-    return [], {"file-proof": f"{text}; at export it was {error:.1e} of scale (manifest, whose digest holds)"}
+    """Use the manifest, whose digest holds, in place of the proof without onnx.
 
-
-def _error_at_export(bundle: Bundle) -> float | None:
-    """Return the largest error of this file's proof at export; None unless every row is within today's bound."""
+    A bundle fails unless it was proved at export, and every row of that proof is within today's bound.
+    """
     rows = bundle.manifest.verification.get("rows")
     errors = [
         row.get("error")
         for row in (rows if isinstance(rows, list) else ())
         if isinstance(row, dict) and row.get("stage") == "file-proof" and row.get("subject") == proved_file(bundle)
     ]
-    bounds = {"float32": TOLERANCES["file-proof"].bound}  # in half precision the manifest states the bound
     known = [error for error in errors if isinstance(error, float)]
-    if not known or len(known) < len(errors):
-        return None
-    worst = max(known)
-    return worst if worst <= bounds.get(bundle.manifest.precision, worst) else None
+    worst = max(known, default=math.nan)
+    bounds = {"float32": TOLERANCES["file-proof"].bound}  # in half precision the manifest states the bound
+    text = "the float64 proof was not repeated here: onnx is not installed"
+    if len(known) < len(errors) or not worst <= bounds.get(bundle.manifest.precision, worst):
+        reason = f"{text}, and the manifest has no proof from export that passes"
+        return [failed("file-proof", MODEL_ONNX, "open", reason)], {}
+    return [], {"file-proof": f"{text}; at export it was {worst:.1e} of scale (manifest, whose digest holds)"}
 
 
 def _find_reference(
     bundle: Bundle, module: nn.Module | None, problems: Mapping[str, str | None]
 ) -> tuple[Reference | None, str, list[Row]]:
     """Return the original in float64 if there is one, its description, and a failed row where it should be there and is not."""
-    why_not = not_rebuilt(bundle) if module is None else None
-    problem = _changed(problems, WEIGHTS) if module is None and why_not is None else None
-    reference = None
-    try:
-        reference = find_reference(bundle, module) if problem is None else None
-    except BnexportError as error:
-        if module is not None:
-            raise
-        problem = error.message
-    if reference is not None:
+    if module is not None:
+        reference = live_reference(bundle, module)
         return reference, reference.description, []
-    if problem is not None:
-        row = failed("golden-reference", "reference", "open", f"no reference could be built: {problem}")
-        return None, GOLDEN_ALONE, [row]
-    return None, GOLDEN_ALONE + (f", not the original network, {why_not}" if why_not is not None else ""), []
-
-
-def _refuse_samples(reference: str) -> None:
-    """Refuse samples without a reference: MissingDependency without torch, UsageError if only its author has its code."""
-    require("torch", purpose="--samples, which needs the original network in float64,")
-    raise UsageError(
-        f"--samples needs the original network, which is missing here (reference: {reference})",
-        remedy="Give the original network with --source FILE.py:FACTORY",
+    if (why_not := not_rebuilt(bundle)) is not None:
+        return None, f"{GOLDEN_ALONE}, not the original network, {why_not}", []
+    problem = _changed(problems, WEIGHTS)
+    try:
+        if problem is None:
+            reference = rebuilt_reference(bundle)
+            return reference, reference.description, []
+    except BnexportError as error:
+        problem = error.message
+    return (
+        None,
+        GOLDEN_ALONE,
+        [failed("golden-reference", "reference", "open", f"no reference could be built: {problem}")],
     )
 
 
@@ -336,19 +325,16 @@ def _answers(
     bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *, seed: int, live: bool, accept: bool
 ) -> _Answered:
     """Evaluate the original on every batch, and compare it with the golden vectors and the accuracy at export."""
-    suite = replace(suite, batches=tuple(within(bundle.manifest, batch) for batch in suite.batches))
-    answers = each_once([golden.batch, *suite.batches], reference.evaluate)
+    batches = [replace(batch, feeds=within_range(bundle.manifest, batch.feeds)) for batch in suite.batches]
+    answers = each_once([golden.batch, *batches], reference.evaluate)
     if (problem := next((item for item in answers[1:] if isinstance(item, BnexportError)), None)) is not None:
         if live:
             raise problem  # the caller's own module can't be used: no verdict on the bundle
-        row = failed("golden-reference", "reference", "open", problem.message)
-        return _Answered(rows=[row])
+        return _Answered(rows=[failed("golden-reference", "reference", "open", problem.message)])
     on_golden, *others = answers
-    answered = [
-        (batch, item) for batch, item in zip(suite.batches, others, strict=True) if not isinstance(item, Exception)
-    ]
     more, rows = _other_sizes(bundle, reference, golden, seed)
-    answered += more
+    pairs = zip(batches, others, strict=True)
+    answered = [(batch, item) for batch, item in pairs if not isinstance(item, BnexportError)] + more
     scales = common_scales([item for _, item in answered])
     cases = tuple(Case(batch, item, scales) for batch, item in answered)
     if isinstance(on_golden, BnexportError):
@@ -383,7 +369,9 @@ def _other_sizes(
             return [(batch, found)], [failed("strict", "reference", "the smallest size", least.message)]
         return [(batch, found), (smallest, least)], []
     if refused:
-        return [], [failed("strict", "reference", "another size", f"the original takes no other size: {refused}")]
+        return [], [
+            failed("strict", "reference", "another size", f"the original network fails in every other size: {refused}")
+        ]
     return [], []
 
 
@@ -399,13 +387,26 @@ def _accuracy(images: Case, suite: Suite) -> dict[str, Any]:
 
 
 def _accuracy_rows(bundle: Bundle, images: Case, now: Mapping[str, Any]) -> list[Row]:
-    """Compare inputs and accuracy with those at export: they differ when the preprocessing, the images or the weights do."""
+    """Compare accuracy, and mean and deviation of the first image as an input, with those at export.
+
+    They differ when the preprocessing, the images or the weights do.
+    """
     before = bundle.manifest.verification.get("accuracy")
     if not isinstance(before, dict) or not isinstance(before.get("correct"), int):
         return []  # made without images, or by another version
     if before.get("dataset") != now["dataset"]:
         return []
-    rows = _first_image_rows(before.get("first_image"), now["first_image"])
+    rows: list[Row] = []
+    first = before.get("first_image")
+    if isinstance(first, list) and len(first) == 2 and all(isinstance(value, float) for value in first):
+        error = max(abs(one - other) for one, other in zip(first, now["first_image"], strict=True))
+        same = error <= _SAME_IMAGE * (abs(first[0]) + first[1])
+        reason = (
+            ""
+            if same
+            else "the first image as an input differs from that at export: the preprocessing or the images changed"
+        )
+        rows.append(Row("accuracy", "reference", "first image", same, reason, n=1))
     if before.get("n") != now["n"]:
         return rows
     scores = next(iter(images.expected.values()))
@@ -413,15 +414,5 @@ def _accuracy_rows(bundle: Bundle, images: Case, now: Mapping[str, Any]) -> list
     passed = abs(before["correct"] - now["correct"]) <= unsure
     reason = f"{now['correct']} of {now['n']} images right, {before['correct']} at export"
     if not passed:
-        reason += ": other preprocessing, images or weights"
+        reason += ": the preprocessing, the images or the weights changed"
     return [*rows, Row("accuracy", "reference", "images", passed, reason, n=now["n"])]
-
-
-def _first_image_rows(before: Any, now: Sequence[float]) -> list[Row]:
-    """Compare mean and deviation of the first image, as an input of the network, with those at export."""
-    if not isinstance(before, list) or len(before) != 2 or not all(isinstance(value, float) for value in before):
-        return []  # made by another version
-    error = max(abs(one - other) for one, other in zip(before, now, strict=True))
-    passed = error <= _SAME_IMAGE * (abs(before[0]) + before[1])
-    reason = "" if passed else "the first image is another input than at export: other preprocessing or images"
-    return [Row("accuracy", "reference", "first image", passed, reason, n=1)]

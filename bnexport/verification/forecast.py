@@ -65,7 +65,8 @@ class FunctionNoise:
     rms: float
 
     def __str__(self) -> str:
-        return f"{self.error:.1e} of scale is the accuracy of this runtime's {' and '.join(self.operators)}"
+        names = " and ".join(self.operators)
+        return f"this runtime's approximation of {names} changes the outputs by {self.error:.1e} of scale"
 
 
 class Forecast:
@@ -74,16 +75,11 @@ class Forecast:
     The noise of a precision is measured against the same file in float64, never against the reference: a fault of the
     file must not widen the bound that judges it.
 
-    Args:
-        model: model.onnx as read; None when it can't be read here, so that only ``recorded`` predictions remain.
-        cases: The batches of the verification. The noise of the first, the lead, counts for smaller batches where it is
-            larger, since the largest error of a few samples does not bound other roundings.
-        budget: Number of samples that are evaluated of the lead and of each other batch.
-        varies: The batch dimension is free, so that a batch may be cut and joined to others.
-        stored: Precision of the file's weights.
-        recorded: Precision -> error of scale, predicted when the bundle was made.
-        int8: model.onnx of an int8 bundle; ``model`` is then the float32 file. ``integer_emulation.WAYS`` are precisions, too.
-        pixels: The only input is pixels as uint8.
+    ``model`` is None when model.onnx can't be read here, so that only the predictions ``recorded`` when the bundle was made
+    remain. The noise of the first case, the lead, counts for smaller batches where it is larger, since the largest error of a
+    few samples does not bound other roundings. Where the batch dimension ``varies``, a batch may be cut and joined to others.
+    ``stored`` is the precision of the weights; ``pixels``: the only input is pixels as uint8. For an int8 bundle, ``int8`` is
+    model.onnx and ``model`` the float32 file, and ``integer_emulation.WAYS`` are precisions, too.
     """
 
     def __init__(
@@ -210,23 +206,19 @@ class Forecast:
         It is None where the file has no such function, or can't be evaluated.
         """
         key = (runtime, case.batch.name)
-        if key not in self._functions:
-            self._functions[key] = None
-            with contextlib.suppress(BnexportError):
-                self._functions[key] = self._function_noise(runtime, case)
-        return self._functions[key]
-
-    def _function_noise(self, runtime: str, case: Case) -> FunctionNoise | None:
-        if self._model is None or not (operators := approximated_operators(self._model, runtime)):
-            return None
+        if key in self._functions or self._model is None:
+            return self._functions.get(key)
+        self._functions[key] = None
         whole = case.head(_ALL) if self._varies else case
-        self._evaluator = self._evaluator or Float64Evaluator(self._model)
-        exact = self._evaluator.evaluate(whole.batch.feeds)
-        draws = [
-            _emulated(ApproximatingEvaluator(self._model, runtime, seed=seed).evaluate(whole.batch.feeds), exact, whole)
-            for seed in range(_DRAWS)
-        ]
-        return FunctionNoise(operators, max(draw.error for draw in draws), max(draw.rms for draw in draws))
+        with contextlib.suppress(BnexportError):
+            if operators := approximated_operators(self._model, runtime):
+                self._evaluator = self._evaluator or Float64Evaluator(self._model)
+                exact = self._evaluator.evaluate(whole.batch.feeds)
+                engines = (ApproximatingEvaluator(self._model, runtime, seed=seed) for seed in range(_DRAWS))
+                draws = [_emulated(engine.evaluate(whole.batch.feeds), exact, whole) for engine in engines]
+                largest = max(draw.error for draw in draws), max(draw.rms for draw in draws)
+                self._functions[key] = FunctionNoise(operators, *largest)
+        return self._functions[key]
 
     def emulated(self, precision: str, case: Case) -> Emulated | None:
         """Evaluate the front of a batch under an emulated precision; None when the file can't be evaluated."""

@@ -49,7 +49,12 @@ def on_dataset(
     manifest = bundle.manifest if dataset is None else replace(bundle.manifest, dataset=dataset)
     if manifest.dataset is None:
         raise UsageError(f"the manifest of {bundle.path} names no data set", remedy="Pass --dataset folder:PATH")
-    _need_reference(bundle, option, module)
+    if module is None and (why := not_rebuilt(bundle)) is not None:
+        require("torch", purpose=f"{option}, which needs the original network in float64,")
+        raise UsageError(
+            f"{option} needs the original network, {why}",
+            remedy="Give the original network with --source FILE.py:FACTORY",
+        )
     if dataset is not None and place is None:
         place = folder_of(dataset)
     check_dataset(
@@ -61,17 +66,6 @@ def on_dataset(
         scores=score_count(manifest.signature),
     )
     return Bundle(bundle.path, manifest), place
-
-
-def _need_reference(bundle: Bundle, option: str, module: nn.Module | None) -> None:
-    """Refuse images where no original network can label them."""
-    if module is not None or (why := not_rebuilt(bundle)) is None:
-        return
-    require("torch", purpose=f"{option}, which needs the original network in float64,")
-    raise UsageError(
-        f"{option} gives images, but the original network is missing: it is one {why}",
-        remedy="Give the original network with --source FILE.py:FACTORY",
-    )
 
 
 def judge_accuracy(

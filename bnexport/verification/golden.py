@@ -15,7 +15,7 @@ import numpy as np
 from bnexport.bundle import Manifest, write_golden
 from bnexport.data.dataset_table import is_dataset
 from bnexport.errors import BnexportError
-from bnexport.tensors import Array, Signature, TensorSpec
+from bnexport.tensors import Array, Signature
 from bnexport.verification.inputs import read_images
 from bnexport.verification.int8 import within_range
 from bnexport.verification.reference import Reference
@@ -68,16 +68,12 @@ def golden_inputs(
         shape = shapes[spec.name]
         real = [] if images is None or len(signature.inputs) != 1 else [images[: min(_IMAGES, budget - 1)]]
         ends = [np.full((1, *shape), value) for value in (0, 255 if pixels else 1)]
-        rows = [*real, _noise(spec, (min(_NOISE, budget), *shape), rng), *ends]
+        size = (min(_NOISE, budget), *shape)
+        most = 256 if spec.dtype == "uint8" else 2  # of integers and flags, 0 and 1 are valid indices of every table
+        noise: Array = rng.standard_normal(size) if spec.dtype.startswith("float") else rng.integers(0, most, size=size)
+        rows = [*real, noise, *ends]
         feeds[spec.name] = np.concatenate([row.astype(spec.dtype) for row in rows])[:budget]
     return feeds
-
-
-def _noise(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Return standard normal noise; for integers and flags 0 and 1, which are valid indices of every table."""
-    if spec.dtype.startswith("float"):
-        return rng.standard_normal(shape)
-    return rng.integers(0, 256 if spec.dtype == "uint8" else 2, size=shape)
 
 
 def real_images(manifest: Manifest, *, data_dir: Path | None = None) -> Array | None:

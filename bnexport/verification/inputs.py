@@ -76,6 +76,7 @@ def build_suite(
 
     The golden inputs give the sizes of dimensions that vary, and valid values of integer inputs. Nothing is downloaded.
     DataError if ``data_dir`` was given and does not hold the data set, or if there are fewer samples than a fixed batch.
+    UsageError if the data set's classes are not the bundle's, or if ``data_dir`` was given and there are no images.
     """
     specs = manifest.signature.inputs
     fixed = specs[0].shape[0] if isinstance(specs[0].shape[0], int) else None
@@ -85,11 +86,15 @@ def build_suite(
         dataset = samples.described
     else:
         images, labels, description = _images(manifest, data_dir, budget.real if fixed is None else fixed)
+        if images is None and data_dir is not None:
+            raise UsageError(
+                f"the images in {data_dir} can't be used: {description}", remedy="Leave --data-dir and --dataset out"
+            )
         batches = [] if images is None or len(images) < (fixed or 1) else [Batch("images", {specs[0].name: images})]
     for name, size, fill in (
         ("noise", budget.noise, _noise),
-        ("zeros", budget.constant, _zeros),
-        ("ones", budget.constant, _ones),
+        ("zeros", budget.constant, lambda shape, _: np.zeros(shape)),
+        ("ones", budget.constant, lambda shape, _: np.ones(shape)),
         ("one-hot", budget.one_hot, _one_hot),
     ):
         if name != "noise" and not manifest.takes_pixels and not any(spec.dtype.startswith("float") for spec in specs):
@@ -151,14 +156,6 @@ def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return rng.standard_normal(shape)
 
 
-def _zeros(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
-    return np.zeros(shape)
-
-
-def _ones(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
-    return np.ones(shape)
-
-
 def _one_hot(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
     """Return an array with one element of each sample set to 1, spread evenly over all positions."""
     array = np.zeros((shape[0], int(np.prod(shape[1:]))))
@@ -171,7 +168,8 @@ def _given(samples: Samples, limit: int, fixed: int | None) -> tuple[list[Batch]
     there = len(next(iter(samples.feeds.values())))
     if fixed is not None and there < fixed:
         raise DataError(
-            f"{samples.described} are fewer than the {fixed} of one batch", remedy=f"Give at least {fixed} samples"
+            f"a batch has {fixed} samples, but only {there} are given: {samples.described}",
+            remedy=f"Give at least {fixed} samples",
         )
     n = fixed or min(there, limit)
     description = samples.described if n == there else f"the first {n} of {samples.described}"
@@ -180,22 +178,7 @@ def _given(samples: Samples, limit: int, fixed: int | None) -> tuple[list[Batch]
 
 
 def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tuple[Array | None, Array | None, str]:
-    """Return test images as inputs (n, channels, height, width), their labels, and a description; None where there are none.
-
-    UsageError if the data set's classes are not the bundle's, or if ``data_dir`` was given and there are no images; DataError
-    if it does not hold the data set.
-    """
-    images, labels, description = _found_images(manifest, data_dir, limit)
-    if images is None and data_dir is not None:
-        raise UsageError(
-            f"the images in {data_dir} can't be used: {description}", remedy="Leave --data-dir and --dataset out"
-        )
-    return images, labels, description
-
-
-def _found_images(
-    manifest: Manifest, data_dir: str | Path | None, limit: int
-) -> tuple[Array | None, Array | None, str]:
+    """Return test images as inputs (n, channels, height, width), their labels, and a description; None where there are none."""
     name = manifest.dataset
     if name is None:
         return None, None, "no real images: the bundle names no data set"

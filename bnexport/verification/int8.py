@@ -8,8 +8,7 @@ compares a runtime with the emulated file, and the shipping stage with the netwo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,11 +66,6 @@ def int8_notes(record: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(speed, dict) and isinstance(ratio, float) and ratio < 1:
         notes.append(f"int8 is slower than float32: {ratio:g} x its speed ({speed.get('conditions')})")
     return (*notes, *map(str, record.get("warnings", ())))
-
-
-def within(manifest: Manifest, batch: Batch) -> Batch:
-    """Return a batch cut to the ranges that an int8 file represents."""
-    return replace(batch, feeds=within_range(manifest, batch.feeds))
 
 
 def within_range(manifest: Manifest, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -136,20 +130,19 @@ def layer_report(
     )
     least = max(_LARGE_SHARE, _TIMES_MEAN / max(count, 1))
     suggested = tuple(layer.layer for layer in layers if layer.share is not None and layer.share >= least)
-    ranges = tuple(_ranges(emulator, record))
+    ranges = tuple(_range(name, found, emulator, record) for name, found in record.get("ranges", {}).items())
     numbers = [*own.values(), *shares.values(), *(value for item in ranges for value in item.seen or ())]
     if not np.isfinite(numbers).all():  # JSON has no such numbers
         raise BundleError("the network computes values that are not finite", remedy="Look for the check that fails")
     return Int8Findings(layers, ranges, few.n, batch.name, suggested)
 
 
-def _ranges(emulator: OneLayerEmulator, record: Mapping[str, Any]) -> Iterator[Int8Range]:
-    for name, found in record.get("ranges", {}).items():
-        low, high, source = float(found["low"]), float(found["high"]), str(found["source"])
-        trained = record.get("trained", {}).get(name) or ((low, high) if "BatchNorm" in source else None)
-        value = emulator.values.get(name)
-        seen = None if value is None else (float(value.min()), float(value.max()))
-        yield Int8Range(name, low, high, source, None if trained is None else (trained[0], trained[1]), seen)
+def _range(name: str, found: Mapping[str, Any], emulator: OneLayerEmulator, record: Mapping[str, Any]) -> Int8Range:
+    low, high, source = float(found["low"]), float(found["high"]), str(found["source"])
+    trained = record.get("trained", {}).get(name) or ((low, high) if "BatchNorm" in source else None)
+    value = emulator.values.get(name)
+    seen = None if value is None else (float(value.min()), float(value.max()))
+    return Int8Range(name, low, high, source, None if trained is None else (trained[0], trained[1]), seen)
 
 
 def labels_row(
@@ -157,16 +150,9 @@ def labels_row(
 ) -> Row | None:
     """Compare the number of changed labels with the number that the margins and the predicted noise explain.
 
-    The noise of other samples is added to each sample's scores, in several draws, and the changed labels are counted. The
-    result is None where there is not one score per class, or too little noise to draw from.
-
-    Args:
-        subject: The runtime.
-        case: Name of the batch.
-        scores: The runtime's (n, classes).
-        expected: The reference's (n, classes).
-        errors: Emulated errors (m, classes) of some of the samples.
-        allowed: Largest share of labels that may change; None: at most twice the expected number.
+    The noise of other samples (``errors``: emulated, (m, classes)) is added to each sample's expected scores (n, classes), in
+    several draws, and the changed labels are counted. ``allowed`` is the largest share of labels that may change; None: at
+    most twice the expected number. The result is None where there is not one score per class, or too little noise to draw from.
     """
     if not has_labels(expected) or len(errors) < 2 or not np.isfinite(scores).all():
         return None

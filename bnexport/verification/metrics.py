@@ -44,7 +44,9 @@ def measure(
             return Measurement(problem=f"output {name!r} is missing")
         if (problem := incomparable(name, candidate[name], expected)) is not None:
             return Measurement(n=len(expected) if expected.ndim else 0, problem=problem)
-        parts.append(_distance(candidate[name], expected, _scale_of(name, expected, scales)))
+        difference = candidate[name].astype(np.float64) - expected.astype(np.float64)
+        max_abs, rms = float(np.abs(difference).max()), float(np.sqrt(np.mean(np.square(difference))))
+        parts.append(Measurement(max_abs / _scale_of(name, expected, scales), max_abs, rms, len(expected)))
     worst = max(parts, key=lambda part: part.error)
     flips: Flips | None = None
     if (scored := labelled(reference)) is not None:
@@ -124,13 +126,6 @@ def has_labels(array: Array) -> bool:
 
 def _scale_of(name: str, reference: Array, scales: Mapping[str, float] | None) -> float:
     return (scales or {}).get(name) or scale(reference)
-
-
-def _distance(candidate: Array, reference: Array, of: float) -> Measurement:
-    difference = candidate.astype(np.float64) - reference.astype(np.float64)
-    max_abs = float(np.abs(difference).max())
-    rms = float(np.sqrt(np.mean(np.square(difference))))
-    return Measurement(max_abs / of, max_abs, rms, len(reference))
 
 
 def flipped_samples(

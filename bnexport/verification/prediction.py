@@ -65,7 +65,6 @@ class Detected:
     #: A key of ``emulation.PRECISIONS``, several indistinguishable ones joined by " or ", "none", or "undecided": as
     #: large as a precision's error, but not clearly in its direction
     precision: str
-    size: float  # Root mean square of the error, over the scale of the outputs
     #: Cosine of the error with the emulated error of ``precision``, else of the precision with the nearest size. None
     #: where directions mean nothing: for float32, and for weights other than those emulated
     cosine: float | None
@@ -83,25 +82,22 @@ def detect(
     same_weights: bool = True,
     functions: float = 0.0,
 ) -> Detected:
-    """Find the precision that made an error.
+    """Find the precision that made the error of an engine: ``candidate`` - ``exact``, in float64 with the engine's weights.
 
-    Args:
-        candidate: Output name -> (n, ...), from the engine.
-        exact: The same in float64, with the weights that the engine used.
-        emulated: Precision -> its outputs for the same inputs; must contain "float32". One that overflows is left out.
-        same_weights: The engine used the emulated weights. The unfolded network rounds other numbers, so its errors have
-            the size of the emulated ones, but not their direction.
-        functions: Root mean square of the error, over scale, that the engine's approximated functions add to float32's.
+    ``emulated`` has the outputs of each precision for the same inputs; it must contain "float32", and one that overflows is
+    left out. Without ``same_weights``, the engine did not use the emulated weights: the unfolded network rounds other numbers,
+    so its errors have the size of the emulated ones, but not their direction. ``functions`` is the root mean square of the
+    error, over scale, that the engine's approximated functions add to float32's.
     """
     error = _difference(candidate, exact)
     if not np.isfinite(error).all():
         sentence = "the outputs are not all finite, so no precision explains their error"
-        return Detected(UNKNOWN, math.inf, None, _TOO_COARSE, sentence)
+        return Detected(UNKNOWN, None, _TOO_COARSE, sentence)
     size = _rms(error)
     errors = {name: _difference(outputs, exact) for name, outputs in emulated.items()}
     errors = {name: values for name, values in errors.items() if np.isfinite(values).all()}
     sizes = {name: _rms(values) for name, values in errors.items()}
-    float32 = Detected("float32", size, None, 0, f"the error (rms {size:.1e} of scale) is that of float32")
+    float32 = Detected("float32", None, 0, f"the error (rms {size:.1e} of scale) is that of float32")
     if size <= _limit_of_float32(sizes, 0.0):
         return float32
     coarse = [name for name in errors if name != "float32"]
@@ -119,7 +115,7 @@ def detect(
     best = max(cosines[name] for name in found)
     sentence = f"the error is that of {_listed(found)} (cosine {best:.3f} with its emulation)"
     sentence += ", which can't be distinguished here" if len(found) > 1 else ""
-    return Detected(" or ".join(found), size, best, min(_COARSENESS[name] for name in found), sentence)
+    return Detected(" or ".join(found), best, min(_COARSENESS[name] for name in found), sentence)
 
 
 def points_along(
@@ -157,7 +153,7 @@ def rounding_noise(model: ModelProto, feeds: Mapping[str, Array], *, seeds: int 
         for name, values in exact.items():
             if not (np.isfinite(values).all() and np.isfinite(moved[name]).all()):
                 raise ProofError(
-                    "the file gives values that are not finite in float64", remedy="Check the network's weights"
+                    "the outputs of the file in float64 are not finite", remedy="Check the network's weights"
                 )
             worst = max(worst, float(np.abs(moved[name] - values).max(initial=0.0)) / scale(values))
     return worst
@@ -206,10 +202,9 @@ def _by_size(size: float, sizes: Mapping[str, float], names: list[str]) -> Detec
     if not fitting:
         return _unknown(size, sizes, names, {})
     nearest = min(fitting, key=lambda name: abs(math.log(size / sizes[name])))
-    sentence = f"the error (rms {size:.1e} of scale) has the size of {words_of(nearest)}'s"
-    others = [name for name in fitting if name != nearest]
-    sentence += f", as it has of {_listed(others)}'s" if others else ""
-    return Detected(nearest, size, None, min(_COARSENESS[name] for name in fitting), sentence)
+    ordered = [nearest, *(name for name in fitting if name != nearest)]
+    sentence = f"the error (rms {size:.1e} of scale) is about as large as that of {_listed(ordered)}"
+    return Detected(nearest, None, min(_COARSENESS[name] for name in fitting), sentence)
 
 
 def _unknown(size: float, sizes: Mapping[str, float], names: list[str], cosines: Mapping[str, float]) -> Detected:
@@ -218,16 +213,14 @@ def _unknown(size: float, sizes: Mapping[str, float], names: list[str], cosines:
     sentence = f"no precision explains the error (rms {size:.1e} of scale)"
     some = [name for name in names if sizes[name]]
     if not some:
-        return Detected(UNKNOWN, size, None, coarseness, sentence)
+        return Detected(UNKNOWN, None, coarseness, sentence)
     nearest = min(some, key=lambda name: abs(math.log(size / sizes[name])))
     times, cosine = size / sizes[nearest], cosines.get(nearest)
     compared = f"{times:.2g} x the noise of {words_of(nearest)}"
     compared += "" if cosine is None else f", cosine {cosine:.2f} with it"
     if cosine is not None and cosine >= _PERHAPS and 1 / _SAME_SIZE <= times <= _SAME_SIZE:
-        return Detected(
-            UNDECIDED, size, cosine, coarseness, f"the error may be that of a precision, or a fault: {compared}"
-        )
-    return Detected(UNKNOWN, size, cosine, coarseness, f"{sentence}: {compared}")
+        return Detected(UNDECIDED, cosine, coarseness, f"either a precision or a fault makes the error: {compared}")
+    return Detected(UNKNOWN, cosine, coarseness, f"{sentence}: {compared}")
 
 
 def _listed(names: list[str]) -> str:

@@ -25,12 +25,9 @@ _CHUNK, _ELEMENTS = 512, 1 << 19
 class Reference:
     """Evaluates an unfolded module in float64, in eval mode; the module given is never changed.
 
-    Args:
-        module: The module.
-        signature: Inputs and outputs in order.
-        description: Origin of the module, for the report.
-        doubt: Returns how the module differs from the network of the bundle. It is called when the module fails.
-        manifest: Manifest of the bundle. Where its files take pixels, the module gets preprocessed ones, in float64.
+    ``description`` is the module's origin, for the report. ``doubt`` returns how the module differs from the network of the
+    bundle; it is called when the module fails. Where the files of the bundle with this ``manifest`` take pixels, the module
+    gets preprocessed ones, in float64.
     """
 
     def __init__(
@@ -85,26 +82,28 @@ class Reference:
                 ) from error
             raise _unusable(one_line(error, 200)) from error
         if len(results) < len(self._signature.outputs):
-            raise _unusable(f"it gives {len(results)} outputs, the signature has {len(self._signature.outputs)}")
+            raise _unusable(f"it returns {len(results)} outputs, but the signature has {len(self._signature.outputs)}")
         if narrow := [array.dtype.name for array in results if array.dtype.kind == "f" and array.dtype != np.float64]:
-            raise _unusable(f"it gives {narrow[0]}")
+            raise _unusable(f"it returns {narrow[0]}")
         return results
 
 
-def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None:
-    """Return the best float64 reference; None when only the bundle's golden vectors represent the original.
+def live_reference(bundle: Bundle, module: nn.Module) -> Reference:
+    """Return the caller's module as the reference; ModelError if it can't be copied."""
+    manifest, doubt = bundle.manifest, functools.partial(_difference, bundle, module)
+    return Reference(
+        module, manifest.signature, description="the original module, in float64", doubt=doubt, manifest=manifest
+    )
 
-    The live module comes first, then a network that bnexport can rebuild from the bundle's unfolded weights. BundleError if
-    they are missing; ModelError if they are damaged or another network's, or if ``module`` can't be copied.
+
+def rebuilt_reference(bundle: Bundle) -> Reference:
+    """Return the network that is rebuilt from the bundle's unfolded weights, where ``not_rebuilt`` gives None.
+
+    BundleError if the weights are missing; ModelError if they are damaged or another network's.
     """
-    manifest = bundle.manifest
-    if module is not None:
-        doubt, description = functools.partial(_difference, bundle, module), "the original module, in float64"
-        return Reference(module, manifest.signature, description=description, doubt=doubt, manifest=manifest)
-    if not is_known(bundle):
-        return None
     from bnexport.runtimes.torch_runners import original_network
 
+    manifest = bundle.manifest
     description = f"{manifest.network['source']} rebuilt from {WEIGHTS}, in float64"
     return Reference(original_network(bundle), manifest.signature, description=description, manifest=manifest)
 
@@ -125,13 +124,8 @@ def _difference(bundle: Bundle, module: nn.Module) -> str:
     return f"{odd} is {found}, in the bundle {'x'.join(map(str, stored[odd]))}"
 
 
-def is_known(bundle: Bundle) -> bool:
-    """Return whether the original network can be rebuilt here without its author's code."""
-    return not_rebuilt(bundle) is None
-
-
 def not_rebuilt(bundle: Bundle) -> str | None:
-    """Return why the original network can't be rebuilt here, as the end of a sentence; None when it can."""
+    """Return why the original network can't be rebuilt here without its author's code, as the end of a sentence; else None."""
     if not installed("torch"):
         return "which needs torch, which is not installed here"
     from bnexport.loading.sources import unknown_reason

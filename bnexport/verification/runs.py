@@ -22,7 +22,7 @@ from bnexport.verification.int8 import labels_row, record_of
 from bnexport.verification.metrics import SIGNIFICANT, accuracy_change, flipped_samples, labelled, per_sample
 from bnexport.verification.prediction import compatible, detect
 from bnexport.verification.stages import compare, failed
-from bnexport.verification.verdict import REAL, FlippedSample, Row
+from bnexport.verification.verdict import REAL, FlippedSample, LayerDrift, Row
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class RuntimeRun:
     #: Error and margin of each sample of the first batch (``metrics.per_sample``)
     samples: tuple[Array, Array] | None = None
     flipped: tuple[FlippedSample, ...] = ()  # Changed labels of the first batch
+    drift: tuple[LayerDrift, ...] = ()  # Its layers in order of computation, where they were compared
 
 
 def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, file: str) -> RuntimeRun:
@@ -60,16 +61,15 @@ def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, fi
         rows += run.against_emulation(compared)
     rows += run.batch_sizes(compared)
     rows += run.repeat()
-    first = answers[run.lead.batch.name] if run.lead is not None else None
     samples: tuple[Array, Array] | None = None
     flipped: tuple[FlippedSample, ...] = ()
-    if first is not None and not isinstance(first, BnexportError):
-        lead = next(at for at, (stage, case, _) in enumerate(compared) if case is run.lead and stage == run.stage)
-        samples, flipped = run.details(first, rows[lead])
-        rows += run.accuracy(first)
-        rows += run.labels(first)
-        if (precision := _precision_row(run, first, file)) is not None:
-            rows.append(precision)
+    if (lead := run.lead) is not None and not isinstance(first := answers[lead.batch.name], BnexportError):
+        row = rows[next(at for at, (stage, case, _) in enumerate(compared) if case is lead and stage == run.stage)]
+        if row.error is not None and row.bound is not None:
+            samples = per_sample(first, lead.expected, lead.scales)
+            labels = evidence.labels
+            flipped = flipped_samples(first, lead.expected, bound=row.bound, labels=labels, scales=lead.scales)
+        rows += [*run.accuracy(lead, first), *run.labels(lead, first), *_precision_rows(run, lead, first, file)]
     where, how = runner.effective_device, settings.describe()
     marked = tuple(replace(row, device=where, settings=how) for row in rows)
     return RuntimeRun(marked, runner.description, run.rounding, samples, flipped)
@@ -116,14 +116,14 @@ class _RuntimeRun:
         if isinstance(found, BnexportError):
             # Refusing the smallest images is not a wrong answer: OpenVINO takes no window beyond the padded map.
             refused = case.batch.smallest and isinstance(found, BundleError)
-            reason = f"this engine refuses so small an image: {found.message}" if refused else found.message
+            reason = f"this engine refuses the smallest size: {found.message}" if refused else found.message
             return Row(stage, self.runner.name, case.batch.name, passed=refused, reason=reason)
-        row = self._compared(stage, case, found, exact=case is self.lead)
+        row = self._row(stage, case, found, self.predicted(case, exact=case is self.lead))
         if not row.passed and row.predicted is None and row.error is not None:
             # The network's float32 noise may exceed the fixed bound.
-            row = self._compared(stage, case, found, exact=True)
+            row = self._row(stage, case, found, self.predicted(case, exact=True))
         if not row.passed and row.predicted is not None and row.error is not None:
-            row = self._compared(stage, case, found, exact=True, on_all=True)
+            row = self._row(stage, case, found, self.predicted(case, exact=True, on_all=True))
         if not row.passed and row.predicted is not None and row.error is not None:
             functions = self.evidence.forecast.function_noise(self.runner.name, case)
             if functions is not None:
@@ -131,9 +131,6 @@ class _RuntimeRun:
                 row = self._row(stage, case, found, predicted)
                 return replace(row, reason=row.reason or str(functions))
         return row
-
-    def _compared(self, stage: str, case: Case, outputs: Outputs, *, exact: bool = False, on_all: bool = False) -> Row:
-        return self._row(stage, case, outputs, self.predicted(case, exact=exact, on_all=on_all))
 
     def _row(self, stage: str, case: Case, outputs: Outputs, predicted: float | None) -> Row:
         name = self.runner.name
@@ -150,14 +147,12 @@ class _RuntimeRun:
             rows.append(self._row("strict", part, heads(found, emulated.n), forecast.last_bit(case)))
         return rows
 
-    def labels(self, outputs: Outputs) -> list[Row]:
-        """Compare the changed labels of an int8 file on real samples with those that its noise explains."""
-        case = self.lead
-        emulated = None if case is None else self.evidence.forecast.emulated(EXACT, case)
-        if self.precision != EXACT or case is None or emulated is None or case.batch.name not in REAL:
+    def labels(self, case: Case, outputs: Outputs) -> list[Row]:
+        """Compare the changed labels of an int8 file on the first batch, if real, with those that its noise explains."""
+        if self.precision != EXACT or case.batch.name not in REAL:
             return []
-        name = labelled(case.expected)
-        if name is None or name not in outputs:
+        emulated, name = self.evidence.forecast.emulated(EXACT, case), labelled(case.expected)
+        if emulated is None or name is None or name not in outputs:
             return []
         errors = emulated.outputs[name] - emulated.exact[name]
         allowed = record_of(self.evidence.bundle.manifest).get("allow_flips")
@@ -171,7 +166,7 @@ class _RuntimeRun:
             return []
         whole = next((found for _, case, found in compared if case.batch is batch), None)
         if whole is None or isinstance(whole, BnexportError):
-            reason = "it was not run" if whole is None else whole.message
+            reason = "the whole batch was not run" if whole is None else whole.message
             return [failed("batch-size", self.runner.name, f"batch {batch.n}", reason)]
         sizes = [size for size in self.evidence.budget.batch_sizes if size < batch.n]
         return [self._size(batch, whole, size) for size in [*sizes, *([0] if self.evidence.empty else [])]]
@@ -205,22 +200,10 @@ class _RuntimeRun:
             return [failed("repeat", self.runner.name, batch.name, error.message)]
         return [compare("repeat", self.runner.name, batch.name, second, first, predicted=self.predicted(self.lead))]
 
-    def details(self, outputs: Outputs, row: Row) -> tuple[tuple[Array, Array] | None, tuple[FlippedSample, ...]]:
-        """Return error and margin of each sample of the first batch, and its changed labels."""
-        case = self.lead
-        if case is None or row.error is None or row.bound is None:
-            return None, ()
-        labels = self.evidence.labels
-        flipped = flipped_samples(outputs, case.expected, bound=row.bound, labels=labels, scales=case.scales)
-        return per_sample(outputs, case.expected, case.scales), flipped
-
-    def accuracy(self, outputs: Outputs) -> list[Row]:
-        """Test whether the change of accuracy on labelled samples is more than chance."""
-        case, labels = self.lead, self.evidence.labels
-        if case is None or labels is None:
-            return []
-        name = labelled(case.expected)
-        if name is None or name not in outputs or not np.isfinite(outputs[name]).all():
+    def accuracy(self, case: Case, outputs: Outputs) -> list[Row]:
+        """Test whether the change of accuracy on the first batch, if labelled, is more than chance."""
+        labels, name = self.evidence.labels, labelled(case.expected)
+        if labels is None or name is None or name not in outputs or not np.isfinite(outputs[name]).all():
             return []
         found = accuracy_change(case.expected[name], outputs[name], labels[: case.batch.n])
         passed, reason = found.p >= SIGNIFICANT or found.won > found.lost, found.sentence()
@@ -233,22 +216,20 @@ _LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "b
 _AT_LEAST = ("float32", "tf32")
 
 
-def _precision_row(run: _RuntimeRun, first: Outputs, file: str) -> Row | None:
+def _precision_rows(run: _RuntimeRun, case: Case, first: Outputs, file: str) -> list[Row]:
     """Compare the error on the first batch with the error that each precision would make; ``file`` is the runtime's file.
 
-    The row has the stage "precision". It is None where the model can't be emulated, or where the outputs can't be compared,
-    which another row reports.
+    The only row has the stage "precision". There is none where the model can't be emulated, or where the outputs can't be
+    compared, which another row reports.
     """
-    case, forecast = run.lead, run.evidence.forecast
-    if case is None:
-        return None
+    forecast = run.evidence.forecast
     requested = ROUNDINGS.get(run.precision, (run.precision,))
     if run.precision == EXACT and forecast.saturates():
         requested += (SATURATING,)
     names = dict.fromkeys((*(_LOOKED_FOR if forecast.cheap else _AT_LEAST), *requested))
     found = {name: emulated for name in names if (emulated := forecast.emulated(name, case)) is not None}
     if run.precision not in found:
-        return None
+        return []
     n = min(emulated.n for emulated in found.values())
     candidate = heads(first, n)
     # Kernels are compared with this file in float64, so that a fault of the file is not attributed to them. The original
@@ -256,7 +237,7 @@ def _precision_row(run: _RuntimeRun, first: Outputs, file: str) -> Row | None:
     exact = next(iter(found.values())).exact if file != WEIGHTS else case.expected
     expected = heads(exact, n)
     if any(name not in candidate or incomparable(name, candidate[name], expected[name]) for name in expected):
-        return None
+        return []
     outputs = {name: heads(emulated.outputs, n) for name, emulated in found.items()}
     seen = detect(candidate, expected, outputs, same_weights=file != WEIGHTS)
     passed = compatible(run.precision, seen)
@@ -264,4 +245,4 @@ def _precision_row(run: _RuntimeRun, first: Outputs, file: str) -> Row | None:
         seen = detect(candidate, expected, outputs, same_weights=file != WEIGHTS, functions=functions.rms)
         passed = compatible(run.precision, seen)
     reason = f"{run.precision} requested: {seen.sentence}"
-    return Row("precision", run.runner.name, case.batch.name, passed, reason, n=n, detected=seen.precision)
+    return [Row("precision", run.runner.name, case.batch.name, passed, reason, n=n, detected=seen.precision)]

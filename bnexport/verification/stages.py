@@ -7,9 +7,10 @@ model.onnx, bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,11 +34,8 @@ if TYPE_CHECKING:
 TORCH_PROOFS = (MODEL_TORCHSCRIPT, MODEL_EXPORTED)
 
 
-class Rounding(Protocol):
-    """``Forecast.rounding``."""
-
-    def __call__(self, case: Case, /, *, always: bool = False) -> float | None:
-        """Return the change of the outputs, of scale, by rounding the weights."""
+#: ``Forecast.rounding``: a case, and ``always``, to the change of the outputs, of scale, by rounding the weights.
+Rounding = Callable[..., float | None]
 
 
 def judge(stage: str, found: Measurement, *, bound: float, predicted: float | None = None) -> tuple[bool, str]:
@@ -50,7 +48,7 @@ def judge(stage: str, found: Measurement, *, bound: float, predicted: float | No
             return False, f"{of} {found.error / predicted:.3g} x the predicted noise, allowed {FACTOR:g} x"
         return False, f"{of} above {bound:.0e} ({stage})"
     if found.flips is not None and found.flips.unexplained:
-        return False, f"{found.flips.unexplained} labels flipped that the margin certifies"
+        return False, f"{found.flips.unexplained} labels changed although the margin excludes it"
     return True, ""
 
 
@@ -69,8 +67,9 @@ def compare(
     A prediction that is not finite (the precision overflows on this model) fails for every measurement.
     """
     if predicted == float("inf"):
-        reason = "this precision can't hold the values of this network: its emulation overflows"
-        return failed(stage, subject, case, reason)
+        return failed(
+            stage, subject, case, "the values of this network overflow in this precision, as its emulation shows"
+        )
     bound = max(TOLERANCES[stage].bound, FACTOR * (predicted or 0.0))
     found = measure(candidate, expected, bound=bound, scales=scales)
     passed, reason = judge(stage, found, bound=bound, predicted=predicted)
@@ -132,17 +131,14 @@ def float64_rows(
         try:
             if isinstance(outputs, BnexportError):
                 raise outputs
-            row = _proof_row(name, case, outputs, rounding(case))
+            judged = partial(compare, "file-proof", name, case.batch.name, outputs, case.expected, scales=case.scales)
+            row = judged(predicted=rounding(case))
             if not row.passed and row.predicted is None and row.error is not None:
-                row = _proof_row(name, case, outputs, rounding(case, always=True))
+                row = judged(predicted=rounding(case, always=True))
         except BnexportError as error:
             row = failed("file-proof", name, case.batch.name, error.message)
         rows.append(replace(row, device=device))
     return rows
-
-
-def _proof_row(name: str, case: Case, outputs: Outputs, predicted: float | None) -> Row:
-    return compare("file-proof", name, case.batch.name, outputs, case.expected, scales=case.scales, predicted=predicted)
 
 
 def weights_row(model: ModelProto, name: str, tensors: Sequence[Tensor]) -> Row:
@@ -196,17 +192,19 @@ def format_rows(
     require("torch", purpose=f"the proof of {name}")
     from bnexport.runtimes.torch_float64 import TorchFile, TorchFloat64Evaluator
 
-    rows = []
+    rows: list[Row] = []
     try:
         file = TorchFile.load(bundle.file(name))
-        rows = [] if model is None else [weights_row(model, name, file.tensors)]
+        if model is not None:
+            rows.append(weights_row(model, name, file.tensors))
         if not cases:
             return rows
         evaluator = TorchFloat64Evaluator(file, bundle.manifest.signature)
     except Unavailable:
         raise
     except BnexportError as error:
-        rows = rows or ([] if model is None else [failed("weights", name, "bits", error.message)])
+        if model is not None and not rows:
+            rows.append(failed("weights", name, "bits", error.message))
         return [*rows, failed("file-proof", name, "open", error.message)]
     found = each_once([case.batch for case in cases], evaluator.evaluate, together=evaluator.varies)
     return rows + float64_rows(name, cases, found, rounding, device="float64 in torch")

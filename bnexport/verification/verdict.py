@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from html import escape
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from bnexport.plain_table import html_table, text_table
 from bnexport.tensors import Array
@@ -62,11 +64,6 @@ class FaultResult:
     effect: float | None = None  # max |faulty - reference| / scale in float64; None if it can't be measured
     reason: str = ""  # The sentence of the row that caught it, or why it was not tried
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> FaultResult:
-        """Rebuild from ``dataclasses.asdict`` after JSON."""
-        return cls(**{**value, "caught": tuple(value["caught"])})
-
 
 @dataclass(frozen=True)
 class LayerNoise:
@@ -102,17 +99,6 @@ class Int8Findings:
     inputs: str  # Kind of inputs: "images", "noise"
     suggested: tuple[str, ...]  # Layers with so large a share that --float-layers is worth a try
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Int8Findings:
-        """Rebuild from ``dataclasses.asdict`` after JSON."""
-        pairs = [
-            {**item, **{key: None if item[key] is None else tuple(item[key]) for key in ("trained", "seen")}}
-            for item in value["ranges"]
-        ]
-        layers = tuple(LayerNoise(**item) for item in value["layers"])
-        ranges = tuple(Int8Range(**item) for item in pairs)
-        return cls(layers, ranges, value["n"], value["inputs"], tuple(value["suggested"]))
-
 
 @dataclass(frozen=True)
 class Findings:
@@ -130,26 +116,6 @@ class Findings:
     warnings: tuple[str, ...] = ()  # Facts that no row contains: "synthetic inputs can't show flips"
     covers: str = ""  # The part of the proof that this verification covers; "" for all of it
     int8: Int8Findings | None = None  # Layers and ranges of an int8 file; None for other files
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; ``from_json`` reads them back."""
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # lists in place of tuples
-        return found
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Findings:
-        """Rebuild from ``to_json``."""
-        tests, int8 = value.get("self_test"), value.get("int8")
-        return cls(
-            tuple(NoisePrediction(**item) for item in value.get("predictions", ())),
-            {name: tuple(LayerDrift(**item) for item in items) for name, items in value.get("drift", {}).items()},
-            {name: tuple(FlippedSample(**item) for item in items) for name, items in value.get("flipped", {}).items()},
-            None if tests is None else tuple(map(FaultResult.from_json, tests)),
-            dict(value.get("waived", {})),
-            tuple(value.get("warnings", ())),
-            str(value.get("covers", "")),
-            None if int8 is None else Int8Findings.from_json(int8),
-        )
 
 
 #: Stages without which a report proves nothing.
@@ -216,16 +182,6 @@ class Row:
     def ratio(self) -> float | None:
         """Return the error over the predicted noise: 1.3 is 1.3 x this precision's effect on this model; None without."""
         return self.error / self.predicted if self.error is not None and self.predicted else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; ``from_json`` reads them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Row:
-        """Rebuild from ``to_json``."""
-        flips = value.get("flips")
-        return cls(**{**value, "flips": None if flips is None else Flips(**flips)})
 
 
 @dataclass(frozen=True)
@@ -334,13 +290,7 @@ class VerificationReport:
     def _table(self) -> list[tuple[str, ...]]:
         """Return one line per check and subject: verdict, comparisons, samples, largest error and its bound."""
         return [
-            (
-                word(group.passed),
-                group.stage,
-                group.subject,
-                str(group.n),
-                *(number(value) for value in ((group.worst.error, group.worst.bound) if group.worst else (None, None))),
-            )
+            (word(group.passed), group.stage, group.subject, str(group.n), *group.worst_numbers)
             for group in groups(self)
         ]
 
@@ -356,20 +306,38 @@ class VerificationReport:
             "coverage": self.coverage,
             "accuracy": dict(self.accuracy),
             "seed": self.seed,
-            "rows": [row.to_json() for row in self.rows],
+            "rows": [asdict(row) for row in self.rows],
             "skipped": dict(self.skipped),
             "runtimes": {name: dict(value) for name, value in self.runtimes.items()},
             "environment": dict(self.environment),
-            "findings": self.findings.to_json(),
+            "findings": json.loads(json.dumps(asdict(self.findings))),  # lists in place of tuples
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> VerificationReport:
         """Rebuild from ``to_json``; the verdict is computed again from the rows."""
-        computed = ("format", "format_version", "passed", "summary", "rows", "findings")
+        computed, known = ("format", "format_version", "passed", "summary"), {item.name for item in fields(Findings)}
         rest = {key: item for key, item in value.items() if key not in computed}
-        rows = tuple(Row.from_json(row) for row in value["rows"])
-        return cls(rows, findings=Findings.from_json(value.get("findings", {})), **rest)
+        findings = {key: item for key, item in value.get("findings", {}).items() if key in known}
+        report: VerificationReport = _rebuilt(cls, {**rest, "findings": findings})
+        return report
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def _rebuilt(kind: Any, value: Any) -> Any:
+    """Return a value of a type from its JSON: a dataclass may contain others, also in tuples and mappings."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return kind(**{name: _rebuilt(_hints(kind)[name], item) for name, item in value.items()})
+    if origin is UnionType:  # "X | None"
+        return None if value is None else _rebuilt(parts[0], value)
+    if origin is tuple:
+        return tuple(_rebuilt(parts[0], item) for item in value)
+    if origin is Mapping:
+        return {name: _rebuilt(parts[1], item) for name, item in value.items()}
+    return value
 
 
 #: Shown in place of a missing number.
@@ -396,11 +364,6 @@ class Group:
         return all(row.passed for row in self.rows)
 
     @property
-    def devices(self) -> str:
-        """Return the devices of the candidates."""
-        return ", ".join(dict.fromkeys(row.device for row in self.rows if row.device))
-
-    @property
     def n(self) -> int:
         """Return the number of samples (or tensors, or files) over all rows."""
         return sum(row.n for row in self.rows)
@@ -410,6 +373,11 @@ class Group:
         """Return the row with the largest error over bound; a failed row without a finite error comes first."""
         judged = [row for row in self.rows if row.bound is not None]
         return max(judged, key=_pressure, default=None)
+
+    @property
+    def worst_numbers(self) -> tuple[str, str]:
+        """Return error and bound of the worst row, as text."""
+        return (number(self.worst.error), number(self.worst.bound)) if self.worst else (NOTHING, NOTHING)
 
     @property
     def ratio(self) -> float | None:
@@ -440,13 +408,8 @@ def labels_right(row: Row) -> tuple[int, int] | None:
 def total_flips(flips: Iterable[Flips]) -> Flips:
     """Return the sum of several counts, without a bound of the rate: the counts may share samples."""
     every = list(flips)
-    return Flips(
-        certified=sum(item.certified for item in every),
-        uncertain=sum(item.uncertain for item in every),
-        explained=sum(item.explained for item in every),
-        unexplained=sum(item.unexplained for item in every),
-        rate_bound=None,
-    )
+    counts = ("certified", "uncertain", "explained", "unexplained")
+    return Flips(**{name: sum(getattr(item, name) for item in every) for name in counts}, rate_bound=None)
 
 
 def number(value: float | None) -> str:

@@ -21,7 +21,7 @@ from bnexport.verification.drift import diagnose
 from bnexport.verification.evidence import GOLDEN_ALONE, Evidence, coverage, file_checks, prepare
 from bnexport.verification.full_check import GOLDEN_ONLY, on_dataset
 from bnexport.verification.int8 import layer_report, record_of
-from bnexport.verification.reference import is_known
+from bnexport.verification.reference import not_rebuilt
 from bnexport.verification.runs import RuntimeRun, run_runtime
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import TORCH_PROOFS, failed, integrity_rows
@@ -29,7 +29,6 @@ from bnexport.verification.verdict import (
     Findings,
     FlippedSample,
     Int8Findings,
-    LayerDrift,
     NoisePrediction,
     Row,
     VerificationReport,
@@ -115,13 +114,14 @@ def _report(
 ) -> VerificationReport:
     """Return the sum of all checks; ``skipped`` are the proofs that were not made."""
     run_rows = [row for one in found for row in one.rows]
-    int8, more = _int8(evidence, scope)
+    runs = {name: run for one in found for name, run in one.runs.items()}
     left = {name: why for one in found for name, why in one.skipped.items()}
-    flipped = {name: run.flipped for one in found for name, run in one.runs.items() if run.flipped}
+    flipped = {name: run.flipped for name, run in runs.items() if run.flipped}
+    int8, more = _int8(evidence, scope)
     return VerificationReport(
         (*integrity_rows(evidence.bundle, evidence.problems), *evidence.rows, *file_rows, *run_rows),
         skipped={**evidence.skipped, **skipped, **more, **left},
-        runtimes={name: run.description for one in found for name, run in one.runs.items()},
+        runtimes={name: run.description for name, run in runs.items()},
         reference=evidence.reference,
         inputs=evidence.inputs,
         accuracy=evidence.accuracy,
@@ -129,7 +129,7 @@ def _report(
         environment=environment(),
         findings=Findings(
             _predictions(evidence),
-            {name: layers for one in found for name, layers in one.drift.items()},
+            {name: run.drift for name, run in runs.items() if run.drift},
             flipped,
             waived=evidence.waived,
             warnings=evidence.warnings(),
@@ -137,7 +137,7 @@ def _report(
             int8=int8,
         ),
         coverage=coverage(evidence, run_rows),
-        samples={name: run.samples for one in found for name, run in one.runs.items() if run.samples is not None},
+        samples={name: run.samples for name, run in runs.items() if run.samples is not None},
         pictures=_pictures(evidence, flipped),
     )
 
@@ -160,7 +160,6 @@ class _RuntimeChecks:
 
     rows: Sequence[Row] = ()  # The checks, also of settings that could not be opened
     runs: Mapping[str, RuntimeRun] = field(default_factory=dict)  # "runtime" or "runtime, settings" -> its run
-    drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)  # Name of the run -> its layers
     skipped: Mapping[str, str] = field(default_factory=dict)  # Runtime or setting -> why it was not run
 
 
@@ -177,7 +176,6 @@ def _runtime_checks(spec: RunnerSpec, evidence: Evidence, scope: Scope, *, named
         return _RuntimeChecks(skipped={spec.name: f"it has no {' or '.join(scope.precisions or ())} kernels"})
     rows: list[Row] = []
     runs: dict[str, RuntimeRun] = {}
-    drift: dict[str, tuple[LayerDrift, ...]] = {}
     skipped: dict[str, str] = {}
     for settings in every:
         key = run_name(spec.name, settings.describe())
@@ -196,14 +194,11 @@ def _runtime_checks(spec: RunnerSpec, evidence: Evidence, scope: Scope, *, named
             break  # the other settings would fail as well
         with runner:
             run = run_runtime(runner, settings, evidence, file=spec.file)
-        layers, run, why_not = diagnose(spec, settings, run, evidence, wanted=scope.drift)
-        if layers:
-            drift[key] = layers
+        runs[key], why_not = diagnose(spec, settings, run, evidence, wanted=scope.drift)
+        rows += runs[key].rows
         if why_not:
             skipped[f"drift of {spec.name}"] = why_not
-        runs[key] = run
-        rows += run.rows
-    return _RuntimeChecks(rows, runs, drift, skipped)
+    return _RuntimeChecks(rows, runs, skipped)
 
 
 def _absent(spec: RunnerSpec, evidence: Evidence, *, lives: bool) -> str | None:
@@ -231,9 +226,8 @@ def _left_out(spec: RunnerSpec, settings: RunSettings, every: Sequence[RunSettin
 def _is_missing(spec: RunnerSpec, error: BnexportError, evidence: Evidence) -> bool:
     """Return whether a package, a device or the original network is missing, which leaves a runtime out."""
     rebuilds = spec.engine == "torch" and evidence.module is None
-    if isinstance(error, MissingDependency) or (rebuilds and not is_known(evidence.bundle)):
-        return True
-    return spec.available() is not None
+    unknown = rebuilds and not_rebuilt(evidence.bundle) is not None
+    return isinstance(error, MissingDependency) or unknown or spec.available() is not None
 
 
 def _int8(evidence: Evidence, scope: Scope) -> tuple[Int8Findings | None, dict[str, str]]:

@@ -229,8 +229,8 @@ def test_an_export_drops_no_request(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--data-dir", "PHOTOS"), "--data-dir gives images, but the original network is missing"),
-        (("--dataset", "folder:PHOTOS"), "--dataset gives images, but the original network is missing"),
+        (("--data-dir", "PHOTOS"), "--data-dir needs the original network, whose code is not in the bundle"),
+        (("--dataset", "folder:PHOTOS"), "--dataset needs the original network, whose code is not in the bundle"),
         (("--dataset", "folder:typo", "--source", "SOURCE"), "typo does not exist"),
         (("--data-dir", "PHOTOS/typo", "--source", "SOURCE"), "typo does not exist"),
         (("--dataset", "digits", "--source", "SOURCE"), "the classes of digits differ in number, 6 and 10"),

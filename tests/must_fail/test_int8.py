@@ -43,7 +43,7 @@ from bnexport.verification.scope import Scope
 from bnexport.verification.self_test.copies import Copy, FaultTarget
 from bnexport.verification.self_test.faults import INT8_FAULTS, spoil_int8
 from bnexport.verification.self_test.tester import self_test
-from bnexport.verification.verdict import Findings, VerificationReport
+from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
 RUNTIME = "onnxruntime-cpu"
@@ -102,7 +102,7 @@ def test_the_report_has_the_noise_by_layer_and_the_ranges(int8_bundle: Bundle) -
     assert {item.source for item in found.ranges} == {"pixels", "BatchNorm", "derived from BatchNorm"}
     assert all(item.trained == (item.low, item.high) for item in found.ranges if item.source != "pixels")
     assert all(item.seen is not None for item in found.ranges)
-    assert Findings.from_json(json.loads(json.dumps(report.findings.to_json()))) == report.findings
+    assert VerificationReport.from_json(json.loads(json.dumps(report.to_json()))).findings == report.findings
     schema = resources.files("bnexport.verification").joinpath("report.schema.json").read_text(encoding="utf-8")
     jsonschema.Draft202012Validator(json.loads(schema)).validate(report.to_json())
     page = verification_page(int8_bundle, report, command="bnexport verify")
@@ -206,7 +206,7 @@ def test_the_self_test_of_an_int8_bundle_catches_every_fault(int8_bundle: Bundle
     for name in INT8_FAULTS:
         assert "quantization" in caught[name].caught
     absent = [result.reason for result in results if result.outcome == "not tried"]
-    assert "the bundle is int8, for which no engine computes in float32" in absent
+    assert "the weights are stored in int8, so no engine computes in float32" in absent
 
 
 def looped() -> ModelProto:

@@ -48,7 +48,7 @@ def with_fault(row: NormFault, *, everywhere: bool = False) -> State:
     spoiled = copy.deepcopy(network())
     norms = norms_of(spoiled)
     with torch.no_grad():
-        for norm in norms if everywhere else norms[1:2]:
+        for _, norm in norms if everywhere else norms[1:2]:
             row.change(norm)
     return fold_by_hand(spoiled)
 

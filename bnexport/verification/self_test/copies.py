@@ -19,7 +19,7 @@ from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import read_model
 from bnexport.tensors import Array
 from bnexport.verification.metrics import measure
-from bnexport.verification.reference import Reference, is_known
+from bnexport.verification.reference import Reference, not_rebuilt, rebuilt_reference
 from bnexport.verification.stages import proved_file
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class FaultTarget:
     @property
     def rebuilt(self) -> bool:
         """Return whether a verification builds the original network from the bundle's own weights."""
-        return self.module is None and is_known(self.bundle) and WEIGHTS in self.bundle.manifest.files
+        return self.module is None and not_rebuilt(self.bundle) is None and WEIGHTS in self.bundle.manifest.files
 
     @property
     def example(self) -> tuple[Tensor, ...]:
@@ -148,11 +148,7 @@ def evaluate_tf32(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Ar
 
 def evaluate_weights(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
     """Evaluate the unfolded network, rebuilt from the bundle's weights, in float64."""
-    from bnexport.runtimes.torch_runners import original_network
-
-    manifest = bundle.manifest
-    reference = Reference(original_network(bundle), manifest.signature, description="rebuilt", manifest=manifest)
-    return reference.evaluate(feeds)
+    return rebuilt_reference(bundle).evaluate(feeds)
 
 
 def evaluate_torch(bundle: Bundle, feeds: Mapping[str, Array], *, name: str) -> Mapping[str, Array]:

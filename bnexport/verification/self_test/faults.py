@@ -75,7 +75,7 @@ def flip_weight(copy: Copy, name: str, bit: str) -> str:
     copy.file(name)
     arrays = [numpy_helper.to_array(tensor) for tensor in trained_tensors(copy.model(copy.folded_file))]
     file = copy.folded_file if name == MODEL_ONNX else name
-    return _flip_one_of(copy, file, _weights_last_first(arrays), high=bit == "high")
+    return _flip_one_of(copy, file, arrays, high=bit == "high")
 
 
 def flip_unfolded_weight(copy: Copy) -> str:
@@ -84,11 +84,11 @@ def flip_unfolded_weight(copy: Copy) -> str:
     import torch
 
     if not copy.subject.rebuilt:
-        raise NotTried(f"nothing here reads {WEIGHTS}: the original network is not rebuilt from it")
+        raise NotTried(f"no check reads {WEIGHTS}: the original network is not rebuilt from it")
     state = safetensors.torch.load_file(copy.file(WEIGHTS))
     order = copy.subject.network.state_dict() if copy.subject.network else state  # the file is sorted by name
     kept = [state[name] for name in order if name in state and state[name].dtype in (torch.float32, torch.float64)]
-    return _flip_one_of(copy, WEIGHTS, _weights_last_first([tensor.numpy() for tensor in kept]), high=True)
+    return _flip_one_of(copy, WEIGHTS, [tensor.numpy() for tensor in kept], high=True)
 
 
 def flip_golden(copy: Copy, name: str) -> str:
@@ -98,17 +98,14 @@ def flip_golden(copy: Copy, name: str) -> str:
     return _flip_one_of(copy, name, [array], high=array.dtype.kind == "f")
 
 
-def _weights_last_first(arrays: list[Array]) -> list[Array]:
-    """Return the weights from the last layer to the first, and then the other arrays."""
-    backwards = arrays[::-1]
-    return sorted(backwards, key=lambda array: array.ndim < 2)
-
-
 def _flip_one_of(copy: Copy, name: str, arrays: list[Array], *, high: bool) -> str:
-    """Flip a bit of the largest number of the first array that is stored contiguously in the file."""
+    """Flip a bit of the largest number of an array that is stored contiguously in the file.
+
+    The weights are tried from the last layer to the first, and then the other arrays.
+    """
     path = copy.file(name)
-    content = path.read_bytes()
-    for array in arrays:
+    content, backwards = path.read_bytes(), arrays[::-1]
+    for array in sorted(backwards, key=lambda array: array.ndim < 2):
         for raw in dict.fromkeys((array.tobytes(), np.ascontiguousarray(array.T).tobytes())):
             if len(raw) >= _FEWEST_BYTES and (at := content.find(raw)) >= 0:
                 number = np.frombuffer(raw, array.dtype)
@@ -188,24 +185,24 @@ def permute_labels(copy: Copy) -> str:
     return MANIFEST
 
 
-def scale_pixels(copy: Copy) -> str:
+def _other_scale(before: Mapping[str, Any]) -> dict[str, Any]:
     """Use pixels from 0 to 255 where the network expects 0 to 1, or the reverse."""
-    before = _preprocessing(copy)["scale"]
-    return _preprocess(copy, {"scale": 1 / 255 if before == 1.0 else 1.0})
+    return {"scale": 1 / 255 if before["scale"] == 1.0 else 1.0}
 
 
-def normalise_pixels(copy: Copy) -> str:
+def _other_mean(before: Mapping[str, Any]) -> dict[str, Any]:
     """Use another mean and deviation: those of a tutorial, 0.5 and 0.5, or none."""
-    before = _preprocessing(copy)
     count = int(before["channels"])
     other = {"mean": [0.5] * count, "std": [0.5] * count}
-    if all(list(before[key]) == value for key, value in other.items()):
-        other = {"mean": [0.0] * count, "std": [1.0] * count}
-    return _preprocess(copy, other)
+    same = all(list(before[key]) == value for key, value in other.items())
+    return {"mean": [0.0] * count, "std": [1.0] * count} if same else other
 
 
-def _preprocessing(copy: Copy) -> Mapping[str, Any]:
-    """Return the manifest's preprocessing, where a verification could find an error in it."""
+def spoil_preprocessing(copy: Copy, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> str:
+    """Write another preprocessing everywhere, and the accuracy that the right one had on these few samples.
+
+    NotTried where a verification could not find the error.
+    """
     manifest, accuracy = copy.subject.bundle.manifest, copy.subject.accuracy
     if manifest.preprocessing is None:
         raise NotTried("the bundle has no preprocessing")
@@ -214,14 +211,8 @@ def _preprocessing(copy: Copy) -> Mapping[str, Any]:
     recorded = manifest.verification.get("accuracy")
     if not isinstance(recorded, dict) or recorded.get("dataset") != accuracy["dataset"]:
         raise NotTried("the bundle records no accuracy on these samples")
-    return manifest.preprocessing
-
-
-def _preprocess(copy: Copy, changes: Mapping[str, Any]) -> str:
-    """Write another preprocessing everywhere, and the accuracy that the right one had on these few samples."""
-    manifest = copy.subject.bundle.manifest
-    preprocessing = {**(manifest.preprocessing or {}), **changes}
-    verification = {**manifest.verification, "accuracy": dict(copy.subject.accuracy)}
+    preprocessing = {**manifest.preprocessing, **change(manifest.preprocessing)}
+    verification = {**manifest.verification, "accuracy": dict(accuracy)}
     model, facts = copy.model(), replace(manifest, preprocessing=preprocessing).model_facts()
     for item in model.metadata_props:
         item.value = facts.get(item.key, item.value)
@@ -458,7 +449,7 @@ def faults_of(bundle: Bundle) -> tuple[Fault, ...]:
 def _only_float32(copy: Copy) -> str:
     """Change no file: the fault is in the engine."""
     if (stored := copy.subject.bundle.manifest.precision) != "float32":
-        raise NotTried(f"the bundle is {stored}, for which no engine computes in float32")
+        raise NotTried(f"the weights are stored in {stored}, so no engine computes in float32")
     return ""
 
 
@@ -489,8 +480,12 @@ FAULTS: tuple[Fault, ...] = (
         for name in (f"{GOLDEN}/input_0.pb", f"{GOLDEN}/output_0.pb")
     ),
     Fault("TF32 left on in strict mode", "emulated runtime", "precision", _only_float32, evaluate_tf32, _TF32),
-    Fault("pixels 0 to 255 for 0 to 1", MANIFEST, "accuracy", scale_pixels, many=True),
-    Fault("other mean and deviation", MANIFEST, "accuracy", normalise_pixels, many=True),
+    Fault(
+        "pixels 0 to 255 for 0 to 1", MANIFEST, "accuracy", partial(spoil_preprocessing, change=_other_scale), many=True
+    ),
+    Fault(
+        "other mean and deviation", MANIFEST, "accuracy", partial(spoil_preprocessing, change=_other_mean), many=True
+    ),
     Fault("another output name", MODEL_ONNX, "declaration", rename_output),
     Fault("another output type", MODEL_ONNX, "declaration", retype_output),
     Fault("another opset claimed", MANIFEST, "declaration", claim_opset),

@@ -39,19 +39,8 @@ _STEPS = {1: 2.0**-21, 10: 2.0**-8, 11: 2.0**-50, 16: 2.0**-5}
 _TRIED = 4
 
 
-@dataclass(frozen=True)
-class Norm:
-    """One BatchNorm of a network, whose tensors are changed in place; ``module`` holds eps, and gamma or beta may be absent."""
-
-    name: str
-    module: nn.Module
-    gamma: Tensor | None
-    beta: Tensor | None
-    mean: Tensor
-    var: Tensor
-
-
-Change = Callable[[Norm], None]
+#: Changes eps or the tensors of one BatchNorm in place; the result is ignored.
+Change = Callable[[NormView], object]
 #: Weight (out, ...) and bias (out,) or None, float64, changed in place.
 Edit = Callable[[Array, Array | None], None]
 
@@ -71,13 +60,9 @@ def spoil_norm(copy: Copy, fault: NormFault) -> str:
     return _edit_layer(copy, fault.edit) if placed is None else placed
 
 
-def norms_of(network: nn.Module) -> list[Norm]:
-    """Return every layer with moving statistics, in order."""
-    found = []
-    for path, module in network.named_modules():
-        if (view := NormView.of(module)) is not None:
-            found.append(Norm(path, module, view.gamma, view.beta, view.mean, view.var))
-    return found
+def norms_of(network: nn.Module) -> list[tuple[str, NormView]]:
+    """Return path and view of every layer with moving statistics, in order."""
+    return [(path, view) for path, module in network.named_modules() if (view := NormView.of(module)) is not None]
 
 
 def _refold(copy: Copy, change: Change) -> str | None:
@@ -99,7 +84,8 @@ def _hardest(subject: FaultTarget, change: Change) -> tuple[str, nn.Module]:
     assert subject.network is not None
     tried: list[tuple[float, str, nn.Module]] = []
     reason = "the network has no BatchNorm with moving statistics"
-    for index in _spread(len(norms_of(subject.network))):
+    count = len(norms_of(subject.network))
+    for index in sorted({round(at) for at in np.linspace(0, count - 1, min(count, _TRIED))}):
         try:
             name, spoiled = _spoiled(subject.network, index, change)
         except NotTried as why:
@@ -122,15 +108,10 @@ def _spoiled(network: nn.Module, index: int, change: Change) -> tuple[str, nn.Mo
     from bnexport.runtimes.torch_outputs import private_copy
 
     spoiled = private_copy(network, "cpu")
-    norm = norms_of(spoiled)[index]
+    path, norm = norms_of(spoiled)[index]
     with torch.no_grad():
         change(norm)
-    return norm.name, spoiled
-
-
-def _spread(count: int) -> list[int]:
-    """Return at most ``_TRIED`` indices from the first to the last."""
-    return sorted({round(at) for at in np.linspace(0, count - 1, min(count, _TRIED))}) if count else []
+    return path, spoiled
 
 
 def _replace_weights(model: ModelProto, right: dict[str, Tensor], wrong: dict[str, Tensor]) -> bool:
@@ -185,7 +166,8 @@ def _edit_layer(copy: Copy, edit: Edit | None) -> str:
     targets = [stored[name] for name in node.input[1:3] if name in stored]
     arrays = [numpy_helper.to_array(tensor) for tensor in targets]
     wide = [array.astype(np.float64) for array in arrays]
-    edit(np.moveaxis(wide[0], _out_axis(node), 0), wide[1] if len(wide) > 1 else None)
+    outputs_first = node.op_type == "Conv" or any(item.name == "transB" and item.i for item in node.attribute)
+    edit(np.moveaxis(wide[0], 0 if outputs_first else 1, 0), wide[1] if len(wide) > 1 else None)
     for tensor, array, values in zip(targets, arrays, wide, strict=True):
         tensor.CopyFrom(numpy_helper.from_array(values.astype(array.dtype), tensor.name))
     copy.write_model(model, copy.folded_file)
@@ -205,12 +187,6 @@ def _first_layer(model: ModelProto, stored: dict[str, TensorProto], copy: Copy) 
     return (named or layers)[0]
 
 
-def _out_axis(node: NodeProto) -> int:
-    """Return the axis of a weight that holds the output channels."""
-    plain = node.op_type == "Conv" or any(item.name == "transB" and item.i for item in node.attribute)
-    return 0 if plain else 1
-
-
 def _needed(tensor: Tensor | None, what: str) -> Tensor:
     if tensor is None:
         raise NotTried(f"no BatchNorm of this network has a {what}")
@@ -222,46 +198,22 @@ def _middle(sizes: Tensor) -> int:
     return int(sizes.detach().abs().reshape(-1).argsort()[sizes.numel() // 2])
 
 
-def _set_eps(norm: Norm, eps: float) -> None:
-    norm.module.eps = eps  # type: ignore[assignment]
+def _set_eps(norm: NormView, eps: float) -> None:
+    norm.layer.eps = eps  # type: ignore[assignment]
 
 
-def _drop_eps(norm: Norm) -> None:
-    _set_eps(norm, 0.0)
-
-
-def _other_eps(norm: Norm) -> None:
-    _set_eps(norm, DEFAULT_EPS if norm.module.eps == _OTHER_EPS else _OTHER_EPS)
-
-
-def _bias_variance(norm: Norm) -> None:
-    norm.var.mul_(_UNBIASED)
-
-
-def _drop_mean(norm: Norm) -> None:
-    norm.mean.zero_()
-
-
-def _make_stale(norm: Norm) -> None:
+def _make_stale(norm: NormView) -> None:
     """Make the statistics one update short: the initial ones, 0 and 1, in place of the last batch's."""
     norm.mean.mul_(_MOMENTUM)
     norm.var.mul_(_MOMENTUM).add_(1 - _MOMENTUM)
 
 
-def _turn_sign(norm: Norm) -> None:
+def _turn_sign(norm: NormView) -> None:
     gamma = _needed(norm.gamma, "gamma")
     gamma.view(-1)[_middle(gamma)].neg_()
 
 
-def _drop_signs(norm: Norm) -> None:
-    _needed(norm.gamma, "gamma").abs_()
-
-
-def _drop_beta(norm: Norm) -> None:
-    _needed(norm.beta, "beta").zero_()
-
-
-def _swap_channels(norm: Norm) -> None:
+def _swap_channels(norm: NormView) -> None:
     if (count := norm.var.numel()) < 2:
         raise NotTried("no BatchNorm of this network has two channels")
     one = _middle(norm.var if norm.gamma is None else norm.gamma)
@@ -272,7 +224,7 @@ def _swap_channels(norm: Norm) -> None:
             flat[[one, two]] = flat[[two, one]]
 
 
-def _skip(norm: Norm) -> None:
+def _skip(norm: NormView) -> None:
     _set_eps(norm, 0.0)
     for tensor, value in ((norm.gamma, 1.0), (norm.beta, 0.0), (norm.mean, 0.0), (norm.var, 1.0)):
         if tensor is not None:
@@ -311,14 +263,18 @@ def _middle_row(weight: Array) -> int:
 
 
 NORM_FAULTS: tuple[NormFault, ...] = (
-    NormFault("eps dropped", _drop_eps, _scaled(math.sqrt(1 + DEFAULT_EPS))),
-    NormFault("another eps, 1e-3", _other_eps, _scaled(math.sqrt((1 + DEFAULT_EPS) / (1 + _OTHER_EPS)))),
-    NormFault("variance times 256/255", _bias_variance, _scaled(math.sqrt(1 / _UNBIASED))),
-    NormFault("moving mean dropped", _drop_mean, _drop_bias),
+    NormFault("eps dropped", lambda norm: _set_eps(norm, 0.0), _scaled(math.sqrt(1 + DEFAULT_EPS))),
+    NormFault(
+        "another eps, 1e-3",
+        lambda norm: _set_eps(norm, DEFAULT_EPS if norm.layer.eps == _OTHER_EPS else _OTHER_EPS),
+        _scaled(math.sqrt((1 + DEFAULT_EPS) / (1 + _OTHER_EPS))),
+    ),
+    NormFault("variance times 256/255", lambda norm: norm.var.mul_(_UNBIASED), _scaled(math.sqrt(1 / _UNBIASED))),
+    NormFault("moving mean dropped", lambda norm: norm.mean.zero_(), _drop_bias),
     NormFault("stale moving statistics", _make_stale),
     NormFault("sign of one gamma", _turn_sign, _turn_channel),
-    NormFault("absolute gamma", _drop_signs),
-    NormFault("beta dropped", _drop_beta),
+    NormFault("absolute gamma", lambda norm: _needed(norm.gamma, "gamma").abs_()),
+    NormFault("beta dropped", lambda norm: _needed(norm.beta, "beta").zero_()),
     NormFault("two channels swapped", _swap_channels, _swap_rows),
     NormFault("a BatchNorm skipped", _skip),
 )

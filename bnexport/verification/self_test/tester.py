@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,13 +42,6 @@ _HARMLESS = 1e-6
 #: One runtime that reads model.onnx: the proofs look at every file, whatever runs.
 _RUNTIME = "onnxruntime-cpu"
 
-#: Called before each fault with its number from 1, how many there are, and what it is.
-Progress = Callable[[int, int, str], None]
-
-
-def _silent(_number: int, _count: int, _fault: str) -> None:
-    """Show no progress."""
-
 
 def self_test(
     bundle: Bundle | str | Path,
@@ -60,7 +53,7 @@ def self_test(
     module: nn.Module | None = None,
     seed: int = 0,
     allow_low_accuracy: bool = False,
-    progress: Progress = _silent,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[FaultResult, ...]:
     """Put every fault into a copy of a bundle and verify the copy, in strict float32, on few samples.
 
@@ -69,7 +62,8 @@ def self_test(
     failing copy shows nothing, and no fault is tried.
 
     Arguments and errors are those of ``verify`` and ``Scope``, except that ``runtimes`` is onnxruntime-cpu alone by default.
-    BatchNorm faults are put into copies of ``module``, and ``progress`` is called before each fault.
+    BatchNorm faults are put into copies of ``module``. ``progress`` is called before each fault with its number from 1, the
+    number of faults, and what it is.
 
     Returns:
         One result per fault, in the order of ``faults.faults_of``.
@@ -78,8 +72,23 @@ def self_test(
         OutputError: A copy can't be written.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    tester = _Tester(tuple(runtimes or (_RUNTIME,)), dataset, data_dir, samples, module, seed, allow_low_accuracy)
-    control = tester.verify(opened, _MANY_SAMPLES)
+
+    def check(spoiled: Bundle, most: int, runner: RunnerSpec | None, *, images: bool = True) -> VerificationReport:
+        """Verify with few samples and in strict float32 only."""
+        return verify(
+            spoiled,
+            runtimes=(runtimes or (_RUNTIME,)) if runner is None else (runner,),
+            dataset=dataset if images else None,
+            data_dir=data_dir if images else None,
+            samples=samples,
+            module=module,
+            seed=seed,
+            scope=Scope(
+                ("float32",), max_samples=most, drift=False, all_files=True, allow_low_accuracy=allow_low_accuracy
+            ),
+        )
+
+    control = check(opened, _MANY_SAMPLES, None)
     faults = faults_of(opened)
     if not control.passed:
         reason = f"the bundle fails without it: {control.summary()}"
@@ -88,61 +97,34 @@ def self_test(
     few, results = _few(opened), []
     for number, fault in enumerate(faults, 1):
         interrupts.check()
-        progress(number, len(faults), f"{fault.name} in {fault.where}")
-        results.append(tester.result(subject, fault, few))
+        if progress is not None:
+            progress(number, len(faults), f"{fault.name} in {fault.where}")
+        results.append(_result(check, subject, fault, _MANY_SAMPLES if fault.many else few))
     return tuple(results)
 
 
-@dataclass(frozen=True)
-class _Tester:
-    """The arguments of ``self_test``, with which every copy is verified."""
-
-    runtimes: tuple[str | RunnerSpec, ...]
-    dataset: str | None
-    data_dir: str | Path | None
-    samples: str | Path | None
-    module: nn.Module | None
-    seed: int
-    allow_low_accuracy: bool
-
-    def verify(self, bundle: Bundle, most: int, *, runner: RunnerSpec | None = None) -> VerificationReport:
-        """Verify with few samples and in strict float32 only."""
-        return verify(
-            bundle,
-            runtimes=self.runtimes if runner is None else (runner,),
-            dataset=self.dataset,
-            data_dir=self.data_dir,
-            samples=self.samples,
-            module=self.module,
-            seed=self.seed,
-            scope=Scope(
-                ("float32",), max_samples=most, drift=False, all_files=True, allow_low_accuracy=self.allow_low_accuracy
-            ),
-        )
-
-    def result(self, subject: FaultTarget, fault: Fault, few: int) -> FaultResult:
-        """Copy, spoil, verify, and remove the copy."""
-        with tempfile.TemporaryDirectory(prefix="bnexport-self-test-") as folder:
-            copy = Copy(subject, Path(folder) / "copy")
-            try:
-                with output_errors(copy.folder):
-                    shutil.copytree(subject.bundle.path, copy.folder)
-                    where = fault.put(copy) or fault.where
-            except NotTried as why:
-                return _not_tried(fault, str(why))
-            try:
-                spoiled = Bundle.open(copy.folder)
-            except BundleError as error:  # the manifest's own digest, which ``verify`` meets first of all
-                reason = error.message.replace(f"{copy.folder}/", "")
-                return FaultResult(fault.name, where, fault.expected, ("integrity",), "caught", None, reason)
-            effect = effect_of(spoiled, fault.evaluate)
-            most = _MANY_SAMPLES if fault.many else few
-            try:
-                report = self.verify(spoiled, most, runner=fault.runner)
-            except UsageError:  # the copy's labels are no longer the data set's: verified without images
-                silent = Bundle(spoiled.path, replace(spoiled.manifest, dataset=None))
-                report = replace(self, dataset=None, data_dir=None).verify(silent, most, runner=fault.runner)
-            return _judged(subject, fault, where, effect, report)
+def _result(check: Callable[..., VerificationReport], subject: FaultTarget, fault: Fault, most: int) -> FaultResult:
+    """Copy, spoil, verify on at most ``most`` samples of each kind, and remove the copy."""
+    with tempfile.TemporaryDirectory(prefix="bnexport-self-test-") as folder:
+        copy = Copy(subject, Path(folder) / "copy")
+        try:
+            with output_errors(copy.folder):
+                shutil.copytree(subject.bundle.path, copy.folder)
+                where = fault.put(copy) or fault.where
+        except NotTried as why:
+            return _not_tried(fault, str(why))
+        try:
+            spoiled = Bundle.open(copy.folder)
+        except BundleError as error:  # the manifest's own digest, which ``verify`` checks first of all
+            reason = error.message.replace(f"{copy.folder}/", "")
+            return FaultResult(fault.name, where, fault.expected, ("integrity",), "caught", None, reason)
+        effect = effect_of(spoiled, fault.evaluate)
+        try:
+            report = check(spoiled, most, fault.runner)
+        except UsageError:  # the copy's labels are no longer the data set's: verified without images
+            plain = Bundle(spoiled.path, replace(spoiled.manifest, dataset=None))
+            report = check(plain, most, fault.runner, images=False)
+        return _judged(subject, fault, where, effect, report)
 
 
 def _judged(

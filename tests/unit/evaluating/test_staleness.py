@@ -9,14 +9,19 @@ from unit.evaluating.conftest import TRAIN, Write, inputs, lenet
 import bnexport
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, UsageError
-from bnexport.evaluating.network import TrainedNetwork, sampled_staleness, stale_warning, trained_network
+from bnexport.evaluating.network import sampled_staleness, stale_warning, trained_network
 from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.evaluating.recalibration import recalibrate_checkpoint
 from bnexport.exporting.request import ExportRequest
+from bnexport.loading.sources import LoadedModel
 from bnexport.nn.moving_statistics import recalibrate
 from bnexport.reporting.html import render_report
 
 DIGITS = {"dataset": "digits", "preprocessing": Preprocessing().to_json()}
+
+
+def trained(network: nn.Module, **facts: object) -> LoadedModel:
+    return LoadedModel(network, "net", {}, **facts)
 
 
 def fresh() -> nn.Module:
@@ -35,10 +40,10 @@ class Keeps(nn.Sequential):
 
 
 def test_a_fresh_network_is_not_warned_of_and_a_stale_one_is() -> None:
-    assert stale_warning(TrainedNetwork(fresh(), **DIGITS)) == ""
-    warning = stale_warning(TrainedNetwork(lenet(), **DIGITS))
+    assert stale_warning(trained(fresh(), **DIGITS)) == ""
+    warning = stale_warning(trained(lenet(), **DIGITS))
     assert warning.startswith("the moving statistics are stale on 300 training images")
-    assert sampled_staleness(TrainedNetwork(fresh(), **DIGITS)).images == len(TRAIN[0])
+    assert sampled_staleness(trained(fresh(), **DIGITS)).images == len(TRAIN[0])
 
 
 def test_the_network_and_the_random_state_are_as_before() -> None:
@@ -47,7 +52,7 @@ def test_the_network_and_the_random_state_are_as_before() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    assert stale_warning(TrainedNetwork(network, **DIGITS)) != ""
+    assert stale_warning(trained(network, **DIGITS)) != ""
     assert torch.equal(torch.rand(3), expected)
     assert network.last is None
 
@@ -64,13 +69,13 @@ def test_the_network_and_the_random_state_are_as_before() -> None:
     ],
 )
 def test_networks_that_can_not_be_compared_get_no_warning(network: nn.Module, changes: dict[str, object]) -> None:
-    assert stale_warning(TrainedNetwork(network, **{**DIGITS, **changes})) == ""
+    assert stale_warning(trained(network, **{**DIGITS, **changes})) == ""
 
 
 def test_without_data_there_is_no_warning(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BNEXPORT_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    subject = TrainedNetwork(lenet(), "fashion-mnist", Preprocessing().to_json())
+    subject = trained(lenet(), dataset="fashion-mnist", preprocessing=Preprocessing().to_json())
     assert stale_warning(subject) == ""
     with pytest.raises(BnexportError, match="is missing"):
         sampled_staleness(subject)
@@ -78,7 +83,7 @@ def test_without_data_there_is_no_warning(tmp_path, monkeypatch: pytest.MonkeyPa
 
 def test_on_request_the_reason_is_reported() -> None:
     with pytest.raises(UsageError, match="training images of the network are unknown"):
-        sampled_staleness(TrainedNetwork(lenet(), None, None))
+        sampled_staleness(trained(lenet()))
 
 
 def test_the_fold_report_holds_the_warning(write: Write, tmp_path) -> None:

@@ -127,12 +127,13 @@ def test_every_measured_run_has_its_strip() -> None:
     report = full_report()
     found = strips(runs(report), report.samples)
     assert found is not None
-    assert [line.name for line in found.lines] == [
+    assert [name for name, _, _ in found.lines] == [
         "torch-cpu", "onnxruntime-cuda", "onnxruntime-cuda, tf32", "torchscript-cpu",
     ]  # fmt: skip
-    assert found.lines[2].error == "0.00076"
-    assert len(paths(found.lines[2].chart, "area")) == 1
-    assert paths(found.lines[3].chart, "area") == [], "no samples of it are known"
+    _, chart, error = found.lines[2]
+    assert error == "0.00076"
+    assert len(paths(chart, "area")) == 1
+    assert paths(found.lines[3][1], "area") == [], "no samples of it are known"
     assert strips((), {}) is None
 
 

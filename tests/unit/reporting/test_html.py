@@ -13,8 +13,8 @@ from support.reports import changed, full_report, large_report, layers
 from bnexport.bundle import Bundle, Manifest
 from bnexport.folding.report import OUTCOMES, FoldReport
 from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_MAPS
-from bnexport.reporting.html import OPEN_CALLS, SHOWN_FAILURES, SHOWN_LABELS, STAGES, render_report, verification_page
-from bnexport.reporting.summary import RUN_STAGES
+from bnexport.reporting.html import OPEN_CALLS, SHOWN_FAILURES, SHOWN_LABELS, render_report, verification_page
+from bnexport.reporting.summary import RUN_STAGES, STAGES
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import REQUIRED_STAGES, Findings, VerificationReport
 

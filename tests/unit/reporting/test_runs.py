@@ -33,7 +33,7 @@ def test_one_line_per_runtime_and_settings() -> None:
         ("torchscript-cpu", "", False),
     ]
     assert lines[2].name == "onnxruntime-cuda, tf32"
-    assert lines[2].detected == "tf32"
+    assert [row.detected for row in lines[2].rows if row.detected] == ["tf32"]
     assert lines[2].first is not None
     assert lines[2].first.case == "images"
 

@@ -134,5 +134,5 @@ def test_a_network_that_can_not_run_in_float64_is_refused(tmp_path: Path) -> Non
         def forward(self, x, index):
             return x.half(), x.half()
 
-    with pytest.raises(ModelError, match="can't be evaluated in float64: it gives float16"):
+    with pytest.raises(ModelError, match="can't be evaluated in float64: it returns float16"):
         write_golden_vectors(tmp_path, replace(manifest(), signature=TWO, dataset=None), Narrow(), shapes=TWO_SHAPES)

@@ -102,7 +102,7 @@ def test_an_engine_may_refuse_the_smallest_size_but_not_answer_it_wrongly(
         raise BundleError("the window is larger", remedy="none")
 
     row = rows(refuse)["noise 3x3"]
-    assert (row.passed, row.reason) == (True, "this engine refuses so small an image: the window is larger")
+    assert (row.passed, row.reason) == (True, "this engine refuses the smallest size: the window is larger")
 
     def fail(outputs: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeUnavailable("out of memory", remedy="none")

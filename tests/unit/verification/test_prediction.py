@@ -179,7 +179,7 @@ def test_an_error_of_the_right_size_that_points_half_aside_is_undecided(
     given = exact["logits"] + (0.35 * own + 0.9 * rng.permutation(own)).reshape(exact["logits"].shape)
     seen = detect({"logits": given}, exact, emulated)
     assert seen.precision == "undecided"
-    assert "a precision, or a fault" in seen.sentence
+    assert "either a precision or a fault makes the error" in seen.sentence
     assert compatible("bfloat16", seen)
     assert not compatible("tf32", seen)
 
@@ -268,7 +268,7 @@ def test_where_tf32_hardly_differs_a_noisy_float32_is_still_float32() -> None:
     ],
 )
 def test_the_requested_precision_must_not_be_finer(requested: str, found: str, fits: bool) -> None:
-    assert compatible(requested, Detected(found, 1e-4, None, _COARSENESS[found], "")) == fits
+    assert compatible(requested, Detected(found, None, _COARSENESS[found], "")) == fits
 
 
 def test_every_precision_has_a_rank() -> None:

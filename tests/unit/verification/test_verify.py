@@ -348,7 +348,7 @@ def test_a_reference_that_is_not_float64_is_refused(bundle: Bundle) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.flatten(1)[:, :10].half()
 
-    with pytest.raises(ModelError, match="it gives float16"):
+    with pytest.raises(ModelError, match="it returns float16"):
         verify(bundle, runtimes=FAST, module=Narrow())
 
 
