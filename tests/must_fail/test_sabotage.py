@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from onnx import numpy_helper
 from support import bundles
-from support.bundles import PAIRS, copy_bundle, fold_by_hand, network, reseal
+from support.bundles import PAIRS, copy_bundle, flip_bit, fold_by_hand, network, reseal
 from support.runtimes import READS_EXPORTED, RUNTIMES, pairs, parameter
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
@@ -201,12 +201,6 @@ def fix_batch(file: Path) -> None:
     model = onnx.load(file)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     onnx.save(model, file)
-
-
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 #: Damage to a file.
