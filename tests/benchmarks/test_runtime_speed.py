@@ -1,7 +1,5 @@
 """The comparison of runtimes: engines in their processes, the table, the targets, and the page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

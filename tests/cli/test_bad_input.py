@@ -1,7 +1,5 @@
 """Bad input: one clear sentence, the right exit code, never a traceback, nothing half-written."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import os

@@ -6,8 +6,6 @@ The spoiled bundles are sealed again, so that the hashes hold and the numbers th
 faults of files as such (a flipped bit, a truncated file) are left with the old seal.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Several processes under one supervisor: killed, started again, counted together, and stopped without a lost request."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import os

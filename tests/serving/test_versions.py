@@ -1,7 +1,5 @@
 """Models and versions come, change and go, and a version that was not verified is never served."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A server of several processes, seen through its log."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import os

@@ -1,7 +1,5 @@
 """A server in a separate process, and clients that may misbehave."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

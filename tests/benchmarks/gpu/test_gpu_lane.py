@@ -1,7 +1,5 @@
 """The GPU lane on made-up engines, so that all of it has run before a GPU is available."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

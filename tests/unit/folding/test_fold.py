@@ -1,7 +1,5 @@
 """Every case of the table: the outcome of each BatchNorm, the equality of the outputs, and the fold report."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
