@@ -36,6 +36,25 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def output_of(
+    command: Sequence[str], failed: Callable[[str], BnexportError], *, timeout: float | None = None, **options: Any
+) -> str:
+    """Return a program's standard output; raise ``failed(messages)`` if it fails or takes more than ``timeout`` seconds."""
+    done: subprocess.CompletedProcess[str]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
+    except subprocess.TimeoutExpired as error:
+        raise failed(f"no end after {timeout:g} s") from error
+    if done.returncode != 0:
+        raise failed(done.stderr.strip() or done.stdout.strip() or "no output")
+    return done.stdout
+
+
+def last_line(text: str) -> str:
+    """Return at most 200 characters of the last line of a text."""
+    return (text.strip().splitlines() or ["no output"])[-1][:200]
+
+
 def measured_in_child(
     what: str, *words: str, remedy: str, env: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> Any:
@@ -43,15 +62,12 @@ def measured_in_child(
 
     RuntimeUnavailable: it failed, or took more than ``timeout`` seconds; the message has the last line of its errors.
     """
-    command = [sys.executable, "-m", *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeUnavailable(f"{what} can't be measured: it took over {timeout} s", remedy=remedy) from error
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeUnavailable(f"{what} can't be measured: {last[:200]}", remedy=remedy)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+
+    def failed(text: str) -> RuntimeUnavailable:
+        return RuntimeUnavailable(f"{what} can't be measured: {last_line(text)}", remedy=remedy)
+
+    found = output_of([sys.executable, "-m", *words], failed, timeout=timeout, env=env)
+    return json.loads(found.strip().splitlines()[-1])
 
 
 def side_by_side(calls: Sequence[Callable[[], _T]], workers: int) -> Iterator[_T]:

@@ -205,9 +205,7 @@ def compared(subject: Subject) -> Section:
         for kernels in kinds:
             try:
                 run = runner(model, kernels)
-            except (
-                RuntimeError
-            ) as refusal:  # the engines' errors; OpenVINO can't compile some files of onnxruntime's quantizer
+            except RuntimeError as refusal:  # OpenVINO can't compile some files of onnxruntime's quantizer
                 progress(one_line(refusal))
                 rows.append(_Row(name, f"{kernels} can't load it", exact, exact, None))
                 continue
@@ -216,9 +214,7 @@ def compared(subject: Subject) -> Section:
             images = subject.images[: subject.saturated if way == SATURATING else subject.emulated]
             if kernels != "OpenVINO":
                 if way not in emulated:
-                    emulated[way] = next(
-                        iter(IntegerEmulator(plain_form, way).evaluate({subject.input: images}).values())
-                    )
+                    emulated[way] = _emulated(subject, plain_form, images, way)
                 row.predict(emulated[way])
             row.speed = ranged(Spread.of(_ratios(plain, run, subject.images[:1])))
             rows.append(row)
@@ -227,6 +223,11 @@ def compared(subject: Subject) -> Section:
         f" emulation on {subject.emulated} of them (16-bit saturation: {subject.saturated})."
     ]
     return Section(subject.name, _HEADS, [row.cells() for row in rows], notes, _missed(rows))
+
+
+def _emulated(subject: Subject, model: ModelProto, images: Array, way: str = EXACT) -> Array:
+    """Return the first output of an int8 model by exact or saturating sums of integers."""
+    return next(iter(IntegerEmulator(model, way).evaluate({subject.input: images}).values()))
 
 
 def repeated(make: Callable[[int], Subject]) -> Section:
@@ -254,42 +255,40 @@ def repeated(make: Callable[[int], Subject]) -> Section:
     return Section("Labels changed on other images", _SET_HEADS, cells, notes, missed)
 
 
+@dataclass(eq=False)
 class _Row:
     """The figures of one file with one kind of kernels, against the float32 scores."""
 
-    def __init__(
-        self,
-        name: str,
-        kernels: str,
-        scores: Array,
-        exact: Array,
-        labels: Array | None,
-        unsafe: int = 0,
-        channels: int = 0,
-    ) -> None:
-        self.name, self.kernels, self.unsafe, self.channels = name, kernels, unsafe, channels
-        self._scores, self._exact = scores.astype(np.float64), exact.astype(np.float64)
-        self.accuracy = None if labels is None else float((scores.argmax(axis=1) == labels).mean())
-        self.flipped = scores.argmax(axis=1) != exact.argmax(axis=1)
+    name: str
+    kernels: str
+    scores: Array
+    exact: Array
+    labels: Array | None
+    unsafe: int = 0
+    channels: int = 0
+    predicted: float | None = None
+    factor: float | None = None  # measured noise over the predicted noise
+    speed: str = ""
+
+    def __post_init__(self) -> None:
+        self.scores, self.exact = self.scores.astype(np.float64), self.exact.astype(np.float64)
+        self.flipped = self.scores.argmax(axis=1) != self.exact.argmax(axis=1)
         self.changed = int(self.flipped.sum())
-        self.predicted: float | None = None
-        self.factor: float | None = None
-        self.speed = ""
 
     def predict(self, emulated: Array) -> None:
         """Compare the noise on the emulated images with that of the emulation."""
         n = len(emulated)
-        predicted = _snr(emulated, self._exact[:n])
-        self.predicted, self.factor = predicted, 10 ** ((predicted - _snr(self._scores[:n], self._exact[:n])) / 20)
+        predicted = _snr(emulated, self.exact[:n])
+        self.predicted, self.factor = predicted, 10 ** ((predicted - _snr(self.scores[:n], self.exact[:n])) / 20)
 
     def cells(self) -> list[str]:
         """Return the row of the table."""
-        right = "" if self.accuracy is None else f"{self.accuracy:.4f}"
+        right = "" if self.labels is None else f"{float((self.scores.argmax(axis=1) == self.labels).mean()):.4f}"
         if not self.channels:
             return [self.name, self.kernels, right, *[""] * (len(_HEADS) - 3)]
         return [
             self.name, self.kernels, right, str(self.changed), f"{self.expected:.0f}",
-            f"{1 - self.changed / len(self._exact):.3f}", f"{_snr(self._scores, self._exact):.1f}",
+            f"{1 - self.changed / len(self.exact):.3f}", f"{_snr(self.scores, self.exact):.1f}",
             *self.prediction, f"{self.unsafe} of {self.channels}", self.speed,
         ]  # fmt: skip
 
@@ -301,18 +300,17 @@ class _Row:
     @property
     def expected(self) -> float:
         """Return the changed labels if the noise of other images is added to each image's scores, in several draws."""
-        rng, n = np.random.default_rng(0), len(self._exact)
-        errors, labels = self._scores - self._exact, self._exact.argmax(axis=1)
-        drawn = [(self._exact + errors[rng.permutation(n)]).argmax(axis=1) != labels for _ in range(_DRAWS)]
+        rng, n = np.random.default_rng(0), len(self.exact)
+        errors, labels = self.scores - self.exact, self.exact.argmax(axis=1)
+        drawn = [(self.exact + errors[rng.permutation(n)]).argmax(axis=1) != labels for _ in range(_DRAWS)]
         return float(np.mean(drawn)) * n
 
 
 def _missed(rows: Sequence[_Row]) -> list[str]:
     """Return the missed targets: those of bnexport's files, and the noise prediction of every file."""
     ours = [row for row in rows if row.name.startswith(_OURS)]
-    best = min(
-        (row for row in rows if row not in ours and row.kernels == "precise"), key=lambda row: row.changed, default=None
-    )
+    peers = [row for row in rows if row not in ours and row.kernels == "precise"]
+    best = min(peers, key=lambda row: row.changed, default=None)
     found = [
         f"{row.name} changes {row.changed} labels ({row.expected:.0f} expected), {best.name} with precise kernels"
         f" {best.changed} ({best.expected:.0f} expected); p = {_pairs(row.flipped, best.flipped)[2]:.2g}"
@@ -476,7 +474,7 @@ def zoo_ranges(name: str) -> Section:
     exact, scores = runner(subject.model)(subject.images), runner(free.model)(subject.images)
     calibrated = subject.int8(Calibration({subject.input: subject.calibration}, "crops"))
     row = _Row(f"{_OURS}{name}", "default", scores, exact, None)
-    row.predict(next(iter(IntegerEmulator(free.model).evaluate({subject.input: subject.images[:4]}).values())))
+    row.predict(_emulated(subject, free.model, subject.images[:4]))
     cells = [
         name, str(len(shares)), ranged(Spread.of(shares)), f"{max(clipped):.1e}", f"{_snr(scores, exact):.1f}",
         f"{_snr(runner(calibrated.model)(subject.images), exact):.1f}", *row.prediction,
@@ -511,9 +509,8 @@ def speed_of(name: str) -> Section:
         cells.append([name, kernels, ranged(found), str(found.n)])
         if kernels == "default" and found.middle < _SPEED:
             missed.append(f"{name} is {found.middle:.2f} times as fast as float32, wanted {_SPEED}")
-    return Section(
-        "Speed", ["network", "kernels", "float32 time / int8 time, median (range)", "rounds"], cells, [], missed
-    )
+    heads = ["network", "kernels", "float32 time / int8 time, median (range)", "rounds"]
+    return Section("Speed", heads, cells, [], missed)
 
 
 #: Networks whose predicted ranges are compared with real ones.

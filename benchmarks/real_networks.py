@@ -118,11 +118,10 @@ def outputs_of(network: Network, feeds: list[Array], *, folded: bool) -> list[Ar
     from bnexport.folding.onnx_backend.onnx_fold import fold_onnx
 
     file = unpacked(network) / network.member
+    if not network.factory and folded:
+        return _run(fold_onnx(file, inputs={"x": feeds[0].shape[1:]}).model.SerializeToString(), feeds)
     if not network.factory:
-        model = (
-            fold_onnx(file, inputs={"x": feeds[0].shape[1:]}).model.SerializeToString() if folded else file.read_bytes()
-        )
-        return _run(model, feeds)
+        return _run(file.read_bytes(), feeds)
     import torch
 
     module, x = _module(network), torch.from_numpy(feeds[0])

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -66,24 +67,10 @@ _INPUTS = 8
 Run = Callable[[Array], object]
 
 
-def _module(path: Path, _threads: int | None) -> Run:
+def _torch(load: Callable[[Any, Path], Any], path: Path, _threads: int | None) -> Run:
     import torch
 
-    module = torch.load(path, weights_only=False)  # written by this program
-    return torch.inference_mode()(lambda x: module(torch.from_numpy(x)).numpy())
-
-
-def _compiled(path: Path, _threads: int | None) -> Run:
-    import torch
-
-    module: Any = torch.compile(torch.load(path, weights_only=False))
-    return torch.inference_mode()(lambda x: module(torch.from_numpy(x)).numpy())
-
-
-def _torchscript(path: Path, _threads: int | None) -> Run:
-    import torch
-
-    module = torch.jit.load(path / MODEL_TORCHSCRIPT)  # type: ignore[no-untyped-call]
+    module = load(torch, path)
     return torch.inference_mode()(lambda x: module(torch.from_numpy(x)).numpy())
 
 
@@ -121,10 +108,11 @@ def _ours(path: Path, threads: int | None, runtime: str) -> Run:
 
 
 #: Engine -> opener of its session, with None for its own number of threads. Names of runtimes open bnexport's runner.
+#: The files of torch.save are written by this program.
 ENGINES: dict[str, Callable[[Path, int | None], Run]] = {
-    "torch eager": _module,
-    "torch.compile": _compiled,
-    "TorchScript": _torchscript,
+    "torch eager": partial(_torch, lambda torch, path: torch.load(path, weights_only=False)),
+    "torch.compile": partial(_torch, lambda torch, path: torch.compile(torch.load(path, weights_only=False))),
+    "TorchScript": partial(_torch, lambda torch, path: torch.jit.load(path / MODEL_TORCHSCRIPT)),
     "ONNX Runtime": _onnxruntime,
     "OpenVINO": _openvino,
     "OpenVINO, throughput hint": _openvino_queue,
@@ -265,11 +253,8 @@ def _prepared(network: str, folder: Path) -> Any:
 
     if network != LITE:
         main_job.prepare(network, folder)
-        return (
-            str(main_job.CHECKPOINT)
-            if network == LENET
-            else torch.load(folder / f"{network}.module", weights_only=False)
-        )
+        file = folder / f"{network}.module"
+        return str(main_job.CHECKPOINT) if network == LENET else torch.load(file, weights_only=False)
     from benchmarks.efficientnet_lite import EfficientNetLite
 
     row = next(item for item in real_networks.NETWORKS if item.name.lower() == LITE)
@@ -318,41 +303,35 @@ def table(network: str, folder: Path, rounds: int, seconds: float) -> tuple[list
 
 def cells_of(rows: Sequence[Row]) -> list[list[str]]:
     """Return the cells of a network's rows, with ratios to the first row in the same rounds."""
-    first = rows[0]
-    return [
-        [
-            row.name,
-            ranged(Spread.of(row.latency), 3),
-            ranged(Spread.of([a / b for a, b in zip(row.latency, first.latency, strict=True)])),
-            ranged(Spread.of(row.rate), 0),
-            ranged(Spread.of([a / b for a, b in zip(row.rate, first.rate, strict=True)])),
-        ]
-        for row in rows
-    ]
+    first, found = rows[0], []
+    for row in rows:
+        slower, faster = Spread.ratio(row.latency, first.latency), Spread.ratio(row.rate, first.rate)
+        cells = [ranged(Spread.of(row.latency), 3), ranged(slower), ranged(Spread.of(row.rate), 0), ranged(faster)]
+        found.append([row.name, *cells])
+    return found
 
 
 class Target(NamedTuple):
-    """One target with its ratios, one per round, and the settings that were compared."""
+    """One target with its ratios of each round, and the settings that were compared."""
 
     what: str
     compared: str
-    ratios: list[float]
+    ratio: Spread
     bound: float | None  # None: only for comparison
     at_least: bool = True
 
     @property
     def met(self) -> bool:
         """Return True if the median ratio meets the bound."""
-        middle = statistics.median(self.ratios)
         if self.bound is None:
             return True
-        return middle >= self.bound if self.at_least else middle <= self.bound
+        return self.ratio.middle >= self.bound if self.at_least else self.ratio.middle <= self.bound
 
     def cells(self) -> list[str]:
         """Return the cells of its row."""
         judged = [f"at {'least' if self.at_least else 'most'} {self.bound}", "met" if self.met else "missed"]
         judged = ["-", "-"] if self.bound is None else judged
-        return [self.what, self.compared, ranged(Spread.of(self.ratios), 3), *judged]
+        return [self.what, self.compared, ranged(self.ratio, 3), *judged]
 
 
 def tuned(bundle: Path) -> Mapping[Goal, Choice]:
@@ -386,9 +365,7 @@ def throughput(bundle: Path, choice: Choice, rounds: int, seconds: float) -> Ite
     rates: dict[str, list[float]] = {}
     with ExitStack() as stack:
         own = stack.enter_context(Side(choice.runtime, bundle, choice.threads, choice.sessions))
-        peers = {
-            name: stack.enter_context(Side(name, bundle)) for name in ("ONNX Runtime", "OpenVINO, throughput hint")
-        }
+        peers = {name: stack.enter_context(Side(name, bundle)) for name in PEERS}
         ours = []
         for number in range(1, rounds + 1):
             progress(f"throughput: round {number} of {rounds}")
@@ -401,14 +378,9 @@ def throughput(bundle: Path, choice: Choice, rounds: int, seconds: float) -> Ite
                 rates.setdefault(f"benchmark_app -hint throughput, batch {batch}", []).append(rate)
     best = max(rates, key=lambda name: statistics.median(rates[name]))
     for name in sorted(rates, key=lambda name: name != best):
-        what = (
-            "throughput, tuned over the best peer's default"
-            if name == best
-            else "throughput, tuned over a peer's default"
-        )
+        what = f"throughput, tuned over {'the best' if name == best else 'a'} peer's default"
         compared = f"{choice}: {statistics.median(ours):,.0f} images/s; {name}: {statistics.median(rates[name]):,.0f}"
-        ratios = [a / b for a, b in zip(ours, rates[name], strict=True)]
-        yield Target(what, compared, ratios, GAIN if name == best else None)
+        yield Target(what, compared, Spread.ratio(ours, rates[name]), GAIN if name == best else None)
 
 
 def latency(bundle: Path, choice: Choice, rounds: int, seconds: float) -> Target:
@@ -431,8 +403,8 @@ def latency(bundle: Path, choice: Choice, rounds: int, seconds: float) -> Target
         f"{choice.runtime} in bnexport, threads: {choice.threads}: {statistics.median(mine) * 1e3:.1f} us; "
         f"bare ONNX Runtime, threads: {best[1]}: {statistics.median(found[best]) * 1e3:.1f} us"
     )
-    ratios = [a / b for a, b in zip(mine, found[best], strict=True)]
-    return Target("latency of one image, tuned over bare ONNX Runtime", compared, ratios, LATENCY, at_least=False)
+    what, ratio = "latency of one image, tuned over bare ONNX Runtime", Spread.ratio(mine, found[best])
+    return Target(what, compared, ratio, LATENCY, at_least=False)
 
 
 def bulk(bundle: Path, choice: Choice, rounds: int, images: int) -> Target:
@@ -451,8 +423,8 @@ def bulk(bundle: Path, choice: Choice, rounds: int, images: int) -> Target:
         f"`predict --out --runtime {choice.runtime}`: {statistics.median(ours):,.0f} images/s; "
         f"bare loop of {choice.settings}: {statistics.median(bare):,.0f}"
     )
-    ratios = [a / b for a, b in zip(ours, bare, strict=True)]
-    return Target(f"predict --out of {images:,} images, share of the bare loop", compared, ratios, SHARE)
+    what = f"predict --out of {images:,} images, share of the bare loop"
+    return Target(what, compared, Spread.ratio(ours, bare), SHARE)
 
 
 def _bare_loop(bundle: Path, choice: Choice, images: Path, start: int, stop: int) -> None:
@@ -466,8 +438,6 @@ def _bare_loop(bundle: Path, choice: Choice, images: Path, start: int, stop: int
 
 def targets(folder: Path, rounds: int, seconds: float, images: int) -> list[Target]:
     """Measure the targets on a copy of the reference bundle."""
-    import shutil
-
     bundle = folder / "tuned" / "1"
     shutil.copytree(REFERENCE, bundle)
     choices = tuned(bundle)
@@ -489,14 +459,13 @@ def main() -> int:
     parser.add_argument("--no-table", action="store_true", help="measure only the targets")
     parser.add_argument("--out", type=Path, default=PAGE)
     given = parser.parse_args()
-    wheels = "BNEXPORT_WHEELS" in os.environ
     chosen = known(parser, given.networks, tuple(NETWORKS), "network")
     parts: list[tuple[str, list[list[str]], dict[str, str], int]] = []
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="bnexport-runtime-speed-") as place:
         found = targets(Path(place), given.rounds, given.seconds, given.images)
         for network in () if given.no_table else chosen:
-            if network == LITE and not wheels:
+            if network == LITE and "BNEXPORT_WHEELS" not in os.environ:
                 parts.append((network, [], {LITE: "BNEXPORT_WHEELS names no folder of wheels"}, 1))
                 continue
             rows, missing = table(network, Path(place), given.rounds, given.seconds)

@@ -4,8 +4,6 @@ Statistics are always randomised per channel (``randomise``): a fresh BatchNorm 
 folds has a twin in which a second consumer, another axis, a sign or an edge makes the same fold wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

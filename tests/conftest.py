@@ -56,16 +56,20 @@ def _fake_cuda() -> str | None:
     return missing()
 
 
-def _tensorrt() -> str | None:
+def _runtime(name: str) -> str | None:
     from bnexport.runtimes.catalogue import runner_spec
 
-    return runner_spec("onnxruntime-tensorrt").available()
+    return runner_spec(name).available()
 
 
-def _openvino() -> str | None:
-    from bnexport.runtimes.catalogue import runner_spec
+def _packages(text: str, *names: str) -> str | None:
+    from bnexport.optional import installed
 
-    return runner_spec("openvino-cpu").available()
+    return None if all(map(installed, names)) else f"{text} is not installed"
+
+
+def _programs(text: str, *names: str) -> str | None:
+    return None if all(map(shutil.which, names)) else f"{text} is not installed"
 
 
 def _data() -> str | None:
@@ -74,35 +78,9 @@ def _data() -> str | None:
     return None if found else "BNEXPORT_DATA does not name a folder with Fashion-MNIST"
 
 
-def _chromium() -> str | None:
-    return None if shutil.which("chromium") else "chromium is not installed"
-
-
-def _tritonclient() -> str | None:
-    from bnexport.optional import installed
-
-    return None if installed("tritonclient") and installed("grpc") else "tritonclient[grpc] is not installed"
-
-
 def _triton() -> str | None:
     named = os.environ.get("BNEXPORT_TRITON")
     return None if named else "BNEXPORT_TRITON names no Python with nvidia-pytriton ('install' makes one, 405 MB)"
-
-
-def _ray() -> str | None:
-    from bnexport.optional import installed
-
-    return None if installed("ray") else "ray is not installed"
-
-
-def _pdoc() -> str | None:
-    from bnexport.optional import installed
-
-    return None if installed("pdoc") else "pdoc is not installed (pip install -e '.[docs]')"
-
-
-def _wrk() -> str | None:
-    return None if shutil.which("wrk") and shutil.which("h2load") else "wrk or h2load is not installed"
 
 
 def _wheels() -> str | None:
@@ -124,16 +102,16 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "cuda": functools.cache(_cuda),
     "ort-cuda": functools.cache(_ort_cuda),
     "fake-cuda": functools.cache(_fake_cuda),
-    "tensorrt": functools.cache(_tensorrt),
-    "openvino": functools.cache(_openvino),
+    "tensorrt": functools.cache(lambda: _runtime("onnxruntime-tensorrt")),
+    "openvino": functools.cache(lambda: _runtime("openvino-cpu")),
     "data": functools.cache(_data),
-    "tritonclient": functools.cache(_tritonclient),
+    "tritonclient": functools.cache(lambda: _packages("tritonclient[grpc]", "tritonclient", "grpc")),
     "triton": functools.cache(_triton),
-    "ray": functools.cache(_ray),
-    "chromium": functools.cache(_chromium),
-    "wrk": functools.cache(_wrk),
+    "ray": functools.cache(lambda: _packages("ray", "ray")),
+    "chromium": functools.cache(lambda: _programs("chromium", "chromium")),
+    "wrk": functools.cache(lambda: _programs("wrk or h2load", "wrk", "h2load")),
     "wheels": functools.cache(_wheels),
-    "pdoc": functools.cache(_pdoc),
+    "pdoc": functools.cache(lambda: _packages("pdoc (pip install -e '.[docs]')", "pdoc")),
 }
 
 

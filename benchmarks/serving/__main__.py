@@ -147,14 +147,8 @@ def _speed_cells(speeds: ServingSpeeds, name: str, clients: int, rows: Sequence[
     values = ([row.cpu_us for row in rows], [row.load.p50_us for row in rows], [row.load.p99_us for row in rows])
     share = f"{cpu_ratios(speeds, name, 'fastapi', clients).middle:.2f}" if "fastapi" in speeds.samples else "-"
     middles = (f"{Spread.of(found).middle:,.0f}" for found in values)
-    return [
-        WAYS[name].words,
-        clients,
-        f"{rates.high:,.0f} to {rates.low:,.0f}",
-        *middles,
-        f"{_tails(rows).middle:.1f}",
-        share,
-    ]
+    cells = [f"{rates.high:,.0f} to {rates.low:,.0f}", *middles, f"{_tails(rows).middle:.1f}", share]
+    return [WAYS[name].words, clients, *cells]
 
 
 def _path_cells(speeds: ServingSpeeds, name: str, clients: int, rows: Sequence[Sample]) -> list[object]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.command import last_line, output_of
 from benchmarks.serving.wires import WireRequest
 from bnexport.errors import MissingDependency, RuntimeUnavailable
 
@@ -115,17 +116,9 @@ def parse_h2load(text: str, log: str) -> Load:
 
 
 def _run(command: list[str], folder: Path, seconds: int) -> str:
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=seconds + _PATIENCE, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise _no_result(command[0], "it did not end") from error
-    if done.returncode != 0:
-        raise _no_result(command[0], done.stderr or done.stdout)
-    return done.stdout
+    return output_of(command, partial(_no_result, command[0]), timeout=seconds + _PATIENCE, cwd=folder)
 
 
 def _no_result(tool: str, text: str) -> RuntimeUnavailable:
-    last = (text.strip().splitlines() or ["no output"])[-1]
-    return RuntimeUnavailable(f"{tool} gave no result: {last[:200]}", remedy="Check that the server still answers")
+    remedy = "Check that the server still answers"
+    return RuntimeUnavailable(f"{tool} gave no result: {last_line(text)}", remedy=remedy)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.command import last_line, output_of
 from benchmarks.serving.process import Ports
 from bnexport.data.locate import cache_folder
 from bnexport.environment import versions_of
@@ -42,13 +42,7 @@ class ServerWay:
 
     def started_by(self, python: Path, *, bundle: Path, ports: Ports, answer_bytes: int) -> list[str]:
         """Return its command; ``answer_bytes``: length of a binary answer."""
-        values = {
-            "bundle": bundle,
-            "http": ports.http,
-            "grpc": ports.grpc,
-            "answer_bytes": answer_bytes,
-            "peers": _PEERS,
-        }
+        values = {"bundle": bundle, "answer_bytes": answer_bytes, "peers": _PEERS, **asdict(ports)}
         return [str(python), *(word.format(**values) for word in self.command)]
 
     def interpreter(self, venvs: Path) -> Path:
@@ -111,14 +105,9 @@ def make_venv(name: str, folder: Path) -> Path:
 
 
 def _run(command: list[str], name: str) -> None:
-    reason = f"no end after {_PATIENCE:.0f} s"
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
-        if done.returncode == 0:
-            return
-        lines = done.stderr.splitlines() or ["no output"]
-        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])[:200]
-    except subprocess.TimeoutExpired:
-        pass
-    problem = f"the environment {name} can't be made: {reason}"
-    raise RuntimeUnavailable(problem, remedy="Give pip access to its package index")
+    def failed(text: str) -> RuntimeUnavailable:
+        errors = [line for line in text.splitlines() if line.startswith("ERROR")]
+        problem = f"the environment {name} can't be made: {last_line(errors[-1] if errors else text)}"
+        return RuntimeUnavailable(problem, remedy="Give pip access to its package index")
+
+    output_of(command, failed, timeout=_PATIENCE)

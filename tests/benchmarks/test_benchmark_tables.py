@@ -1,7 +1,5 @@
 """The small benchmarks that print a table, the frame of the command lines, and the pages' table and wrapping."""
 
-from __future__ import annotations
-
 import os
 import re
 import runpy

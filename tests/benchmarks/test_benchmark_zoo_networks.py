@@ -1,7 +1,5 @@
 """The measurement of one network: its statistics, the places of its BatchNorms, the fold, and the other tools."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

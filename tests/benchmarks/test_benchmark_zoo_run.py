@@ -1,7 +1,5 @@
 """The run over many networks: one process each, resumable, and the page that is made of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The claims on the page of the chapter: each flips when its numbers do."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """docs/results/chapter.md and its figures, from made-up results."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The trainings behind docs/results/chapter.md: one training, the files of a run over all of them, and the saved results."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """The side-by-side measurement of the main job runs on a small network, and its table judges the targets."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

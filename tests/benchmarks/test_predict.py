@@ -1,7 +1,5 @@
 """The comparison of bnexport predict with a bare loop: a short run and its table."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

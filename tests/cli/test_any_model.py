@@ -1,7 +1,5 @@
 """Any network through the command line: by name, with many inputs and outputs, in any size; and one sentence where it can't."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

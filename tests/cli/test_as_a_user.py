@@ -1,7 +1,5 @@
 """Mistakes of a new user with their own networks: one clear sentence, the right exit code, nothing left behind."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

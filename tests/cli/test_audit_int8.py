@@ -1,7 +1,5 @@
 """``bnexport audit`` on int8 files: a saturating one is found and repaired, a safe one passes, bad input is one sentence."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Bad input: one clear sentence, the right exit code, never a traceback, nothing half-written."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import os
@@ -19,6 +17,7 @@ import pytest
 import torch
 from cases import randomise
 from safetensors.torch import save_file
+from support.bundles import flip_bit
 
 import bnexport
 from bnexport.bundle import MODEL_ONNX, seal
@@ -130,16 +129,13 @@ def test_output_that_exists(bad: Run, good: Path) -> None:
 def test_bundle_with_one_byte_changed(bad: Run, bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("model.onnx", "model.pt", "weights.safetensors", "report.html", "test_data_set_0/output_0.pb"):
         path = bundle / name
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(bytes(content))
+        flip_bit(path)
         code, message = bad("predict", bundle, "picture.png")
         assert code == 2
         assert f"{name} was changed" in message
         assert run(["verify", str(bundle), "--runtime", "onnxruntime-cpu"]) == 1
         assert "FAIL" in capfd.readouterr().out
-        content[len(content) // 2] ^= 1
-        path.write_bytes(bytes(content))
+        flip_bit(path)
     manifest = bundle / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"version": 1', b'"version": 2', 1))
     code, message = bad("verify", bundle)

@@ -1,7 +1,5 @@
 """``bnexport benchmark`` on a small bundle: real processes, bad input, files, and the exit codes."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

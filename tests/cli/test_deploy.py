@@ -1,7 +1,5 @@
 """``bnexport deploy`` as a user types it: exit codes, one sentence, the files."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``bnexport fold``: folded weights as one file, whole or absent."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

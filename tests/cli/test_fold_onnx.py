@@ -1,7 +1,5 @@
 """``bnexport fold-and-export model.onnx``: a file or a bundle, all of it or nothing."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

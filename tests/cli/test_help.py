@@ -1,7 +1,5 @@
 """The help of every command: complete sentences, an example that its parser accepts, 80 columns."""
 
-from __future__ import annotations
-
 import re
 import shlex
 

@@ -1,7 +1,5 @@
 """Messages name only options that the command has, and in Python the arguments instead of options."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

@@ -1,7 +1,5 @@
 """The journey of one's own network: a checkpoint, a folder of pictures and a file of labels, through every command."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

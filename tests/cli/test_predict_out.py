@@ -1,7 +1,5 @@
 """``bnexport predict`` with and without --out, as a user types it."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

@@ -1,7 +1,5 @@
 """recalibrate, evaluate and inspect --statistics: what they print and write, and what they refuse."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """``bnexport train --config``, ``--tensorboard``, and a network of the user's own from training to export."""
 
-from __future__ import annotations
-
 import json
 import sys
 

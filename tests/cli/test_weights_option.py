@@ -1,7 +1,5 @@
 """--weights and --weights-key on the command line: the choice is printed, refusals exit with 2 and one message."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

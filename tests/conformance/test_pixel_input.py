@@ -1,7 +1,5 @@
 """Bundles whose files take pixels: what the graph contains, that every part follows, and that each fault of it fails."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json

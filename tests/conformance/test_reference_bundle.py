@@ -1,7 +1,5 @@
 """The committed bundle: complete, small, free of any machine's paths, and verified again here."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

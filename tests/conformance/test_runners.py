@@ -1,7 +1,5 @@
 """One contract, every runtime."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from support.bundles import network

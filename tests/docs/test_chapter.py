@@ -1,7 +1,5 @@
 """docs/results/chapter.md agrees with its results, and ``python -m benchmarks.chapter`` writes it."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

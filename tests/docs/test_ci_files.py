@@ -1,7 +1,5 @@
 """The public CI file and the pre-commit configuration: they parse, and they agree with pyproject.toml and the scripts."""
 
-from __future__ import annotations
-
 import os
 import tomllib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The table of releases in docs/deploying.md is the one of the code."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """No engine here runs the Dockerfile, so it is read: targets, user, entry point, sources, the demo's steps."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import re

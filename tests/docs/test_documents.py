@@ -1,7 +1,5 @@
 """All pages: links and anchors, options, pictures; the pages with outputs run, and print what they show."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """docs/predicting.md and docs/deploying.md: what a reader types, typed in their order in one folder."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -1,7 +1,5 @@
 """The README can't rot: its commands, options, tables and Python are those of the code."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The scripts: short, executable, runnable from anywhere, and honest when something is missing."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Nothing in the tree names one machine's paths or a package registry's host, and no file is too large to commit."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

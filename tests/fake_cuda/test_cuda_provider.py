@@ -3,8 +3,6 @@
 Values are without meaning here; tests/gpu compares values.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -3,8 +3,6 @@
 The table of settings is the GPU lane's own, so that what is documented is what is tested.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

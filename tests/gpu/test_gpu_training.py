@@ -1,7 +1,5 @@
 """Training on a GPU: the recorded step is the step, no host waits inside an epoch, and a failed recording leaves no trace."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

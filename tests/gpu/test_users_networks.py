@@ -3,8 +3,6 @@
 The runtimes of the CPU run it everywhere, so that the test itself is known to work where a GPU is found.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from support.fake_cuda.bundles import Users

@@ -3,8 +3,6 @@
 Prints one line per file: the sentence that refused it. Any other outcome ends the process with an error.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 from pathlib import Path

@@ -3,8 +3,6 @@
 If native code of a reader crashes, this process dies instead of the process of the tests.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 import warnings

@@ -1,7 +1,5 @@
 """Bombs cost little memory and time, and each limit is that of the table."""
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The corpus: every hostile file is refused by its reader and on the command line, before an engine opens it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

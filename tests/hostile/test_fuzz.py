@@ -3,8 +3,6 @@
 Continuous integration runs few examples, always the same. ``BNEXPORT_FUZZ=20000`` runs 20,000 examples, new ones each time.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """int8 bundles: the good one passes, predicts and is served; each fault of its file fails; unfit networks are refused."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import io

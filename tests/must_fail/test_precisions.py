@@ -3,8 +3,6 @@
 The engine is emulated, so that every row runs on every machine; real ones are in ``tests/gpu``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -6,8 +6,6 @@ The spoiled bundles are sealed again, so that the hashes hold and the numbers th
 faults of files as such (a flipped bit, a truncated file) are left with the old seal.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +18,7 @@ import safetensors.torch
 import torch
 from onnx import numpy_helper
 from support import bundles
-from support.bundles import PAIRS, copy_bundle, fold_by_hand, network, reseal
+from support.bundles import PAIRS, copy_bundle, flip_bit, fold_by_hand, network, reseal
 from support.runtimes import READS_EXPORTED, RUNTIMES, pairs, parameter
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
@@ -201,12 +199,6 @@ def fix_batch(file: Path) -> None:
     model = onnx.load(file)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     onnx.save(model, file)
-
-
-def flip_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 #: Damage to a file.

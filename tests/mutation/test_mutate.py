@@ -1,7 +1,5 @@
 """The mutants of the mutation run: each is one change, it compiles, and a seed always gives the same ones."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

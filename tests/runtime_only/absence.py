@@ -4,8 +4,6 @@ Use: python absence.py NAME,NAME,... '[["verify", "BUNDLE"], ...]'. Every other 
 hidden as if it had never been installed. Prints one JSON object: exit code and output of each command, and loaded packages.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

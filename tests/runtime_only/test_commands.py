@@ -1,7 +1,5 @@
 """Every command with only numpy, onnxruntime, click and rich: it works, or its error names the missing package."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """bnexport-runtime as users install it: a wheel from scripts/runtime_wheel.py, in an environment without torch and onnx."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

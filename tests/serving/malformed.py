@@ -1,7 +1,5 @@
 """The table of requests that must be refused, each with the status and a part of the reason."""
 
-from __future__ import annotations
-
 import copy
 import gzip
 import json

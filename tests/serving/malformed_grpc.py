@@ -1,7 +1,5 @@
 """The table of calls that must be refused, each with the code and a part of the reason."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple

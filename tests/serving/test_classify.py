@@ -1,7 +1,5 @@
 """Pictures in, labels out, by the bundle's own preprocessing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

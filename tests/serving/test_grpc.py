@@ -1,7 +1,5 @@
 """The gRPC server in a separate process: answers, health, tokens, TLS, counters, log lines."""
 
-from __future__ import annotations
-
 import queue
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Stopping and switching while calls over gRPC come: no call that was accepted is lost."""
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import signal

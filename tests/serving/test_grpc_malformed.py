@@ -1,7 +1,5 @@
 """Every malformed call gets a code with one sentence, the process lives, and the next good call is answered."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import sys

@@ -1,7 +1,5 @@
 """The gRPC server of several processes: one port, one sum of counters, and a killed process costs its own calls alone."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Processes that hang are killed and replaced; processes that are only busy are not."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

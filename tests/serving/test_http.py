@@ -1,7 +1,5 @@
 """The protocol over HTTP, as a client uses it."""
 
-from __future__ import annotations
-
 import gzip
 import http.client
 import json

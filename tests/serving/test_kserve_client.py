@@ -3,8 +3,6 @@
 Its clients send requests to ``bnexport serve``, and its classes read what ``bnexport deploy kserve`` writes.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

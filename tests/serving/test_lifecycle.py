@@ -1,7 +1,5 @@
 """Starting and stopping: no request is lost, and errors at the start are one sentence."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -1,7 +1,5 @@
 """Every malformed request gets a 4xx with one sentence, the process lives, and the next good request is answered."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

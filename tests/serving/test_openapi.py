@@ -1,7 +1,5 @@
 """The OpenAPI document: in step with the routes, true for real answers, and a fuzzer's plan."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

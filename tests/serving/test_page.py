@@ -1,7 +1,5 @@
 """The page at / and its data, without a browser. tests/browser has the rest."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

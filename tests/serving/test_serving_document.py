@@ -1,7 +1,5 @@
 """docs/serving.md and serving_reference.md match the code: the blocks of the guide run, the tables are those of the code."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

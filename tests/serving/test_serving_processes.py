@@ -1,7 +1,5 @@
 """Several processes under one supervisor: killed, started again, counted together, and stopped without a lost request."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import os
@@ -14,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import another
-from support.processes import TWO, alive, counted, killed, running, serving_twice, starting, waiting_connections
-from support.serving import INFER, PATIENCE, Server, logits_of, refused, serving, tensor, until
+from support.processes import TWO, alive, counted, killed, running, serving_twice, waiting_connections
+from support.serving import INFER, PATIENCE, Server, logits_of, refused, serving, starting, tensor, until
 from support.serving_clients import Clients
 
 STATS = "/v2/models/bn_lenet/stats"
@@ -178,7 +176,7 @@ def test_a_process_stopped_alone_loses_no_request_and_gets_a_successor(
 
 
 def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> None:
-    with starting(models, tmp_path, "--processes", "8", "--grace", "1000") as server:
+    with starting(models, tmp_path / "log", "--processes", "8", "--grace", "1000") as server:
         until(lambda: server.events("process started"))
         server.process.send_signal(signal.SIGTERM)
         out, _ = server.process.communicate(timeout=PATIENCE)
@@ -249,7 +247,7 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
 
 
 def test_a_supervisor_killed_at_the_start_leaves_no_process_and_no_traceback(models: Path, tmp_path: Path) -> None:
-    with starting(models, tmp_path, *TWO) as server:
+    with starting(models, tmp_path / "log", *TWO) as server:
         started = until(lambda: server.events("process started"))
     until(lambda: not any(alive(line["pid"]) for line in started))
     assert "Traceback" not in server.log.read_text()

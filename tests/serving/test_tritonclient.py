@@ -1,7 +1,5 @@
 """Triton's stock client, unchanged, in a separate environment: its protobuf is older than onnx's."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Mapping

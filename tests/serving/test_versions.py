@@ -1,14 +1,12 @@
 """Models and versions come, change and go, and a version that was not verified is never served."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bundles import another, copy_bundle, fold_by_hand, network, reseal, write_onnx
+from support.bundles import another, copy_bundle, flip_bit, fold_by_hand, network, reseal, write_onnx
 from support.serving import Server, logits_of, serving, tensor, until
 from support.serving_clients import Clients
 
@@ -17,9 +15,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 
 def spoil(folder: Path, how: str) -> None:
     if how == "hash":
-        content = bytearray((folder / MODEL_ONNX).read_bytes())
-        content[len(content) // 2] ^= 1
-        (folder / MODEL_ONNX).write_bytes(content)
+        flip_bit(folder / MODEL_ONNX)
     else:  # a fault whose hashes hold: a shift is visible, while a dropped eps of one BatchNorm would not be
         state = fold_by_hand(network())
         state["conv1.bias"] = state["conv1.bias"] + 1e-3

@@ -5,8 +5,6 @@ The floors come from the table in docs/architecture.md, the imports from the sou
 implies is left out, and so are imports of the ground, which every unit may use.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

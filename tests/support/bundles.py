@@ -4,8 +4,6 @@ The fold is a few lines of float64 arithmetic of this file, so that a fault in `
 sabotage is one changed number in it.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import shutil

@@ -1,7 +1,5 @@
 """Results of the chapter's experiments made up so that every claim holds; tests change one thing at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A server without a socket: connections that receive bytes, and a record of the bytes that they write."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json

@@ -1,7 +1,5 @@
 """Folders of images and cache entries, for the tests of decoding."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

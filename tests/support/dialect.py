@@ -3,8 +3,6 @@
 Use: python tests/support/dialect.py [--lines]     --lines prints each place. The count has no limit; it is for comparison.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """Separate Python environments, for packages whose versions conflict with those of bnexport."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

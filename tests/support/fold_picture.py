@@ -4,8 +4,6 @@ Use: python tests/support/fold_picture.py
 Boxes are operations of the graphs; below them is the number of stored values that they read. The equation is the report's.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A gRPC client that sends any bytes, malformed or not."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The row of a hostile file: its reader, how it is made, and words of the refusal."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct

@@ -1,7 +1,5 @@
 """Hostile archives: TorchScript, .pt2, checkpoints, .npz."""
 
-from __future__ import annotations
-
 import pickle
 import struct
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Hostile bundles: the manifest and the places of files; and hostile pictures."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Hostile files of torch.export."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections.abc import Callable

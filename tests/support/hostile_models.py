@@ -1,7 +1,5 @@
 """Hostile ONNX files, golden vectors and safetensors."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Networks and int8 bundles for the tests of quantisation; BatchNorm statistics are exact for random images."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Mapping

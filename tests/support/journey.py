@@ -1,7 +1,5 @@
 """A user's network, checkpoint and folder of images: a small residual network that labels six kinds of pictures."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

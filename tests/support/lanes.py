@@ -1,7 +1,5 @@
 """The spread of a run of the tests: the number of worker processes, and the order of the files."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections import Counter

@@ -1,7 +1,5 @@
 """Small models for the table of cases, and random statistics for them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Changes of bytes for the fuzzer: flips, cuts, splices, lengths."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from hypothesis import strategies as st

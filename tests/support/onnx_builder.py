@@ -1,7 +1,5 @@
 """Small ONNX graphs, built node by node, with random statistics in every BatchNormalization."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small folders of images."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

@@ -1,17 +1,14 @@
 """A server of several processes, seen through its log."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.serving import PATIENCE, PROGRAM, ROOT, Server, serving, until
+from support.serving import PATIENCE, Server, serving, until
 
 TWO = ("--processes", "2")
 
@@ -57,20 +54,6 @@ def counted(server: Server, pattern: str) -> float:
     """Sum of the samples of the metrics whose names and labels match."""
     lines = server.metrics().splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if re.match(pattern, line))
-
-
-@contextlib.contextmanager
-def starting(models: Path, folder: Path, *options: str) -> Iterator[Server]:
-    """Start a server and yield at once, before it serves; kill it at the end."""
-    words = [*PROGRAM, "serve", str(models), "--port", "0", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-    with process:
-        try:
-            yield Server(process, 0, folder / "log")
-        finally:
-            process.kill()
 
 
 @contextlib.contextmanager

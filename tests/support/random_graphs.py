@@ -1,7 +1,5 @@
 """Random networks for property tests: a program of up to twelve operations on images, drawn by Hypothesis."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

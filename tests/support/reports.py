@@ -1,7 +1,5 @@
 """Verification reports made by hand: one with every part filled in, and a very large one."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

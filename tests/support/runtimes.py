@@ -1,7 +1,5 @@
 """The table of runners as parameters of tests; a row that this machine may lack carries the capability that it needs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import pytest

@@ -1,7 +1,5 @@
 """Published JSON schemas, from the package check-jsonschema; tests that need one are skipped without the package."""
 
-from __future__ import annotations
-
 import json
 from importlib import util
 from pathlib import Path

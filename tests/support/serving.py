@@ -1,7 +1,5 @@
 """A server in a separate process, and clients that may misbehave."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json
@@ -136,26 +134,33 @@ def _whole(got: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def serving(
+def starting(
     path: Path, log: Path, *options: str, env: dict[str, str] | None = None, program: tuple[str, ...] = PROGRAM
 ) -> Iterator[Server]:
-    """Start a server of a bundle or a folder of models on a free port, and kill it at the end."""
+    """Start a server of a bundle or a folder of models on a free port, yield before it serves, and kill it at the end."""
     words = [*program, "serve", str(path), "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     with log.open("w") as stderr:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
-    assert process.stdout is not None
-    try:
-        ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
-        line = process.stdout.readline() if ready else ""
+    with process:
+        try:
+            yield Server(process, 0, log)
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def serving(path: Path, log: Path, *options: str, **started: Any) -> Iterator[Server]:
+    """Yield a server that serves; the arguments are those of ``starting``."""
+    with starting(path, log, *options, **started) as server:
+        assert server.process.stdout is not None
+        ready, _, _ = select.select([server.process.stdout], [], [], PATIENCE)
+        line = server.process.stdout.readline() if ready else ""
         match = re.search(r":(\d+)$", line.strip())
-        assert match, (line, log.read_text(), process.poll())
+        assert match, (line, log.read_text(), server.process.poll())
         grpc = re.search(r"grpc://\S*:(\d+)", line)
-        yield Server(process, int(match[1]), log, int(grpc[1]) if grpc else 0)
-    finally:
-        process.kill()
-        process.wait(PATIENCE)
-        process.stdout.close()
+        server.port, server.grpc_port = int(match[1]), int(grpc[1]) if grpc else 0
+        yield server
 
 
 def tensor(array: np.ndarray, name: str = "input", datatype: str = "FP32") -> dict[str, Any]:

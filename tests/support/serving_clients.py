@@ -1,7 +1,5 @@
 """Clients that send requests without a pause, and record each lost request."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import threading

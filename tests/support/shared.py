@@ -1,7 +1,5 @@
 """Folders that are expensive to make: made once per test run, shared by the workers of pytest-xdist."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

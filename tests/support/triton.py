@@ -1,7 +1,5 @@
 """A real Triton Inference Server from the wheel of nvidia-pytriton: its core and Python backend, without ONNX Runtime."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

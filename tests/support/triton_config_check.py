@@ -4,8 +4,6 @@ Parsing uses protobuf's text parser with the fields of ``proto/model_config.prot
 missing bracket are errors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

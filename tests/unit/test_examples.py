@@ -1,7 +1,5 @@
 """The Python examples in docstrings of the public API run as they are printed."""
 
-from __future__ import annotations
-
 import doctest
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The lanes of the tests: what is fast, in which order files run, and what is made once for all workers."""
 
-from __future__ import annotations
-
 import os
 import threading
 from dataclasses import dataclass

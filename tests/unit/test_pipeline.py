@@ -1,7 +1,5 @@
 """The whole flow on a small network: one bundle, all of it or nothing."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The wheel of bnexport: the package with its data files and nothing else, and it never looks for a checkout."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import zipfile

@@ -1,7 +1,5 @@
 """The GPU lane on made-up engines, so that all of it has run before a GPU is available."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.bundles import copy_bundle, flip_bit
 
 from benchmarks.clock import Spread
 from benchmarks.gpu import __main__ as command
@@ -170,12 +169,7 @@ def test_an_engine_that_fails_midway_fails_the_lane(bundle: Bundle) -> None:
 
 
 def test_a_spoiled_bundle_fails_the_lane(bundle: Bundle, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(bundle.path, tmp_path / "1")
-    content = bytearray((tmp_path / "1" / MODEL_ONNX).read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "1" / MODEL_ONNX).write_bytes(content)
+    flip_bit(copy_bundle(bundle, tmp_path / "1") / MODEL_ONNX)
     found = lane(Bundle.open(tmp_path / "1"), gpu())
     assert not found.passed
     assert MODEL_ONNX in found.broken

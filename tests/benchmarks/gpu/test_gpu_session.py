@@ -1,7 +1,5 @@
 """scripts/gpu_session: the order of the steps, their exit codes, and the files. A shell script stands in for Python."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ A child process that is started with the folder in LD_LIBRARY_PATH finds the stu
 node placement, provider options and IO binding are onnxruntime's own; only computed values are without meaning.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

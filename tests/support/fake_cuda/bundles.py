@@ -1,7 +1,5 @@
 """Bundles of networks with what users' networks contain: folded and exported by bnexport, not verified."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

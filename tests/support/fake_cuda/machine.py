@@ -1,7 +1,5 @@
 """A machine with the fake CUDA: child processes in which onnxruntime finds a GPU, and torch is missing as on a server."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

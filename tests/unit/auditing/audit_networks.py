@@ -1,7 +1,5 @@
 """Small networks for the audit; every BatchNorm has random statistics."""
 
-from __future__ import annotations
-
 import torch
 from cases import randomise
 from torch import Tensor, nn

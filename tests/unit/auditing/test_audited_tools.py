@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile
@@ -11,6 +9,7 @@ import torch
 import torch._inductor.config as config
 from audit_networks import IMAGE, pair, trained
 from onnx import helper
+from support.models import Graph
 from torch import Tensor, nn
 
 from bnexport.auditing import tools
@@ -94,16 +93,10 @@ def test_calls_of_batch_norm_are_counted_once_each() -> None:
 
 
 def test_hiding_changes_no_bit_and_hides_a_shared_batch_norm_everywhere() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-            self.list = nn.ModuleList([self.bn, nn.Conv2d(3, 3, 1)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.list[0](self.list[1](self.bn(self.a(x)).tanh()))
-
-    network, x = trained(Shared()), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    conv, bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    layers = {"a": conv, "bn": bn, "list": nn.ModuleList([bn, nn.Conv2d(3, 3, 1)])}
+    model = Graph(lambda m, x: m.list[0](m.list[1](m.bn(m.a(x)).tanh())), **layers)
+    network, x = trained(model), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     hidden = hide(network, ["bn"])
     with torch.no_grad():
         assert torch.equal(hidden(x), network(x))

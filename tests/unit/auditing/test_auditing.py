@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -8,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from audit_networks import IMAGE, Tokens, Twice, deep, pair, trained
+from support.models import Graph
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
@@ -98,16 +97,10 @@ def test_the_first_wrong_batch_norm_is_found_by_halves(with_tools: Any, place: i
 
 
 def test_the_order_is_that_of_the_calls(with_tools: Any) -> None:
-    class Backwards(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.second, self.first = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x).tanh())
-
+    layers = {"second": nn.BatchNorm2d(3), "first": nn.BatchNorm2d(3)}
+    backwards = Graph(lambda m, x: m.second(m.first(x).tanh()), **layers)
     with_tools(tool=lambda job: breaks("second")(ToolInput(breaks("first")(job), job.example, job.folder)))
-    assert audit(trained(Backwards()), IMAGE).rows[1].batch_norm == "first"
+    assert audit(trained(backwards), IMAGE).rows[1].batch_norm == "first"
 
 
 def test_a_block_with_batch_norm_in_its_name_is_not_one(with_tools: Any) -> None:

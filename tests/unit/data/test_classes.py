@@ -1,7 +1,5 @@
 """The same names in the same order, and the binomial rule of an accuracy at chance."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

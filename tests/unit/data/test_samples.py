@@ -1,7 +1,5 @@
 """A user's own samples: each kind of file, and each way to be wrong, in one sentence with the file and the index."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import zipfile

@@ -1,7 +1,5 @@
 """Small data sets and checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files of networks that create tensors in forward follow the device of their input, wherever they were exported."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Height and width that vary: names in the signature, and a sentence where they can't."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

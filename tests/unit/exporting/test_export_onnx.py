@@ -1,7 +1,5 @@
 """The written file is as requested: operator set, format, names, batch, weights, and no trace of the machine."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """model.pt2: torch.export.load reads it without bnexport, and it computes the folded network bit for bit, on every case."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Names of outputs: keys, fields, positions."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass

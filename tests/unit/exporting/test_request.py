@@ -1,7 +1,5 @@
 """Inputs as written on the command line, and the layout of a model repository."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

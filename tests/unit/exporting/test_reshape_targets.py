@@ -1,7 +1,5 @@
 """Reshape nodes with computed targets: constant where that is proved, bit for bit the same, and otherwise unchanged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The same random weights in every test of folding."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

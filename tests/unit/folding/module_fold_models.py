@@ -1,7 +1,5 @@
 """Networks and comparisons that the tests of ``fold_modules`` share."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 

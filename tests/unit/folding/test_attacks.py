@@ -248,15 +248,8 @@ def test_arithmetic_before_a_norm_that_stays_does_not_hide_it(change: Callable[[
 
 @pytest.mark.parametrize("place", [lambda m, x: m.bn(m.p(x)), lambda m, x: torch.tanh(m.p(m.bn(x.sigmoid())))])
 def test_a_map_of_positions_is_not_multiplied_by_channels(place: Callable[..., Tensor]) -> None:
-    class Window(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.map = nn.Parameter(torch.randn(8, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.map
-
-    model = model_of(place, p=Window, bn=bn(16))
+    window = graph(lambda m, x: x + m.map, map=lambda: nn.Parameter(torch.randn(8, 8)))
+    model = model_of(place, p=window, bn=bn(16))
     result = bnexport.fold(model, images(16))
     assert max(tensor.numel() for tensor in result.model.state_dict().values()) <= 64
     check(model, images(16))
@@ -269,15 +262,14 @@ def test_an_example_of_one_sample_is_enough() -> None:
     assert result.model(images(batch=5)).shape[0] == 5
 
 
-@pytest.mark.parametrize("like", [lambda y, x: y.view_as(x), lambda y, x: y.reshape_as(x)])
-def test_a_shape_taken_from_another_value(like: Callable[..., Tensor]) -> None:
-    model = model_of(lambda m, x: m.bn(like(m.conv(x), x)), conv=conv(6, 6, 1), bn=bn(6))
+@pytest.mark.parametrize(
+    "change",
+    [lambda y, x: y.view_as(x), lambda y, x: y.reshape_as(x), lambda y, _x: torch.rsub(y, 2.0, alpha=3)],
+    ids=["view_as", "reshape_as", "rsub with a factor"],
+)
+def test_an_operation_between_a_layer_and_its_norm(change: Callable[..., Tensor]) -> None:
+    model = model_of(lambda m, x: m.bn(change(m.conv(x), x)), conv=conv(6, 6, 1), bn=bn(6))
     assert check(model, images(6)).folded == 1
-
-
-def test_rsub_with_a_factor() -> None:
-    model = model_of(lambda m, x: m.bn(torch.rsub(m.conv(x), 2.0, alpha=3)), conv=conv(), bn=bn())
-    assert check(model, images()).folded == 1
 
 
 def test_weights_computed_by_operators_for_float32_alone() -> None:
@@ -316,16 +308,12 @@ def test_a_branch_that_is_read_elsewhere_is_not_merged_into() -> None:
 
 
 def test_a_weight_computed_from_shared_factors_counts_as_a_copy() -> None:
-    class Factors(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Parameter(torch.randn(24, 2)), nn.Parameter(torch.randn(2, 24))
-            self.bn = nn.BatchNorm1d(24)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(functional.linear(x, self.a @ self.b)) + functional.linear(x, self.b) @ self.a.t()
-
-    model = randomise(Factors()).eval()
+    a, b = nn.Parameter(torch.randn(24, 2)), nn.Parameter(torch.randn(2, 24))
+    net = Graph(
+        lambda m, x: m.bn(functional.linear(x, m.a @ m.b)) + functional.linear(x, m.b) @ m.a.t(),
+        a=a, b=b, bn=nn.BatchNorm1d(24),
+    )  # fmt: skip
+    model = randomise(net).eval()
     assert check(model, torch.randn(2, 24)).folded == 0
     assert check(model, torch.randn(2, 24), max_growth=6.0).folded == 1
 

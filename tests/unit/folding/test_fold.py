@@ -1,7 +1,5 @@
 """Every case of the table: the outcome of each BatchNorm, the equality of the outputs, and the fold report."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -12,7 +10,7 @@ import pytest
 import torch
 from cases import CASES, Case, randomise
 from module_fold_models import tensors
-from support.models import AddCMul, bn, graph, sequential
+from support.models import AddCMul, Graph, bn, graph, sequential
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
@@ -160,15 +158,9 @@ def test_half_precision_overflow_is_refused_before_the_cast() -> None:
 
 
 def test_mixed_precision_is_refused() -> None:
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 6, 3).half(), randomise(nn.BatchNorm2d(6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(self.conv(x).float())
-
-    result = bnexport.fold(Mixed().eval(), torch.randn(2, 3, 8, 8).half())
+    layers = {"conv": nn.Conv2d(3, 6, 3).half(), "bn": randomise(nn.BatchNorm2d(6))}
+    mixed = Graph(lambda m, x: m.bn(m.conv(x).float()), **layers)
+    result = bnexport.fold(mixed.eval(), torch.randn(2, 3, 8, 8).half())
     assert [row.outcome for row in result.report.rows] == ["affine"]
     assert "it follows to" in result.report.rows[0].reason
 
@@ -250,15 +242,9 @@ def test_an_affine_that_stays_is_one_operation(build: Callable[[], nn.Module]) -
 
 
 def test_a_scale_and_a_table_of_positions_are_not_a_batch_norm() -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Parameter(torch.randn(1, 2, 4, 4))
-
-        def forward(self, q: Tensor, k: Tensor) -> Tensor:
-            return (q @ k.transpose(-2, -1) * 0.35 + self.table).softmax(-1)
-
-    assert bnexport.fold(Attention(), (torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3))).report.rows == ()
+    table = nn.Parameter(torch.randn(1, 2, 4, 4))
+    attention = Graph(lambda m, q, k: (q @ k.transpose(-2, -1) * 0.35 + m.table).softmax(-1), table=table)
+    assert bnexport.fold(attention, (torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3))).report.rows == ()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """The fold report as a person reads it, and the JSON that a manifest keeps."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """``fold_modules``: the user's own class with folded weights; what has no place in a module stays, with its reason."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import pickle

@@ -1,7 +1,5 @@
 """``fold_modules``: what has no place in the user's modules stays with its reason, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

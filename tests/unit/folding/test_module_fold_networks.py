@@ -1,7 +1,5 @@
 """``fold_modules`` on networks of torchvision and timm: class, forward and names kept, equal in float64."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable

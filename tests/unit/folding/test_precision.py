@@ -1,7 +1,5 @@
 """Networks in float16 and bfloat16: folded in float64, cast once, and legal for engines that take no mixed types."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import onnx

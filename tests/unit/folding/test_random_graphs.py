@@ -1,7 +1,5 @@
 """Random graphs: a folded network computes the same, and every BatchNorm has a row in the fold report."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, seed, settings

@@ -1,7 +1,5 @@
 """Every reason in the fold report is the true one: a small network for each, and what would help."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

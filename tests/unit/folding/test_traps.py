@@ -1,12 +1,11 @@
 """Graphs made to mislead a fold: each must be folded exactly, or kept with a reason; every BatchNorm is in the fold report."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
 import torch
 from cases import randomise
+from support.models import Graph
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
@@ -20,7 +19,7 @@ from bnexport.folding.torch_backend.torch_constants import TorchConstants
 class Parts(nn.Module):
     """A convolution, a BatchNorm, and a norm's scale and shift as plain parameters."""
 
-    def __init__(self, forward: Callable[[Parts, Tensor], Tensor]) -> None:
+    def __init__(self, forward: Callable[["Parts", Tensor], Tensor]) -> None:
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
         self.gamma, self.beta = nn.Parameter(torch.randn(4, 1, 1)), nn.Parameter(torch.randn(4, 1, 1))
@@ -30,11 +29,9 @@ class Parts(nn.Module):
         return self._forward(self, x)
 
 
-def parts(forward: Callable[[Parts, Tensor], Tensor]) -> Parts:
+def parts(forward: Callable[[Parts, Tensor], Tensor]) -> nn.Module:
     torch.manual_seed(0)
-    model = randomise(Parts(forward)).eval()
-    assert isinstance(model, Parts)
-    return model
+    return randomise(Parts(forward)).eval()
 
 
 def images(*shape: int) -> Tensor:
@@ -69,15 +66,10 @@ def test_a_computed_constant_changed_through_a_view_is_none() -> None:
 
 
 def test_a_vector_as_the_weight_of_a_linear_layer_has_no_channels() -> None:
-    class Dot(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.gamma, self.beta = (nn.Parameter(torch.randn(size)) for size in ((8,), (), ()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight) * self.gamma + self.beta
-
-    (row,) = check(Dot(), images(3, 8)).report.rows
+    sizes = {"weight": (8,), "gamma": (), "beta": ()}
+    plain = {name: nn.Parameter(torch.randn(size)) for name, size in sizes.items()}
+    dot = Graph(lambda m, x: nn.functional.linear(x, m.weight) * m.gamma + m.beta, **plain)
+    (row,) = check(dot, images(3, 8)).report.rows
     assert row.outcome == "affine"
     assert "vector" in row.reason
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -210,22 +208,8 @@ def test_no_byte_of_the_manifest_can_change(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "../evil",
-        "a/../../evil",
-        "/etc/passwd",
-        "//x",
-        "..",
-        ".",
-        "",
-        "a//b",
-        "a/./b",
-        "./a",
-        "a\\..\\..\\b",
-        "a/",
-        "a\0b",
-    ],
-)
+    ["../evil", "a/../../evil", "/etc/passwd", "//x", "..", ".", "", "a//b", "a/./b", "./a", "a\\..\\..\\b", "a/", "a\0b"],
+)  # fmt: skip
 def test_names_that_leave_the_bundle_are_refused(folder: Path, name: str) -> None:
     (folder.parent / "evil").write_bytes(b"a model")
 
@@ -265,19 +249,15 @@ def test_a_forged_value_of_another_kind_is_refused_or_harmless(folder: Path, key
     assert manifest.to_json()[key] == odd
 
 
+_Y = {"name": "y", "dtype": "float32", "shape": ["n"]}
+_X = {"name": "x", "dtype": "float32", "shape": ["n", "h"]}
 SIGNATURES = {
-    "no inputs": {"inputs": [], "outputs": [{"name": "y", "dtype": "float32", "shape": ["n"]}]},
+    "no inputs": {"inputs": [], "outputs": [_Y]},
     "unknown element type": {"inputs": [{"name": "x", "dtype": "float8", "shape": ["n"]}], "outputs": []},
     "no shape": {"inputs": [{"name": "x", "dtype": "float32"}], "outputs": []},
-    "half a dimension": {
-        "inputs": [{"name": "x", "dtype": "float32", "shape": ["n", 1.5]}],
-        "outputs": [{"name": "y", "dtype": "float32", "shape": ["n"]}],
-    },
+    "half a dimension": {"inputs": [_X | {"shape": ["n", 1.5]}], "outputs": [_Y]},
     **{
-        f"smallest of {smallest}": {
-            "inputs": [{"name": "x", "dtype": "float32", "shape": ["n", "h"], "smallest": smallest}],
-            "outputs": [{"name": "y", "dtype": "float32", "shape": ["n"]}],
-        }
+        f"smallest of {smallest}": {"inputs": [_X | {"smallest": smallest}], "outputs": [_Y]}
         for smallest in ({"w": 3}, {"h": 3.0}, {"h": True}, {"h": -1}, {"h": 2**62}, [3], "h", 3)
     },
 }
@@ -300,10 +280,11 @@ def test_all_problems_are_listed(folder: Path) -> None:
     ]
 
 
-def test_a_file_that_can_not_be_read_is_a_problem(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> str:
-        raise PermissionError(13, "Permission denied", str(path))
+def refuse(path: Path) -> str:
+    raise PermissionError(13, "Permission denied", str(path))
 
+
+def test_a_file_that_can_not_be_read_is_a_problem(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Bundle.open(folder)
     monkeypatch.setattr(module, "sha256", refuse)
     assert "Permission denied" in (opened.problem(MODEL_ONNX) or "")
@@ -312,9 +293,6 @@ def test_a_file_that_can_not_be_read_is_a_problem(folder: Path, monkeypatch: pyt
 
 
 def test_a_folder_that_can_not_be_entered_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> bool:
-        raise PermissionError(13, "Permission denied", str(self))
-
     monkeypatch.setattr(Path, "is_file", refuse)
     with pytest.raises(BundleError, match="Permission denied"):
         Bundle.open(folder)

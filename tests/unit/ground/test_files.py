@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
@@ -28,6 +26,11 @@ def content_of(folder: Path) -> dict[str, str]:
 def old_folder(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "a").write_text("old")
+
+
+def write(tmp_path: Path, force: bool) -> None:
+    with staged_directory(tmp_path / "1", force=force) as stage:
+        (stage / "a").write_text("new")
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -125,15 +128,10 @@ def test_an_exception_in_the_block_leaves_nothing(tmp_path, error, force):
 def test_a_full_disk_leaves_no_staged_folder(tmp_path, monkeypatch, step, force):
     if force:
         old_folder(tmp_path)
-
-    def write():
-        with staged_directory(tmp_path / "1", force=force) as stage:
-            (stage / "a").write_text("new")
-
     with monkeypatch.context() as patch:
         patch.setattr(step, full)
         with pytest.raises(OutputError, match=r"1 can't be written: .*No space left"):
-            write()
+            write(tmp_path, force)
     assert content_of(tmp_path) == ({"1/a": "old"} if force else {})
 
 
@@ -173,13 +171,9 @@ def test_a_failed_swap_keeps_the_old_folder(tmp_path, monkeypatch, error, failin
             raise error
         return rename(self, target)
 
-    def write():
-        with staged_directory(tmp_path / "1", force=True) as stage:
-            (stage / "a").write_text("new")
-
     monkeypatch.setattr(Path, "rename", flaky)
     with pytest.raises((OutputError, KeyboardInterrupt)):
-        write()
+        write(tmp_path, force=True)
     assert len(calls) == failing + (failing == 2)
     assert content_of(tmp_path) == {"1/a": "old"}
 
@@ -194,13 +188,9 @@ def test_an_interrupt_after_the_swap_keeps_the_new_folder(tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return done
 
-    def write():
-        with staged_directory(tmp_path / "1", force=True) as stage:
-            (stage / "a").write_text("new")
-
     monkeypatch.setattr(Path, "rename", late)
     with pytest.raises(KeyboardInterrupt):
-        write()
+        write(tmp_path, force=True)
     assert content_of(tmp_path) == {"1/a": "new"}
 
 

@@ -1,7 +1,5 @@
 """An interrupt that some code swallows still stops what comes after it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

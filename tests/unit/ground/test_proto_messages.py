@@ -1,7 +1,5 @@
 """The compiled descriptors are those of the .proto files, and no name of them is in protobuf's default pool."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shutil

@@ -3,8 +3,6 @@
 The order is made by events and barriers. ``until`` polls for a state that must come; no test concludes from time passed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 import threading

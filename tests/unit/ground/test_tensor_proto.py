@@ -1,7 +1,5 @@
 """Tensors read without onnx, against onnx itself: the same values, the same bytes, and no other exception than a refusal."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import pytest

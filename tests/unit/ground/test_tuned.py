@@ -1,7 +1,5 @@
 """tuned.json: what is written is read on the same machine, and every other file is refused with a reason."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Folders with a user's networks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

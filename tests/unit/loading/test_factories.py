@@ -1,7 +1,5 @@
 """Factories: a user's own code that makes the network, and all the ways in which it fails."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """Files in the wrong place get their true names and a remedy: as a source, as weights, as an ONNX file."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import pickle

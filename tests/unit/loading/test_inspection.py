@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -103,34 +101,26 @@ def test_a_users_bundle_has_the_order_of_its_fold_report(bundle):
         assert "sorted by name" in found.note
 
 
-def test_a_changed_bundle_is_refused(bundle):
-    flip_bit(bundle / WEIGHTS)
-    with pytest.raises(BundleError, match="was changed"):
+@pytest.mark.parametrize(("spoil", "message"), [(flip_bit, "was changed"), (Path.unlink, "is missing")])
+def test_a_bundle_with_changed_or_without_weights_is_refused(bundle, spoil, message):
+    spoil(bundle / WEIGHTS)
+    with pytest.raises(BundleError, match=message):
         inspect_path(bundle)
-
-
-def test_a_bundle_without_weights_is_refused(bundle):
-    (bundle / WEIGHTS).unlink()
-    with pytest.raises(BundleError, match="is missing"):
-        inspect_path(bundle)
-
-
-def test_a_file_of_torch_save_is_named(tmp_path):
-    torch.save({"bn.weight": torch.ones(2)}, tmp_path / "a.pt")
-    with pytest.raises(ModelError, match=r"a\.pt is a file of torch\.save; only safetensors files are inspected"):
-        inspect_path(tmp_path / "a.pt")
-
-
-def test_what_holds_no_batch_norm(tmp_path):
-    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(ModelError, match=r"a\.safetensors holds no BatchNorm"):
-        inspect_path(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere", "does not exist"), (".", "holds no model"), ("t", "not a complete")]
+    ("name", "message"),
+    [
+        ("nowhere", "does not exist"),
+        (".", "holds no model"),
+        ("t", "not a complete"),
+        ("a.pt", r"a\.pt is a file of torch\.save; only safetensors files are inspected"),
+        ("a.safetensors", r"a\.safetensors holds no BatchNorm"),
+    ],
 )
-def test_what_can_not_be_read(tmp_path, name, message):
+def test_what_can_not_be_inspected(tmp_path, name, message):
     (tmp_path / "t").write_text("text " * 9)
+    torch.save({"bn.weight": torch.ones(2)}, tmp_path / "a.pt")
+    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=message):
         inspect_path(tmp_path / name)

@@ -1,7 +1,5 @@
 """Sources: a checkpoint, a run, a known network with weights, a user's factory with weights."""
 
-from __future__ import annotations
-
 import pickle
 from collections import OrderedDict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights files: which names and which sets of weights fit a network, and what is refused."""
 
-from __future__ import annotations
-
 import collections
 import json
 import re

@@ -1,7 +1,5 @@
 """Networks of torchvision and timm by name, without a download."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Networks, weights files and checks that the tests of loading share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A process of test_synced_batch_norm: ``synced_child.py RANK SIZE FOLDER``. Saves what it computed, by case."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from pathlib import Path

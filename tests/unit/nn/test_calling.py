@@ -1,7 +1,5 @@
 """Calling a user's module: on a copy, with the line at which it fails."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -6,6 +6,7 @@ import torch
 from cases import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import Graph
 from torch import nn
 
 from bnexport.errors import DataError, FeedError, ModelError
@@ -87,16 +88,8 @@ def test_the_old_statistics_and_the_order_of_batches_do_not_matter():
 
 
 def test_a_layer_called_twice_gets_the_values_of_both_calls():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(3)
-            self.unused = nn.BatchNorm1d(3)
-
-        def forward(self, X):
-            return self.norm(X) + self.norm(input=10 * X + 4)
-
-    model = Twice()
+    layers = {"norm": nn.BatchNorm1d(3), "unused": nn.BatchNorm1d(3)}
+    model = Graph(lambda m, X: m.norm(X) + m.norm(input=10 * X + 4), **layers)
     model.unused.running_var.fill_(3.0)
     X = noise(6, 3)
     assert recalibrate(model, [X]) == 1
@@ -236,15 +229,8 @@ def test_population_reads_old_statistics_nowhere():
 
 
 def test_population_with_a_layer_that_feeds_itself():
-    class Loop(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.unused = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-
-        def forward(self, X):
-            return self.norm(3 * self.norm(X) + 1)
-
-    model, X = Loop(), noise(8, 3, scale=4.0)
+    layers = {"norm": nn.BatchNorm1d(3), "unused": nn.BatchNorm1d(3)}
+    model, X = Graph(lambda m, X: m.norm(3 * m.norm(X) + 1), **layers), noise(8, 3, scale=4.0)
     model.norm.running_var.fill_(100.0)
     assert recalibrate_by_layer(model, lambda: [X]) == 1
     once = (X - X.mean(0)) / torch.sqrt(X.var(0, correction=0) + 1e-5)

@@ -1,7 +1,5 @@
 """BatchNorm over several processes: what one process computes with the whole batch, in float64."""
 
-from __future__ import annotations
-
 import functools
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """bnexport's operators of the evaluator against onnx's reference implementation in float64, on random shapes."""
 
-from __future__ import annotations
-
 import math
 import tracemalloc
 from collections.abc import Callable

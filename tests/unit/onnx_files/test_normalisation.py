@@ -1,7 +1,5 @@
 """Files of other exporters: normalised before the check, folded, and proved against the original file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

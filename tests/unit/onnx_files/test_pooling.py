@@ -1,7 +1,5 @@
 """Pooling of the float64 proof against torch, whose rounding up of window counts is that of the exporter."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

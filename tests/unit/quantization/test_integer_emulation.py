@@ -1,7 +1,5 @@
 """Saturating sums against a loop over pairs, and the layers that ONNX Runtime computes in integers."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Ranges and means from BatchNorm, against samples of the distributions that they describe."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

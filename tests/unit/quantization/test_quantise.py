@@ -1,7 +1,5 @@
 """A whole network in int8: ranges from BatchNorm and from calibration, the written graph, refusals."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pair-safe codes, their scales, corrected biases."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

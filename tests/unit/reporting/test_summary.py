@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from bnexport.reporting.summary import certified, flipped, predicted_sentence, rate_bound

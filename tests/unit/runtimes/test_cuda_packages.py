@@ -1,7 +1,5 @@
 """CUDA packages that do not fit together, with the records of torch, onnxruntime and the installed packages replaced."""
 
-from __future__ import annotations
-
 import json
 import sys
 from importlib import metadata

@@ -1,7 +1,5 @@
 """Runners in a separate process: the same numbers and errors, a clean environment, and no process that stays."""
 
-from __future__ import annotations
-
 import gc
 import io
 import json

@@ -1,7 +1,5 @@
 """Nodes that a GPU session may keep on the CPU, judged without a GPU: onnxruntime infers their outputs on the CPU."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import onnx.parser

@@ -1,7 +1,5 @@
 """Settings of a session and the settings in effect; fakes stand for sessions on other machines."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Faults of a GPU, and of networks that only work on a CPU, with torch's own classes and messages; no GPU is needed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Convolutions as matrix products against torch's own, for every kind; what does not fit stays torch's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Shared fixtures and samples of the tests of the server's parts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Natural batching with a runner whose speed a test sets."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

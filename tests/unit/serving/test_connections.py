@@ -1,7 +1,5 @@
 """Connections: what is refused before it is a request, and clients that are slow, idle, or do not read."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """Short requests take another path through the server, with the same answers."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """Messages are split, decoded and encoded without a server, and compared with protobuf's parser."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models other than batch of images to batch of scores: answers must not depend on concurrent requests."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

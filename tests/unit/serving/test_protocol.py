@@ -1,7 +1,5 @@
 """Decoding and encoding without HTTP and without an engine."""
 
-from __future__ import annotations
-
 import json
 import struct
 from typing import Any

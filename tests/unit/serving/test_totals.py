@@ -1,7 +1,5 @@
 """Counters of several processes: whole at any moment, summed, and never falling."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from collections import Counter

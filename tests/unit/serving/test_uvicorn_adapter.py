@@ -1,7 +1,5 @@
 """The contract with uvicorn: its private parts that the adapter uses exist, and without one of them the server still serves."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import sys

@@ -1,7 +1,5 @@
 """A process of test_fake_cuda: trains on CUDA tensors that hold no numbers, and prints what became of each case as JSON."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

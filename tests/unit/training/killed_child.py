@@ -3,8 +3,6 @@
 Nothing is computed here before a fork, because torch's threads do not survive one. Prints one JSON line per kill.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """A process of test_peers: its main thread waits as in a kernel of NCCL that never ends, or leaves in a given way."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """A process of test_processes, started by torchrun with a folder. Several checks, because a start takes seconds."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

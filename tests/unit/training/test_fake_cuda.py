@@ -4,8 +4,6 @@ torch's autograd wants one CUDA device before it runs backward on such tensors. 
 loaded before torch, pretends that device to a child process; nothing is computed on it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Optimisers whose first step is skipped, as the scaling of float16 losses does, and their state in a checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

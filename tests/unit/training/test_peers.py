@@ -1,7 +1,5 @@
 """A lost process is noticed although the main thread of the others waits for ever, as in a kernel of NCCL."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

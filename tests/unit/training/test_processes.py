@@ -1,7 +1,5 @@
 """Several processes on this machine, started by torchrun."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

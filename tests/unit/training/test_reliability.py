@@ -1,7 +1,5 @@
 """Kill -9 at random moments, a disk that is full, two runs at once: real processes, real signals, real limits."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """Optimisers, schedules, samples, pooling, networks: the parts of a training of any classifier."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

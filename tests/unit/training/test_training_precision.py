@@ -1,7 +1,5 @@
 """One rule: training steps round as the user's torch does, evaluation and exact statistics run in strict float32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

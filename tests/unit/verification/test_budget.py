@@ -1,7 +1,5 @@
 """The number of samples that a verification compares, and evaluations of inputs of one size in one call."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Stage 1 for model.pt and model.pt2: right files pass far below the bound, and each fault is caught by one of its rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -5,8 +5,6 @@ engine does. Another version or processor has other kernels, which may be more e
 factor. An error above that factor fails here too, because a verification on that machine would then refuse a right engine.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import math

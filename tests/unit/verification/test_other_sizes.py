@@ -1,7 +1,5 @@
 """A file whose image size varies is run at another size than the one it was exported with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

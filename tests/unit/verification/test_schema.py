@@ -1,7 +1,5 @@
 """The JSON report fits its schema, and the schema refuses everything else."""
 
-from __future__ import annotations
-
 import copy
 import json
 import operator

@@ -1,7 +1,5 @@
 """The self-test: a right verifier catches every fault, and the self-test detects a verifier that does not."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator

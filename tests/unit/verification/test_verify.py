@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.bundles import copy_bundle, network, reseal
+from support.bundles import copy_bundle, flip_bit, network, reseal
 from torch import nn
 
 from bnexport.bundle import GOLDEN, Bundle, write_golden
@@ -84,9 +82,7 @@ def test_a_changed_file_is_named_and_not_opened(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy_bundle(bundle, tmp_path / "1")
-    content = bytearray((folder / "model.onnx").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "model.onnx").write_bytes(content)
+    flip_bit(folder / "model.onnx")
 
     def never(*_args: object, **_options: object) -> None:
         raise AssertionError("the changed file was opened")

@@ -1,7 +1,5 @@
 """The table of small ONNX graphs: what must become of each BatchNormalization, and why it stays where it does."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """The whole table of small ONNX graphs: the plain ones, norms written as arithmetic, and arithmetic that is not a norm."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sizes that a file leaves open: numbers for them, shapes computed from shapes, and proofs that have something to compare."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every reason for which a norm stays in an ONNX file is the true one: a small network for each."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Folding of ONNX files: outcomes, exactness, stable names, idempotence, one row for each BatchNormalization."""
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import onnxruntime

@@ -1,7 +1,5 @@
 """Files that are hostile, broken or odd, names that must stay, numbers that must not appear; the torch backend agrees."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

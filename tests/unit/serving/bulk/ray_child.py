@@ -3,8 +3,6 @@
 Use: python ray_child.py BUNDLE SOURCE OUT SHARD_ROWS. Prints "killed N rows N".
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

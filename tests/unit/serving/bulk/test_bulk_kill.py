@@ -1,7 +1,5 @@
 """A bulk prediction in a separate process: killed between shards, interrupted, measured for memory, on Ray."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
