@@ -23,12 +23,14 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.evaluating.network_options import InspectionRequest, NetworkOptions, needed_dataset
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
+from bnexport.loading.inspection import Inspection
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source, unknown_reason
 from bnexport.loading.weights import is_safetensors
 from bnexport.loading.zoo import zoo_of
 from bnexport.nn.calling import place_of
 from bnexport.nn.moving_statistics import norm_layers
 from bnexport.nn.stale_statistics import StalenessReport, staleness
+from bnexport.nn.statistics import eps_of, layer_statistics
 from bnexport.optional import one_line
 from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
@@ -36,6 +38,10 @@ from bnexport.validation.file_kinds import kind_of
 
 #: Used for a checkpoint without a preprocessing: pixels from 0 to 1.
 DEFAULT_PREPROCESSING = Preprocessing()
+ASSUMED = (
+    "the preprocessing is unknown, so pixels / 255 is assumed, without mean and std; give those of the training with"
+    " --mean and --std"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class LoadedCheckpoint:
     file: Path  # The file that was read
     model: LoadedModel  # The network in eval mode on the CPU, with its facts
     metadata: Mapping[str, Any]  # Metadata of the checkpoint; for plain weights, the facts of ``model``
+    assumed: str = ""  # Sentence on the assumed preprocessing; "" if the file, the package or the options state it
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -106,10 +113,11 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedChe
             labels=model.labels if labels is None else tuple(labels),
             preprocessing=metadata.get("preprocessing") or model.preprocessing,
         )
+    assumed = ASSUMED if source is not None and given.assumes_pixels(model.preprocessing) else ""
     model = replace(model, labels=given.labels or model.labels, preprocessing=given.image(model.preprocessing))
     facts = checkpoint_of(model).metadata
     return LoadedCheckpoint(
-        file, model, {**(metadata or facts), **{key: facts[key] for key in ("labels", "preprocessing")}}
+        file, model, {**(metadata or facts), **{key: facts[key] for key in ("labels", "preprocessing")}}, assumed
     )
 
 
@@ -182,6 +190,7 @@ class TrainedNetwork:
     module: nn.Module  # The network; it is not changed
     dataset: str | None  # The data set that it was trained on; None if unknown
     preprocessing: Mapping[str, Any] | None  # JSON of the preprocessing; None if unknown
+    assumed: str = ""  # As in LoadedCheckpoint
 
 
 def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
@@ -218,7 +227,20 @@ def trained_network(path: Path, request: InspectionRequest | None = None) -> Tra
     trained = load_trained(path, given)
     if (name := given.dataset or trained.model.dataset) is not None:
         trained.classes(name, data_dir=given.data_dir)
-    return TrainedNetwork(trained.model.module, given.dataset or trained.model.dataset, trained.preprocessing.to_json())
+    return TrainedNetwork(
+        trained.model.module, given.dataset or trained.model.dataset, trained.preprocessing.to_json(), trained.assumed
+    )
+
+
+def inspect_network(path: Path, request: InspectionRequest) -> Inspection:
+    """Return the statistics of a weights file of any kind, read into the user's network; errors are those of load_trained."""
+    trained = load_trained(path, request)
+    eps = eps_of(trained.model.module)
+    layers = {layer.name: layer for layer in layer_statistics(trained.model.module.state_dict(), eps=eps)}
+    if not layers:
+        raise ModelError(f"{trained.file} holds no BatchNorm", remedy="Inspect a network with BatchNorm layers")
+    order = [*(name for name in eps if name in layers), *(name for name in layers if name not in eps)]
+    return Inspection(trained.file, tuple(layers[name] for name in order))
 
 
 def sampled_staleness(

@@ -333,6 +333,33 @@ def test_inspect_compares_the_statistics_of_one_s_own_network(home: Home, export
     assert "--source" in err
 
 
+@pytest.mark.parametrize("words", [("--source", "SOURCE"), ("--source", "SOURCE", *IMAGE, "--dataset", "DATASET")])
+def test_inspect_reads_a_file_of_torch_with_its_code(words: tuple[str, ...], home: Home, cli: Run) -> None:
+    places = {"SOURCE": home.source, "DATASET": home.dataset}
+    code, out, _ = cli("inspect", home.weights, *(places.get(word, word) for word in words))
+    assert code == 0
+    assert "block.bn2" in out
+    assert ("mean off" in out) is ("DATASET" in words)
+    code, _, err = cli("inspect", home.weights)
+    assert code == 2
+    assert "--source" in err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recalibrate", "inspect"])
+def test_an_assumed_preprocessing_is_printed_and_recorded(command: str, home: Home, tmp_path: Path, cli: Run) -> None:
+    words = (command, home.weights, "--source", home.source, "--input", "3x32x32", "--dataset", home.dataset)
+    more = ("--out", tmp_path / "exact.safetensors", "--force") if command == "recalibrate" else ()
+    as_json = ("--json", "-") if command == "evaluate" else ("--json",)
+    for given, assumed in ((), True), (IMAGE[2:], False):
+        code, out, err = cli(*words, *given, *more, *as_json)
+        assert code == 0
+        assert ("pixels / 255 is assumed" in err and "--mean and --std" in err) is assumed
+        if command != "inspect":
+            assert bool(json.loads(out)["assumed"]) is assumed
+    if command == "evaluate":
+        assert json.loads(out)["preprocessing"] == PREPROCESSING.to_json()
+
+
 # Python
 
 

@@ -117,7 +117,7 @@ def test_a_bundle_without_weights_is_refused(bundle):
 
 def test_a_file_of_torch_save_is_named(tmp_path):
     torch.save({"bn.weight": torch.ones(2)}, tmp_path / "a.pt")
-    with pytest.raises(ModelError, match=r"a\.pt is a file of torch\.save; only safetensors files are inspected"):
+    with pytest.raises(ModelError, match=r"a\.pt is a file of torch\.save, which is inspected only with the code"):
         inspect_path(tmp_path / "a.pt")
 
 
