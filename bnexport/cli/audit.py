@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bnexport.auditing.tool_table import TOOLS
-from bnexport.cli.options import EXISTING, PATH, given_options, numbers, options_of, read_model_options
+from bnexport.cli.options import PATH, given_options, numbers, options_of, read_model_options
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest
 from bnexport.optional import need_packages
@@ -33,7 +33,7 @@ _OF_INT8 = ("reference", "samples", "mean", "std", "repair", "force")
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed of the inputs."
 )
-@click.option("--reference", type=EXISTING, help="Float32 ONNX file of an int8 file. Int8 files only.")
+@click.option("--reference", type=PATH, help="Float32 ONNX file of an int8 file. Int8 files only.")
 @click.option(
     "--samples",
     type=PATH,
@@ -62,8 +62,9 @@ def command(
     from bnexport.cli.fold_and_export import is_onnx
 
     if is_onnx(source):
-        if not Path(source).is_file():
-            raise UsageError(f"{source} does not exist, or is not a file", remedy="Check the path")
+        for path in filter(None, (Path(source), options["reference"])):
+            if not path.is_file():
+                raise UsageError(f"{path} does not exist, or is not a file", remedy="Check the path")
         _refuse_options(source, _OF_NETWORKS, "takes a network, not an int8 file")
         return _audit_int8(Path(source), **{name: options[name] for name in (*_OF_INT8, "as_json")})
     _refuse_options(source, _OF_INT8, "takes an int8 ONNX file")

@@ -23,7 +23,6 @@ from bnexport.runtimes.catalogue import RUNNERS
 
 #: Types of the options that name files and folders, and runtimes.
 PATH = click.Path(path_type=Path)
-EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 RUNTIME = click.Choice([spec.name for spec in RUNNERS])
 
 

@@ -1,4 +1,4 @@
-"""The journey of one's own network: a checkpoint, a folder of pictures and a file of labels, through every command."""
+"""The journey of a user's own network: a checkpoint, a folder of pictures and a file of labels, through every command."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_a_verification_drops_no_request(
     assert message in err
 
 
-# What the verdict covers
+# Scope of the verdict
 
 
 def test_the_verdict_states_what_it_covers_and_prints_the_full_check(home: Home, exported: Bundle, cli: Run) -> None:
@@ -324,7 +324,7 @@ def test_plain_weights_are_recalibrated_and_the_result_is_a_checkpoint(home: Hom
     assert f"{SAMPLES} of {SAMPLES}" in shown
 
 
-def test_inspect_compares_the_statistics_of_one_s_own_network(home: Home, exported: Bundle, cli: Run) -> None:
+def test_inspect_compares_the_statistics_of_a_user_s_network(home: Home, exported: Bundle, cli: Run) -> None:
     code, out, _ = cli("inspect", exported.path, "--source", home.source, "--dataset", home.dataset)
     assert code == 0
     assert "block.bn2" in out.partition("mean off")[2]

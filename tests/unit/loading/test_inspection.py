@@ -121,7 +121,7 @@ def test_a_file_of_torch_save_is_named(tmp_path):
         inspect_path(tmp_path / "a.pt")
 
 
-def test_what_holds_no_batch_norm(tmp_path):
+def test_a_file_without_batch_norm(tmp_path):
     safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=r"a\.safetensors holds no BatchNorm"):
         inspect_path(tmp_path / "a.safetensors")
@@ -130,7 +130,7 @@ def test_what_holds_no_batch_norm(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"), [("nowhere", "does not exist"), (".", "holds no model"), ("t", "not a complete")]
 )
-def test_what_can_not_be_read(tmp_path, name, message):
+def test_files_that_can_not_be_read(tmp_path, name, message):
     (tmp_path / "t").write_text("text " * 9)
     with pytest.raises(ModelError, match=message):
         inspect_path(tmp_path / name)

@@ -211,7 +211,7 @@ def test_everything_that_was_found_is_shown(render: Render) -> None:
         assert expected in words, expected
 
 
-def test_what_was_missed_is_as_loud_as_a_failure(render: Render) -> None:
+def test_a_missed_fault_looks_like_a_failure(render: Render) -> None:
     report = full_report(passed=True).with_self_test(full_report().findings.self_test or ())
     assert not report.failures
     text = render(verification=report)

@@ -183,7 +183,7 @@ def build():
 # --- the note on a resumed run that may differ
 
 
-def test_what_differs_is_named():
+def test_differences_are_named():
     now = MadeBy("cpu", "a", 2, 1, "2.14")
     assert now.differs_from(now.to_json()) is None
     assert now.differs_from({}) is None, "older checkpoints do not contain it"
