@@ -101,7 +101,7 @@ def _bundle(network: str, folder: Path) -> Path:
 
 
 def prepare(network: str, folder: Path) -> None:
-    """Write a network with statistics of its own per channel, in eval mode."""
+    """Write a network with different statistics per channel, in eval mode."""
     import torch
 
     if network == LENET:
@@ -124,7 +124,7 @@ def prepare(network: str, folder: Path) -> None:
 
 
 def measure(way: str, network: str, folder: Path) -> Run:
-    """Run one side in a process of its own, imports included.
+    """Run one side in a separate process, imports included.
 
     Raises:
         ModelError: The process failed.

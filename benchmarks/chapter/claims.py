@@ -246,7 +246,7 @@ def _affine(results: Results) -> list[Claim]:
     return [
         Claim("Gamma and beta are learned: they leave 1 and 0.", moved, f"{'; '.join(parts) or 'No run learned'}."),
         Claim(
-            "Seeds give channels of their own, but layers alike.",
+            "Seeds give different channels, but similar layers.",
             agree and len(runs) > 1,
             f"Deviation of a layer's mean gamma over seeds against that of gamma over channels: {'; '.join(apart) or '-'}.",
         ),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from bnexport.data.images import folder_entries
 from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing
 from bnexport.data.samples import load_samples
 from bnexport.errors import BnexportError, DataError, ExportError, ModelError, RuntimeUnavailable, UsageError
@@ -187,7 +188,8 @@ def _samples(
         raise UsageError(f"--samples {path} is a folder of images", remedy="Pass --mean and --std as well")
     kind = PixelPreprocessing if inputs[0].dtype == "uint8" else Preprocessing
     given = None if image is None else kind.from_json(image)
-    return load_samples(path, replace(declared, inputs=inputs), given, limit=_MOST).feeds
+    names = [folder.name for folder in folder_entries(path)[0]] if path.is_dir() else []  # classes are not compared
+    return load_samples(path, replace(declared, inputs=inputs), given, labels=names or None, limit=_MOST).feeds
 
 
 def _signature(model: ModelProto) -> Signature:

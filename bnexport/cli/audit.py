@@ -62,6 +62,9 @@ def command(
     from bnexport.cli.fold_and_export import is_onnx
 
     if is_onnx(source):
+        for path in filter(None, (Path(source), options["reference"])):
+            if not path.is_file():
+                raise UsageError(f"{path} does not exist, or is not a file", remedy="Check the path")
         _refuse_options(source, _OF_NETWORKS, "takes a network, not an int8 file")
         return _audit_int8(Path(source), **{name: options[name] for name in (*_OF_INT8, "as_json")})
     _refuse_options(source, _OF_INT8, "takes an int8 ONNX file")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bnexport.cli.options import PATH, options_of, values_of
-from bnexport.cli.output import STDOUT, prints_aside, progress_bar, write_json
+from bnexport.cli.output import STDOUT, prints_aside, progress_bar, warn, write_json
 from bnexport.evaluating.network_options import EvaluationRequest, InspectionRequest, RecalibrationRequest
 from bnexport.optional import need_packages
+from bnexport.validation.file_kinds import kind_of
 
 
 @click.command("evaluate", epilog="Example: bnexport evaluate models/bn_lenet/1 --confusion confusion.png")
@@ -24,8 +26,8 @@ from bnexport.optional import need_packages
 def evaluate(path: Path, confusion: Path | None, json_file: str | None, **options: Any) -> None:
     """Measure a network on the test images of a data set: accuracy, loss, scores per class, confusion matrix.
 
-    PATH is a run directory or checkpoint, which torch runs, or a bundle, which any runtime runs. The accuracy is printed
-    with its 95 % Wilson interval.
+    PATH is a run directory or checkpoint, or with --source the weights of your own network, which torch runs; or a bundle,
+    which any runtime runs. The accuracy is printed with its 95 % Wilson interval.
     """
     if confusion is not None:
         need_packages("bnexport evaluate --confusion", "matplotlib")
@@ -38,6 +40,7 @@ def evaluate(path: Path, confusion: Path | None, json_file: str | None, **option
     request = EvaluationRequest(**values_of(EvaluationRequest, options))
     with prints_aside(), progress_bar("evaluating") as advance:
         found = evaluate_path(path, request, on_batch=advance)
+    warn(found.assumed)
     written = [str(target) for target in (confusion, json_file) if target not in (None, STDOUT)]
     if confusion is not None:
         from bnexport.reporting.figures import confusion_picture
@@ -69,6 +72,7 @@ def recalibrate(checkpoint: Path, out: Path | None, as_json: bool, **options: An
     request = RecalibrationRequest(**values_of(RecalibrationRequest, options))
     with prints_aside(), progress_bar("re-estimating") as advance:
         done = recalibrate_checkpoint(checkpoint, out, request, on_batch=advance)
+    warn(done.assumed)
     print_recalibration(done, as_json=as_json)
 
 
@@ -84,18 +88,35 @@ def recalibrate(checkpoint: Path, out: Path | None, as_json: bool, **options: An
 def inspect(path: Path, statistics: bool, every: bool, as_json: bool, **options: Any) -> None:
     """Show the BatchNorm statistics of a network: a summary, each layer in the network's order, and unusual channels.
 
-    PATH is a run directory or checkpoint, any other .safetensors file, or a bundle. Dead channels (constant output) and
-    exploding ones (scale over 30 times the layer's median) are listed. --statistics, or an option that it needs, adds the
-    distance of the moving statistics from the exact ones, layer by layer.
+    PATH is a run directory or checkpoint, any other .safetensors file, a bundle, or with --source a weights file of torch.
+    Dead channels (constant output) and exploding ones (scale over 30 times the layer's median) are listed. --statistics,
+    or an option that it needs, adds the distance of the moving statistics from the exact ones, layer by layer.
     """
     from bnexport.loading.inspection import inspect_path
     from bnexport.reporting.results import print_statistics
 
     request = InspectionRequest(**values_of(InspectionRequest, options))
-    inspection, stale = inspect_path(path), None
-    if statistics or request != InspectionRequest():
+    compared = request
+    if _is_torch_file(path, request):
+        compared = replace(request, source=None, weights_key=None, model_options={})  # the rest asks for the comparison
+        need_packages("bnexport inspect --source", "torch", "safetensors")
+        from bnexport.evaluating.network import inspect_network
+
+        inspection = inspect_network(path, request)
+    else:
+        inspection = inspect_path(path)
+    stale = None
+    if statistics or compared != InspectionRequest():
         need_packages("bnexport inspect --statistics", "torch", "safetensors")
         from bnexport.evaluating.network import sampled_staleness, trained_network
 
-        stale = sampled_staleness(trained_network(path, request), data_dir=request.data_dir, download=True)
+        network = trained_network(path, request)
+        warn(network.assumed)
+        stale = sampled_staleness(network, data_dir=request.data_dir, download=True)
     print_statistics(inspection, stale=stale, as_json=as_json, every=every)
+
+
+def _is_torch_file(path: Path, request: InspectionRequest) -> bool:
+    """Return True for a weights file that only its network, named by --source, can read."""
+    kind = None if request.source is None or path.is_dir() else kind_of(path)
+    return kind is not None and kind.name in ("torch", "index")

@@ -27,6 +27,12 @@ def prints_aside() -> contextlib.AbstractContextManager[object]:
     return contextlib.redirect_stdout(sys.stderr)
 
 
+def warn(text: str) -> None:
+    """Print a warning on standard error; an empty text prints nothing."""
+    if text:
+        click.echo(f"WARNING: {text}", err=True)
+
+
 #: Seconds of the shortest stage that has a line in a log: a runtime that can't run here takes none.
 _SHOWN_FROM = 0.05
 #: File name that stands for standard output.

@@ -60,8 +60,9 @@ class TrainingDisplay(BarDisplay, TrainingListener):
         schedule = f", warm-up {config.warmup_epochs:g} epochs" if config.warmup_epochs else ""
         schedule += f", {config.schedule}" if config.schedule != "constant" else ""
         network = f"BN-LeNet, norm {config.norm}" if config.model == LENET else config.model
+        length = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
         self._console.print(
-            f"{network}, {config.epochs} epochs, {config.optimizer}, lr {config.lr:g}{schedule}, "
+            f"{network}, {length}, {config.optimizer}, lr {config.lr:g}{schedule}, "
             f"batch {config.batch_size}, seed {config.seed}, on {device}"
         )
         if first_epoch > config.epochs:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Evaluation:
     confusion: npt.NDArray[np.int64]  # (classes, classes); row: true class, column: predicted class
     environment: dict[str, Any]  # Hardware and versions
     note: str = ""  # Warning for the reader; "" without one
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)  # The preprocessing of the images, as in a manifest
+    assumed: str = ""  # Sentence on a preprocessing that was assumed, because nothing states it; "" if it is known
 
     @property
     def accuracy(self) -> float:
@@ -69,6 +71,8 @@ class Evaluation:
             f"top_{TOP_K}": self.top,
             "classes": [dict(vars(row)) for row in self.classes],
             "confusion": self.confusion.tolist(),
+            "preprocessing": dict(self.preprocessing),
+            "assumed": self.assumed,
             "note": self.note,
             "environment": self.environment,
         }
@@ -192,7 +196,9 @@ def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBat
     runtime = f"torch-{device.type}"
     subject = _Evaluated(trained.file, runtime, dataset, classes, trained.model.dataset, trained.preprocessing)
     found = _evaluation(classifier, subject, request, on_batch)
-    return replace(found, note="; ".join(filter(None, (found.note, *trained.model.notes))))
+    return replace(
+        found, note="; ".join(filter(None, (found.note, *trained.model.notes))), assumed=trained.model.assumed
+    )
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,7 @@ def _evaluation(
         classes=found.classes(subject.classes),
         confusion=found.counts,
         environment=environment(),
+        preprocessing=subject.preprocessing.to_json(),
         note="; ".join(_notes(subject, found, request.data_dir)),
     )
 

@@ -23,16 +23,24 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.evaluating.network_options import InspectionRequest, NetworkOptions, needed_dataset
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
+from bnexport.loading.inspection import Inspection
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source, unknown_reason
 from bnexport.loading.weights import is_safetensors
 from bnexport.loading.zoo import zoo_of
 from bnexport.nn.calling import place_of
 from bnexport.nn.moving_statistics import norm_layers
 from bnexport.nn.stale_statistics import StalenessReport, staleness
+from bnexport.nn.statistics import eps_of, layer_statistics
 from bnexport.optional import one_line
 from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
 from bnexport.validation.file_kinds import kind_of
+
+#: The warning of an evaluation whose preprocessing is unknown
+ASSUMED = (
+    "the preprocessing is unknown, so pixels / 255 is assumed, without mean and std; give those of the training with"
+    " --mean and --std"
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,12 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedChe
             labels=model.labels if labels is None else tuple(labels),
             preprocessing=metadata.get("preprocessing") or model.preprocessing,
         )
-    model = replace(model, labels=given.labels or model.labels, preprocessing=given.image(model.preprocessing))
+    model = replace(
+        model,
+        labels=given.labels or model.labels,
+        preprocessing=given.image(model.preprocessing),
+        assumed=ASSUMED if source is not None and given.assumes_pixels(model.preprocessing) else "",
+    )
     facts = checkpoint_of(model).metadata
     return LoadedCheckpoint(
         file, model, {**(metadata or facts), **{key: facts[key] for key in ("labels", "preprocessing")}}
@@ -204,6 +217,17 @@ def trained_network(path: Path, request: InspectionRequest | None = None) -> Loa
     if (name := given.dataset or trained.model.dataset) is not None:
         trained.classes(name, data_dir=given.data_dir)
     return replace(trained.model, dataset=name, preprocessing=trained.preprocessing.to_json())
+
+
+def inspect_network(path: Path, request: InspectionRequest) -> Inspection:
+    """Return the statistics of a weights file of any kind, read into the user's network; errors are those of load_trained."""
+    trained = load_trained(path, request)
+    eps = eps_of(trained.model.module)
+    layers = {layer.name: layer for layer in layer_statistics(trained.model.module.state_dict(), eps=eps)}
+    if not layers:
+        raise ModelError(f"{trained.file} holds no BatchNorm", remedy="Inspect a network with BatchNorm layers")
+    order = [*(name for name in eps if name in layers), *(name for name in layers if name not in eps)]
+    return Inspection(trained.file, tuple(layers[name] for name in order))
 
 
 def sampled_staleness(

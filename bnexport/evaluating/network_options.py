@@ -29,7 +29,7 @@ class NetworkOptions:
     """
 
     source: str | None = option(
-        "Code of your own network. The file holds its weights.", None, metavar="FILE.py:FACTORY"
+        "Code of your own network, for a file that contains only its weights.", None, metavar="FILE.py:FACTORY"
     )
     weights_key: str | None = option(
         "With --source: name of the set of weights, if the file has several.", None, metavar="NAME"
@@ -38,8 +38,12 @@ class NetworkOptions:
         "Argument of the factory of --source. Repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
     input: str | None = option("Shape of one image, as 3x224x224, for plain weights.", None, metavar="CxHxW")
-    mean: tuple[float, ...] | None = option("Mean per channel, as 0.485,0.456,0.406, for plain weights.", None)
-    std: tuple[float, ...] | None = option("Standard deviation per channel, as 0.229,0.224,0.225.", None)
+    mean: tuple[float, ...] | None = option(
+        "Mean per channel of pixels from 0 to 1, as 0.485,0.456,0.406, for plain weights.", None
+    )
+    std: tuple[float, ...] | None = option(
+        "Standard deviation per channel, as 0.229,0.224,0.225, for plain weights.", None
+    )
     labels: tuple[str, ...] | None = option("Text file with one class name per line, for plain weights.", None)
 
     def __post_init__(self) -> None:
@@ -58,6 +62,13 @@ class NetworkOptions:
         """Flags of the given options."""
         given = [item for item in fields(NetworkOptions) if getattr(self, item.name) not in (None, {})]
         return tuple(item.metadata.get("flag", f"--{item.name.replace('_', '-')}") for item in given)
+
+    def assumes_pixels(self, stated: Mapping[str, Any] | None) -> bool:
+        """Return True if neither the options nor ``stated`` give mean and std for the images that are used."""
+        if self.mean is not None or self.std is not None:
+            return False
+        image = self.image(stated)
+        return stated is None or (image is not None and image.get("channels") != stated.get("channels"))
 
     def image(self, stated: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         """Return the preprocessing as JSON: ``stated`` by the checkpoint or package, changed by the given options.
@@ -128,7 +139,9 @@ class RecalibrationRequest(NetworkOptions):
     """
 
     definition: str = option(
-        "; ".join(f"{name}: {meaning}" for name, meaning in DEFINITIONS.items()) + ".",
+        "Definition of exact statistics. "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in DEFINITIONS.items())
+        + ".",
         "batch",
         choices=tuple(DEFINITIONS),
     )

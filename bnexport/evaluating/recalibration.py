@@ -54,6 +54,7 @@ class Recalibration:
     distance: StalenessReport  # Distance of the old statistics from the exact ones, layer by layer
     environment: dict[str, Any]  # Hardware and versions
     notes: tuple[str, ...] = ()  # Sentences about choices in the weights file
+    assumed: str = ""  # Sentence on a preprocessing that was assumed, because nothing states it; "" if it is known
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -65,6 +66,7 @@ class Recalibration:
             "after": self.after.to_json(),
             "distance": self.distance.to_json(),
             "notes": list(self.notes),
+            "assumed": self.assumed,
             "environment": self.environment,
         }
 
@@ -163,7 +165,8 @@ def recalibrate_checkpoint(
     metadata = {**trained.metadata, "recalibrated": True, "recalibration": facts}
     save_checkpoint(target, Checkpoint(module.state_dict(), metadata))
     distance = StalenessReport(rows, len(order))
-    return Recalibration(file, target, facts, before, after, distance, environment(), trained.model.notes)
+    notes = trained.model.notes
+    return Recalibration(file, target, facts, before, after, distance, environment(), notes, trained.model.assumed)
 
 
 def _recalibrate(

@@ -123,18 +123,22 @@ class ExportRequest:
         choices=tuple(STORED_PRECISIONS),
     )
     input_type: str = option(
-        "'uint8': the files take pixels from 0 to 255, and scale and subtract the mean themselves.",
+        "Type of the input. uint8: the files take pixels from 0 to 255, and apply mean and std themselves.",
         "float32",
         choices=INPUT_TYPES,
     )
     calibrate: str | None = option(
-        "int8: 'none' for ranges from BatchNorm; or a data set, folder, .npy or .npz file.",
+        "With --precision int8: source of the ranges: none (BatchNorm), a data set, a folder, or an .npy or .npz file.",
         None,
         metavar="DATASET|PATH|none",
     )
-    target: str = option("int8: what the file is for.", "cpu", choices=INT8_TARGETS)
-    allow_flips: float | str | None = option("int8: labels that may change, as 1%.", None, metavar="SHARE")
-    float_layers: tuple[str, ...] = option("int8: layer that stays in float; repeatable.", (), metavar="NAME")
+    target: str = option("With --precision int8: engine that the file is for.", "cpu", choices=INT8_TARGETS)
+    allow_flips: float | str | None = option(
+        "With --precision int8: share of labels that may change, as 1%.", None, metavar="SHARE"
+    )
+    float_layers: tuple[str, ...] = option(
+        "With --precision int8: layer that stays in float. Repeatable.", (), metavar="NAME"
+    )
     labels: tuple[str, ...] | None = option("Text file with one class name per line.", None)
     rename_classes: bool = option("Take --labels as new names of the data set's classes, in the same order.", False)
     preprocessing: Preprocessing | Mapping[str, Any] | None = None

@@ -45,8 +45,8 @@ def inspect_path(path: Path) -> Inspection:
     kind = kind_of(file)
     if kind is not None and kind.name == "torch":
         raise ModelError(
-            f"{file} is a file of torch.save; only safetensors files are inspected",
-            remedy="Inspect the bundle that fold-and-export made of it, or save the weights with safetensors.torch.save_file",
+            f"{file} is a file of torch.save, which is inspected only with the code of its network",
+            remedy="Add it as in bnexport inspect --source file.py:factory, or inspect the bundle of the network",
         )
     state, metadata = read_arrays(file)
     eps = _known_eps(file, metadata)

@@ -88,6 +88,7 @@ class LoadedModel:
     preprocessing: Mapping[str, Any] | None = None  # JSON of the preprocessing, if known
     training: Mapping[str, Any] = field(default_factory=dict)  # The checkpoint's metadata on the training
     notes: tuple[str, ...] = ()  # Sentences for the user about choices in the weights file
+    assumed: str = ""  # Sentence on an assumed preprocessing; "" if the file, the package or the options state it
 
 
 def _from_path(source: str, weights: WeightsFile | None, options: Mapping[str, Any]) -> LoadedModel:

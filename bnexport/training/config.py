@@ -52,7 +52,7 @@ class TrainingConfig:
         "Network: bn_lenet, torchvision:NAME, timm:NAME, or your own file.py:factory.", LENET, metavar="SOURCE"
     )
     model_options: Mapping[str, bool | int | float | str] = option(
-        "Argument of the model's constructor; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
+        "Argument of the model's constructor. Repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
     input: str = option("Shape of an image for the model.", "", metavar="CxHxW", show_default="the images' own")
     mean: tuple[float, ...] = option(

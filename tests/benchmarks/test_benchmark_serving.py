@@ -34,14 +34,14 @@ runpy.run_module("benchmarks.serving", run_name="__main__", alter_sys=True)
 """
 
 
-def test_what_wrk_printed_is_read_exactly():
+def test_the_output_of_wrk_is_read_exactly():
     assert parse_wrk(WRK) == Load(30419, pytest.approx(1.099801), 238, 692, {})
     broken = WRK.replace('"status": 0', '"status": 3').replace('"timeout": 0', '"timeout": 1')
     assert parse_wrk(broken).errors == {"status": 3, "timeout": 1}
     assert parse_wrk(WRK).per_second == pytest.approx(27658.6, abs=0.1)
 
 
-def test_what_h2load_printed_is_read_exactly():
+def test_the_output_of_h2load_is_read_exactly():
     load = parse_h2load(H2LOAD, H2LOAD_LOG)
     assert (load.requests, load.seconds, load.errors) == (5, 1.0, {})
     assert (load.p50_us, load.p99_us) == (1400, pytest.approx(np.percentile([3457, 3517, 1400, 1390, 279], 99)))

@@ -63,7 +63,7 @@ def test_a_quick_result_is_marked(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_not_measured_is_named(tmp_path: Path) -> None:
+def test_missing_measurements_are_named(tmp_path: Path) -> None:
     text = written(tmp_path, crafted(experiments=("b", "e")))
     assert text.count("Not measured yet.") == 3
     assert re.findall(r"^\| ([A-E]) \|", text, re.MULTILINE) == ["B", "B", "E", "E"]

@@ -150,7 +150,7 @@ def test_everything_can_be_read_by_day_and_in_the_dark(browser: Browser, page: t
     assert browser.evaluate(FAINT) == []
 
 
-def test_what_was_found_is_there(browser: Browser, page: tuple[str, str]) -> None:
+def test_the_findings_are_on_the_page(browser: Browser, page: tuple[str, str]) -> None:
     name, address = page
     browser.screen(1100)
     browser.open(address)

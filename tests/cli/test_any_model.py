@@ -290,7 +290,7 @@ def test_named_tuple(export: Run) -> None:
     assert list(shapes()) == ["mean", "relu"]  # "relu" is the name of a value inside the file, too
 
 
-def test_what_a_network_prints_is_not_in_the_json(export: Run) -> None:
+def test_prints_of_a_network_are_not_in_the_json(export: Run) -> None:
     code, out, err = export("nets.py:Prints", "--input", "3x8x8", "--json", "--format", "onnx")
     assert code == 0
     assert json.loads(out)
@@ -334,7 +334,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_can_not_be_traced_gets_one_sentence_and_its_line(export: Run, name: str) -> None:
+def test_code_that_can_not_be_traced_gets_one_sentence_and_its_line(export: Run, name: str) -> None:
     code, _, err = export(f"nets.py:{name}", "--input", "3x8x8")
     assert code == 2, err
     first, second = err.splitlines()

@@ -108,7 +108,7 @@ def export(network: str, *options: str, shape: str = "3x8x8") -> int:
     return run(["fold-and-export", f"nets.py:{network}", "--input", shape, "--out", f"models/{network}/1", *options])
 
 
-def test_what_a_factory_prints_does_not_break_the_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_of_a_factory_do_not_break_the_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export("net", "--json", "--format", "onnx") == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["verification"]["passed"] is True

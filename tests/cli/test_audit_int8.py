@@ -11,8 +11,9 @@ import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from PIL import Image
 
-from bnexport.auditing.int8_audit import audit_int8, instructions
+from bnexport.auditing.int8_audit import _samples, audit_int8, instructions
 from bnexport.cli.main import run
 from bnexport.errors import ModelError
 from bnexport.onnx_files.float64 import Float64Evaluator
@@ -301,3 +302,13 @@ def test_a_file_of_an_older_operator_set_is_converted_for_the_repair(
     assert new.opset_import[0].version == 13
     code, found = audit(capsys, tmp_path / "new.onnx", "--samples", files / "x.npy")
     assert (code, found["saturating_channels"]) == (0, 0)
+
+
+def test_a_folder_with_one_folder_per_class_is_read(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name / "0.png")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, 8, 8]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    feeds = _samples(helper.make_model(graph), tmp_path, (0.0,) * 3, (1.0,) * 3)
+    assert feeds["x"].shape == (2, 3, 8, 8)

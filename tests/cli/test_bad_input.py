@@ -287,3 +287,21 @@ def test_unknown_fault_is_one_sentence(bad: Run, monkeypatch: pytest.MonkeyPatch
     code, message = bad("inspect", "x")
     assert code == 70
     assert "something unexpected" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("audit", "missing.onnx"), "missing.onnx does not exist"),
+        (("audit", "good.onnx", "--reference", "other.onnx"), "other.onnx does not exist"),
+        (("train", "--model", "nosuch", "--dataset", "digits"), "'nosuch' is not a network"),
+    ],
+)
+def test_missing_files_and_names_are_stated_as_missing(
+    words: tuple[str, ...], message: str, bad: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("good.onnx").touch()
+    code, printed = bad(*words)
+    assert code == 2
+    assert message in printed

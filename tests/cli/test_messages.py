@@ -73,7 +73,7 @@ _NARROWER: dict[tuple[str, str], tuple[str, ...]] = {
     ("evaluating/network", "--model-option"): _OWN,
     ("loading/sources", "--source"): _OWN,
 }
-#: Programs with options of their own.
+#: Programs with their own options.
 _FOREIGN = ("docker", "--gpus", "pip install", "tritonserver", "torchrun")
 _OPTION = re.compile(r"(?:bnexport (?P<command>[a-z-]+)(?: with)? )?(?<![\w-])(?P<option>--[a-z][a-z-]*[a-z])")
 

@@ -1,4 +1,4 @@
-"""The journey of one's own network: a checkpoint, a folder of pictures and a file of labels, through every command."""
+"""The journey of a user's own network: a checkpoint, a folder of pictures and a file of labels, through every command."""
 
 import json
 import shlex
@@ -250,7 +250,7 @@ def test_a_verification_drops_no_request(
     assert message in err
 
 
-# What the verdict covers
+# Scope of the verdict
 
 
 def test_the_verdict_states_what_it_covers_and_prints_the_full_check(home: Home, exported: Bundle, cli: Run) -> None:
@@ -322,13 +322,40 @@ def test_plain_weights_are_recalibrated_and_the_result_is_a_checkpoint(home: Hom
     assert f"{SAMPLES} of {SAMPLES}" in shown
 
 
-def test_inspect_compares_the_statistics_of_one_s_own_network(home: Home, exported: Bundle, cli: Run) -> None:
+def test_inspect_compares_the_statistics_of_a_user_s_network(home: Home, exported: Bundle, cli: Run) -> None:
     code, out, _ = cli("inspect", exported.path, "--source", home.source, "--dataset", home.dataset)
     assert code == 0
     assert "block.bn2" in out.partition("mean off")[2]
     code, _, err = cli("inspect", exported.path, "--statistics")
     assert code == 2
     assert "--source" in err
+
+
+@pytest.mark.parametrize("words", [("--source", "SOURCE"), ("--source", "SOURCE", *IMAGE, "--dataset", "DATASET")])
+def test_inspect_reads_a_file_of_torch_with_its_code(words: tuple[str, ...], home: Home, cli: Run) -> None:
+    places = {"SOURCE": home.source, "DATASET": home.dataset}
+    code, out, _ = cli("inspect", home.weights, *(places.get(word, word) for word in words))
+    assert code == 0
+    assert "block.bn2" in out
+    assert ("mean off" in out) is ("DATASET" in words)
+    code, _, err = cli("inspect", home.weights)
+    assert code == 2
+    assert "--source" in err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recalibrate", "inspect"])
+def test_an_assumed_preprocessing_is_printed_and_recorded(command: str, home: Home, tmp_path: Path, cli: Run) -> None:
+    words = (command, home.weights, "--source", home.source, "--input", "3x32x32", "--dataset", home.dataset)
+    more = ("--out", tmp_path / "exact.safetensors", "--force") if command == "recalibrate" else ()
+    as_json = ("--json", "-") if command == "evaluate" else ("--json",)
+    for given, assumed in ((), True), (IMAGE[2:], False):
+        code, out, err = cli(*words, *given, *more, *as_json)
+        assert code == 0
+        assert ("pixels / 255 is assumed" in err and "--mean and --std" in err) is assumed
+        if command != "inspect":
+            assert bool(json.loads(out)["assumed"]) is assumed
+    if command == "evaluate":
+        assert json.loads(out)["preprocessing"] == PREPROCESSING.to_json()
 
 
 # Python

@@ -111,7 +111,7 @@ def test_a_table_of_model_options(tmp_path):
         ("lr = nan", "the learning rate is nan"),
     ],
 )
-def test_what_is_wrong_in_the_file(tmp_path, capsys, text, message):
+def test_errors_in_the_file(tmp_path, capsys, text, message):
     (tmp_path / "c.toml").write_text(text)
     assert run(["train", "--config", "c.toml", "--out", "a"]) == 2
     error = capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_two_runners_at_once_and_a_closed_one(bundle: Bundle, name: str) -> None
         one.run({"input": X[:2]})
 
 
-def test_what_is_not_finite_goes_in_and_comes_out(bundle: Bundle, name: str) -> None:
+def test_nonfinite_numbers_go_in_and_come_out(bundle: Bundle, name: str) -> None:
     spoiled = X[:2].copy()
     spoiled[1, 0, 3, 3] = np.nan
     with runner_spec(name).open(bundle) as runner:

@@ -95,7 +95,7 @@ def test_copied_files_exist_and_are_not_ignored() -> None:
         assert not ignored, source
 
 
-def test_what_the_wheel_needs_is_copied() -> None:
+def test_files_that_the_wheel_needs_are_copied() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     sources = {source for word, rest in STAGES["base"] if word == "COPY" for source in rest.split()[:-1]}
     needed = {"pyproject.toml", "bnexport", "scripts", *re.findall(r'"?(README\.md|LICENSE)"?', project)}

@@ -22,7 +22,7 @@ REFERENCE = Path(__file__).parents[2] / "models" / "bn_lenet" / "1"
 BATCHES = (0, 1, 5)
 INTEGERS = {onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL}
 FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
-#: Operators of shape arithmetic that onnxruntime's optimiser adds under names of its own.
+#: Operators of shape arithmetic that onnxruntime's optimiser adds under its own names.
 ADDED = {"Gather", "Slice", "Unsqueeze", "Squeeze", "Concat", "Cast"}
 
 
@@ -86,7 +86,7 @@ def test_the_options_of_the_provider_are_read_back(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("name", ["users", "float16", "any size"])
-def test_what_users_networks_contain_runs_on_cuda(machine: Machine, made: dict[str, Bundle], name: str) -> None:
+def test_operators_of_users_networks_run_on_cuda(machine: Machine, made: dict[str, Bundle], name: str) -> None:
     """A flatten by view, tensors that are made in forward, sizes that vary, half precision; bound and copied."""
     bundle = made[name]
     jobs = [Job(str(bundle.path), RunSettings(binding=binding), batches(bundle, 14)) for binding in (False, True)]

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Each test skips without one and fails where BNEXPORT_REQUIRE names what is missing.
+"""Tests that need a GPU. Each one skips without a GPU, and fails if BNEXPORT_REQUIRE names the missing part.
 
 The table of settings is the GPU lane's own, so that what is documented is what is tested.
 """
@@ -25,7 +25,7 @@ GPU = [parameter(spec) for spec in RUNNERS if spec.device != "cpu"]
 TORCH = [parameter(spec) for spec in RUNNERS if spec.device == "cuda" and spec.engine != "onnxruntime"]
 BOTH = ("float32", "tf32")
 X = np.random.default_rng(4).random((64, 1, 28, 28), dtype=np.float32)
-#: TF32 came with compute capability 8.0; an older GPU computes in float32 whatever is asked.
+#: TF32 came with compute capability 8.0; an older GPU computes in float32 in any case.
 TF32_SINCE = (8, 0)
 
 
@@ -134,7 +134,7 @@ def test_the_global_state_does_not_change(bundle: Bundle, name: str) -> None:
 
 @pytest.mark.parametrize("name", GPU)
 def test_a_wrong_fold_is_caught_in_both_stages(bundle: Bundle, tmp_path: Path, name: str) -> None:
-    """A variance off by 256/255 is as small as TF32's own noise on some inputs; strict float32 must tell it all the same."""
+    """A variance off by 256/255 is as small as TF32's own noise on some inputs; strict float32 must detect it."""
     if runner_spec(name).engine == "torch":
         pytest.skip("the original network has no fold")
     from support.bundles import copy_bundle, reseal
@@ -157,7 +157,7 @@ def capability(refusal: HiddenLibrary) -> object:
 
 
 @pytest.mark.parametrize("refusal", [capability(row) for row in REFUSALS])
-def test_what_is_hidden_is_refused_by_name(bundle: Bundle, refusal: HiddenLibrary) -> None:
+def test_a_hidden_library_is_refused_by_name(bundle: Bundle, refusal: HiddenLibrary) -> None:
     """Everything else is there, so that only what is hidden can be the reason."""
     found = refuse(refusal, bundle.path)
     assert found.passed, found

@@ -271,7 +271,7 @@ def test_a_manifest_that_promises_another_output_fails(
     folder = copy_bundle(bundle, tmp_path / "1")
     other = Signature(bundle.manifest.signature.inputs, (output,))
     if output.name == "scores" and FILE_OF[runtime] != MODEL_ONNX:
-        pytest.skip("torch outputs have no names of their own")
+        pytest.skip("torch outputs have no names")
     report = verify(reseal(folder, signature=other), runtimes=[runtime])
     assert any(row.subject == runtime for row in report.failures)
 

@@ -79,7 +79,7 @@ class Kind:
 '''
 
 
-def test_a_change_knows_the_block_that_runs_it() -> None:
+def test_a_change_names_the_block_that_runs_it() -> None:
     found = {change.text: change.block for change in changes(ast.parse(NESTED)) if change.text[0].isdigit()}
     assert found == {"1 -> 2": 11, "2 -> 3": 0, "3 -> 4": 0, "4 -> 5": 21}
     runs: list[str] = []

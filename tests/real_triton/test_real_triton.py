@@ -99,7 +99,7 @@ def change(folder: Path, words: tuple[str, str]) -> None:
 
 
 def understood(log: str) -> Any:
-    """The configuration as the server tells it in its log, without what it adds."""
+    """Return the configuration from the server's log, without the defaults that Triton adds."""
     (config,) = re.findall(r'Server side auto-completed config: "\n(.*?)\n\n', log, re.DOTALL)
     return read_config(config.replace('platform: "onnxruntime_onnx"\n', ""))
 
@@ -199,7 +199,7 @@ def test_it_serves_by_these_configurations(
 
 
 def test_it_passes_the_test_of_our_own_server(found: Installation, bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    """The control of tests/serving/test_tritonclient.py: what it asks of bnexport serve is what Triton does."""
+    """The control of tests/serving/test_tritonclient.py: Triton behaves as that test requires of bnexport serve."""
     (tmp_path / "triton" / "repository").mkdir(parents=True)
     for_python(deploy(tmp_path / "triton" / "repository", bundles["bn_lenet"], "bn_lenet"))
     inputs, outputs = bundles["bn_lenet"].golden()

@@ -72,7 +72,7 @@ def test_a_timeout(channel: grpc.Channel, images: np.ndarray) -> None:
     assert call(channel, INFER, request.SerializeToString()).code == "OK"
 
 
-def test_what_it_is(channel: grpc.Channel) -> None:
+def test_metadata_and_statistics_of_the_server(channel: grpc.Channel) -> None:
     reply = ask(channel, "ServerMetadata", "ServerMetadataResponse", message("ServerMetadataRequest"))
     assert (reply.name, reply.version) == ("bnexport", __version__)
     (found,) = ask(channel, "ModelStatistics", "ModelStatisticsResponse", message("ModelStatisticsRequest")).model_stats

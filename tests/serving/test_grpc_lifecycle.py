@@ -94,7 +94,7 @@ def test_a_call_whose_message_is_on_its_way_is_answered(models: Path, tmp_path: 
         assert server.process.wait(PATIENCE) == 0
 
 
-def test_what_does_not_come_is_given_up(models: Path, tmp_path: Path) -> None:
+def test_a_message_that_does_not_come_is_given_up(models: Path, tmp_path: Path) -> None:
     """At the end of --grace, or at the second signal."""
     for grace, signals in (("1", 1), ("1000", 2)):
         messages: queue.Queue[bytes | None] = queue.Queue()
@@ -129,7 +129,7 @@ WITHOUT_GRPC = (
 )
 
 
-def test_what_can_not_be_opened_ends_with_a_sentence(server: Server, models: Path) -> None:
+def test_a_model_that_can_not_be_opened_ends_with_a_sentence(server: Server, models: Path) -> None:
     words = (str(models), "--port", "0", "--grpc-port")
     assert f"port {server.grpc_port} can't be used" in refused(*words, str(server.grpc_port), code=2)
     missing = refused(*words, "0", code=3, program=(sys.executable, "-c", WITHOUT_GRPC))

@@ -168,7 +168,7 @@ def test_connections_up_to_the_limit(models: Path, tmp_path: Path) -> None:
             assert logged == ([(300, 366)] if hard == 300 else [])
 
 
-def test_what_can_not_be_served_ends_with_a_sentence(models: Path) -> None:
+def test_an_unservable_model_ends_with_a_sentence(models: Path) -> None:
     assert "not a positive number" in refused(str(models), "--limit", "queue=-3", code=2)
 
 

@@ -137,7 +137,7 @@ def test_a_killed_process_takes_only_its_own_requests(server: Server, images: np
     assert (death["process"], "SIGKILL" in death["how"]) == (0, True)
 
 
-def test_what_waits_for_a_killed_process_is_answered_by_the_next(server: Server) -> None:
+def test_requests_waiting_for_a_killed_process_are_answered_by_the_next(server: Server) -> None:
     """Connections in the backlog, which no process has accepted, are not lost."""
     stopped = running(server)[0]
     os.kill(stopped, signal.SIGSTOP)
@@ -281,7 +281,7 @@ def test_when_none_can_start_any_more_it_ends_with_the_reason(models: Path, tmp_
         assert "contains no bundle" in server.log.read_text().splitlines()[-2]
 
 
-def test_what_can_not_be_served_ends_as_with_one_process(models: Path, tmp_path: Path) -> None:
+def test_an_unservable_model_ends_as_with_one_process(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").write_text("x")
     words = ("--port", "0", *TWO)

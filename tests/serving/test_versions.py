@@ -24,7 +24,7 @@ def spoil(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["hash", "golden"])
-def test_what_is_not_as_it_was_verified_is_not_ready(
+def test_a_bundle_that_differs_from_the_verified_one_is_not_ready(
     models: Path, tmp_path: Path, images: np.ndarray, how: str
 ) -> None:
     spoil(another(models, tmp_path / "m" / "bn_lenet" / "1", 1), how)

@@ -1,1 +1,1 @@
-"""Other servers, as people write them: programs for environments of their own, started by path, without bnexport."""
+"""Other servers, as people write them: programs for separate environments, started by path, without bnexport."""

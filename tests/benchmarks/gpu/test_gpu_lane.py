@@ -260,7 +260,7 @@ def test_an_emulation_never_replaces_a_measurement(good: Lane, tmp_path: Path) -
         (1, "FAIL onnxruntime-cuda libcurand.so.10", False),
     ],
 )
-def test_what_counts_as_a_refusal(code: int, message: str, passed: bool) -> None:
+def test_conditions_of_a_refusal(code: int, message: str, passed: bool) -> None:
     refusal = HiddenLibrary("no cuRAND", "onnxruntime-cuda", ("libcurand.so.10",))
     assert refused_rightly(refusal, code, message) is passed
 
@@ -292,7 +292,7 @@ def test_refusals_are_part_of_the_verdict(good: Lane) -> None:
     assert r"| no driver (`libcuda.so.1`) | onnxruntime-cuda | 0 | PASS a\|b | **FAIL** |" in page(found).splitlines()
 
 
-def test_what_must_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_required_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, runtime in gpu_lane.REQUIRED.items():
         row = replace(runner_spec(runtime), prober=lambda _device: "no such thing")
         monkeypatch.setattr(gpu_lane, "runner_spec", lambda _name, row=row: row)

@@ -106,6 +106,6 @@ def test_hiding_changes_no_bit_and_hides_a_shared_batch_norm_everywhere() -> Non
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.SyncBatchNorm(3), BatchNorm(3, 4)])
-def test_what_is_a_batch_norm(layer: nn.Module) -> None:
+def test_layers_that_are_a_batch_norm(layer: nn.Module) -> None:
     assert is_batch_norm(layer)
     assert not is_batch_norm(nn.GroupNorm(1, 3))

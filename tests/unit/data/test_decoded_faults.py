@@ -46,7 +46,7 @@ def test_a_bad_picture_stops_with_its_name_and_leaves_nothing(tmp_path, content)
         assert left(root) == []
 
 
-def test_what_torchvision_would_read_is_not_left_out_in_silence(tmp_path):
+def test_files_that_torchvision_would_read_are_not_left_out_in_silence(tmp_path):
     root = write_parts(tmp_path / "set")
     write_picture(root / "train" / "cat" / "x.tiff")
     with pytest.raises(DataError, match=r"x\.tiff is not a PNG, JPEG, BMP, WebP or GIF file\. "):

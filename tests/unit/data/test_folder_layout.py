@@ -21,7 +21,7 @@ def names(root):
     return [file.name for file in list_part(layout, layout.train)]
 
 
-# What is found
+# Layouts that are read
 
 
 def test_classes_are_sorted_as_torchvision_sorts_them(tmp_path):
@@ -134,7 +134,7 @@ def test_a_class_of_one_picture_can_not_be_split():
         hold_out(files(2, 1))
 
 
-# What is refused
+# Layouts that are refused
 
 
 def empty_class(root):

@@ -167,7 +167,7 @@ def npy(array, **options):
         (b"\0\0\x08\x03\0\0\0\x02", "truncated"),
     ],
 )
-def test_what_is_not_images_is_named(tmp_path, content, message):
+def test_files_without_images_are_named(tmp_path, content, message):
     file = tmp_path / "x.png"
     if content is not None:
         file.write_bytes(content)

@@ -59,5 +59,5 @@ def test_a_folder_needs_a_size_and_a_path(pictures, load):
 @pytest.mark.parametrize(
     ("name", "known"), [("mnist", True), ("folder:x", True), ("folder:", False), ("cifar", False), ("", False)]
 )
-def test_what_is_a_name(name, known):
+def test_names_of_data_sets(name, known):
     assert dataset_table.is_dataset(name) is known

@@ -66,7 +66,7 @@ def test_no_images():
     "images",
     [pixels(4, 6, 5).astype(np.float32), pixels(6, 5), pixels(4, 6, 5, 3), pixels(4, 2, 6, 5), pixels(4, 0, 5)],
 )
-def test_what_is_not_images_is_refused(images):
+def test_arrays_without_images_are_refused(images):
     with pytest.raises(DataError, match="the images are an array of") as caught:
         prepared(images, wanted_images(1, 6, 5))
     assert caught.value.remedy

@@ -45,7 +45,7 @@ def test_no_images():
         (pixels(28, 28), "expected 28x28x1"),
     ],
 )
-def test_what_does_not_fit_is_named(images, message):
+def test_images_that_do_not_fit_are_named(images, message):
     with pytest.raises(DataError, match=message):
         Preprocessing().apply(images)
 

@@ -40,7 +40,7 @@ def test_an_operator_set_goes_with_the_file_format_of_its_time() -> None:
         assert needed <= able.ir_version, version
 
 
-def test_what_bnexport_exports_by_default_loads_in_every_release(bundle: Bundle) -> None:
+def test_default_exports_load_in_every_release(bundle: Bundle) -> None:
     has = file_versions(bundle.file(MODEL_ONNX))
     assert has == Reads(DEFAULT_OPSET, DEFAULT_IR_VERSION)
     for release in TRITON_RELEASES:
@@ -64,7 +64,7 @@ OLD = "IR version 10, and Triton 23.04 (ONNX Runtime 1.14.1) reads IR versions u
         ("24.05", 22, 10, "operator set 22", "--opset 21 --ir-version 10"),
     ],
 )
-def test_what_a_release_can_not_load_is_refused_with_the_options(
+def test_a_file_that_a_release_can_not_load_is_refused_with_the_options(
     tmp_path: Path, release: str, opset: int, ir_version: int, expected: str, option: str
 ) -> None:
     bundle = foreign_bundle(tmp_path / "1", opset=opset, ir_version=ir_version)

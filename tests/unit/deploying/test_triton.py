@@ -122,7 +122,7 @@ def test_no_labels_at_all(tmp_path: Path) -> None:
     assert deploy_triton(none, tmp_path / "out").files == ("Foreign.v2/4/model.onnx", f"Foreign.v2/{CONFIG}")
 
 
-def test_what_is_deployed_runs(foreign: Bundle, tmp_path: Path) -> None:
+def test_the_deployed_model_runs(foreign: Bundle, tmp_path: Path) -> None:
     deploy_triton(foreign, tmp_path / "out")
     inputs, outputs = foreign.golden()
     file = tmp_path / "out" / "Foreign.v2" / "4" / MODEL_ONNX
@@ -169,7 +169,7 @@ def test_the_command_line_is_one_for_a_shell(bundle: Bundle, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("inside", [".", "1", "1/below/out", "link/1"])
-def test_what_is_deployed_is_not_written_over(bundle: Bundle, tmp_path: Path, inside: str) -> None:
+def test_a_deployment_is_not_written_over(bundle: Bundle, tmp_path: Path, inside: str) -> None:
     """Otherwise, --force would delete the bundle, or the bundle would have a file that its manifest does not list."""
     mine = Bundle.open(copy_bundle(bundle, tmp_path / "models" / "1"))
     (tmp_path / "models" / "link").symlink_to(".")

@@ -41,7 +41,7 @@ def install(monkeypatch, have):
     monkeypatch.setattr(module.metadata, "version", version)
 
 
-def test_what_is_not_installed_is_left_out(monkeypatch):
+def test_missing_packages_are_left_out(monkeypatch):
     have = {"onnxruntime": "1.30", "numpy": "2.1"}
     install(monkeypatch, have)
     assert versions() == {"onnxruntime": "1.30", "numpy": "2.1"}

@@ -154,7 +154,7 @@ def test_an_unknown_precision_is_refused_before_anything_changes():
     assert state() == before
 
 
-def test_what_is_in_effect_is_read_back_and_not_remembered():
+def test_settings_in_effect_are_read_back_and_not_remembered():
     with strict_float32():
         assert effective_precision("cuda") == "strict float32"
         torch.backends.cudnn.conv.fp32_precision = "tf32"  # as a user's forward may do

@@ -174,7 +174,7 @@ def test_a_damaged_file_is_refused(name: str, bundle: Bundle) -> None:
     assert str(read_tuning(bundle)).startswith("tuned.json ")
 
 
-def test_what_reads_back_as_damaged_is_not_written(bundle: Bundle, tuning: Tuning) -> None:
+def test_a_file_that_reads_back_as_damaged_is_not_written(bundle: Bundle, tuning: Tuning) -> None:
     with pytest.raises(BundleError, match="is not written, because it has 0 as batch, which must be a whole"):
         write_tuning(bundle.path, replace(tuning, choices={"latency": replace(CHOICE, batch=0)}))
     assert not (bundle.path / TUNED).exists()

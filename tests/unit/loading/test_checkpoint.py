@@ -84,7 +84,7 @@ WHOLE = content_of(json.dumps(METADATA))
         (content_of("{}"), "contain no network"),
     ],
 )
-def test_what_is_not_a_checkpoint_is_one_sentence(tmp_path, content, message):
+def test_a_file_that_is_not_a_checkpoint_is_one_sentence(tmp_path, content, message):
     file = tmp_path / "model.safetensors"
     if content is not None:
         file.write_bytes(content)

@@ -114,11 +114,11 @@ def test_a_bundle_with_changed_or_without_weights_is_refused(bundle, spoil, mess
         ("nowhere", "does not exist"),
         (".", "holds no model"),
         ("t", "not a complete"),
-        ("a.pt", r"a\.pt is a file of torch\.save; only safetensors files are inspected"),
+        ("a.pt", r"a\.pt is a file of torch\.save, which is inspected only with the code"),
         ("a.safetensors", r"a\.safetensors holds no BatchNorm"),
     ],
 )
-def test_what_can_not_be_inspected(tmp_path, name, message):
+def test_files_that_can_not_be_read(tmp_path, name, message):
     (tmp_path / "t").write_text("text " * 9)
     torch.save({"bn.weight": torch.ones(2)}, tmp_path / "a.pt")
     safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")

@@ -166,7 +166,7 @@ MISFITS: dict[str, tuple[Callable[[State], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_what_does_not_fit_is_refused(folder: Path, case: str) -> None:
+def test_weights_that_do_not_fit_are_refused(folder: Path, case: str) -> None:
     change, words = MISFITS[case]
     assert words in refusal(change(state_of()))
 

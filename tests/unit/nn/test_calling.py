@@ -86,7 +86,7 @@ def test_dropout_that_train_switches_on_stays_on():
     assert not switches_itself(network.norm)
 
 
-def test_what_a_forward_keeps_is_undone_and_named() -> None:
+def test_state_that_a_forward_keeps_is_undone_and_named() -> None:
     model = Keeps().eval()
     with unchanged(model) as changes:
         model(torch.ones(4, 3))

@@ -152,7 +152,7 @@ def test_all_or_nothing(batches, error):
 
 
 def mixed_lenet():
-    """A network whose BatchNorms have negative and zero gammas and eps of their own."""
+    """A network whose BatchNorms have negative and zero gammas and different eps."""
     torch.manual_seed(0)
     return randomise(bn_lenet()).eval()
 
@@ -284,7 +284,7 @@ def test_moments_are_those_of_numpy_in_float64(center, log_scale, sizes, dtype, 
     values = X.double().numpy()
     mean, var = values.mean(0), values.var(0)
     exact = [statistics.fmean(values[:, k]) for k in range(3)]
-    # What float64 can resolve beside values of this size.
+    # The resolution of float64 at values of this size.
     resolution = 1e-15 * (abs(center) + 10.0**log_scale)
     assert moments.count == len(values)
     np.testing.assert_allclose(moments.mean.numpy(), exact, rtol=1e-14, atol=4 * resolution + 1e-300)

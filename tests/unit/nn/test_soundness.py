@@ -37,7 +37,7 @@ def test_a_trained_model_is_sound(norm):
      ("1.weight", (0,), "[0]")],
 )  # fmt: skip
 @pytest.mark.parametrize(("value", "what"), [(math.nan, "NaN"), (math.inf, "infinity"), (-math.inf, "infinity")])
-def test_what_is_not_finite_is_named(name, index, where, value, what):
+def test_nonfinite_tensors_are_named(name, index, where, value, what):
     network = model()
     network.state_dict()[name][index] = value
     assert refusal(network) == f"{name} holds {what} (at {where})"
@@ -61,7 +61,7 @@ def test_a_mask_may_hold_infinities_and_no_nan(persistent):
     check_sound(network, allow_nonfinite=["mask"])
 
 
-def test_what_may_be_allowed_by_name():
+def test_nonfinite_tensors_allowed_by_name():
     network = model()
     network[0].bias.data[1] = -math.inf
     with pytest.raises(RefusedModel, match=r"0\.bias holds infinity") as caught:
@@ -142,7 +142,7 @@ def test_one_untrained_norm_among_trained_ones():
     assert refusal(network).startswith("1.0 is a BatchNorm2d")
 
 
-def test_what_counts_as_trained():
+def test_conditions_of_a_trained_layer():
     counted = nn.BatchNorm2d(4)
     counted.num_batches_tracked.fill_(1)
     assert not is_untrained(counted)

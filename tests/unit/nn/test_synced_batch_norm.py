@@ -78,7 +78,7 @@ def test_the_cases_distinguish_a_local_batch_norm():
         assert not any(torch.allclose(part["Y"], whole["Y"][: len(part["Y"])], rtol=1e-3) for part in local)
 
 
-def test_what_is_replaced_and_what_is_not():
+def test_replaced_and_kept_layers():
     layers = nn.ModuleDict(
         {"a": nn.BatchNorm2d(3), "none": nn.BatchNorm2d(3, track_running_stats=False), "s": BatchNorm(3, 4),
          "twice": Twice(nn.BatchNorm1d(3)), "i": nn.InstanceNorm2d(3)}

@@ -193,7 +193,7 @@ def test_a_half_precision_rounds_what_every_operator_stores() -> None:
     assert values["y"].tolist() == [[2.0, float(np.float16(2 * values["a"][0, 1]))]]
 
 
-def test_what_overflows_in_half_precision_is_infinite_there_alone() -> None:
+def test_overflow_in_half_precision_is_infinite_there_alone() -> None:
     nodes = [helper.make_node("Mul", ["x", "x"], ["a"]), helper.make_node("Div", ["a", "x"], ["y"])]
     source, x = model(nodes, {}, ["n", 1]), np.array([[300.0], [2.0]], np.float32)
     found = {name: Emulator(source, name).evaluate({"x": x})["y"].ravel().tolist() for name in PRECISIONS}

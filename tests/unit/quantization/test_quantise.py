@@ -391,7 +391,7 @@ def half(model: ModelProto) -> ModelProto:
     return copy
 
 
-def test_what_can_not_be_quantised_is_refused_in_one_sentence(model: ModelProto) -> None:
+def test_networks_that_can_not_be_quantised_are_refused_in_one_sentence(model: ModelProto) -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
     same = Calibration({"input": np.repeat(images(1), 32, axis=0)}, "one image, 32 times")
     cases: list[tuple[type[Exception], str, Any]] = [

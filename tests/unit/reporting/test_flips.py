@@ -34,7 +34,7 @@ def report_of(**runs: tuple[FlippedSample, ...]) -> VerificationReport:
     )
 
 
-def test_what_nothing_explains_comes_first_then_the_largest_margin() -> None:
+def test_unexplained_flips_come_first_then_the_largest_margins() -> None:
     samples = tuple(FlippedSample(i, 1, 2, 3, i / 100, 0.1, explained=i != 40) for i in range(50))
     found = flips(report_of(a=samples))
     assert [flip.sample.index for flip in found[:3]] == [40, 49, 48]

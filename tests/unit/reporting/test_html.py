@@ -189,7 +189,8 @@ def test_everything_that_was_found_is_shown(render: Render) -> None:
         "onnxruntime-cuda tf32 PASS 0.00038",
         "PASS 0.00076 1.3 x predicted",
         "PASS tf32 3 of 1000",
-        "shipping (the precision that is served): max error 0.00076, bound 0.0017; at most 1.3 x the predicted noise",
+        "shipping (the precision that is served): error nearest to its bound 0.00076, bound 0.0017;"
+        " at most 1.3 x the predicted noise",
         "TF32 is predicted to move outputs by 0.00076 of scale and to change 1 of 2000 labels (images).",
         "bfloat16 is predicted to move outputs by 0.009 of scale (noise).",
         "the float64 proof was not repeated here: onnx is not installed",
@@ -209,7 +210,7 @@ def test_everything_that_was_found_is_shown(render: Render) -> None:
         assert expected in words, expected
 
 
-def test_what_was_missed_is_as_loud_as_a_failure(render: Render) -> None:
+def test_a_missed_fault_looks_like_a_failure(render: Render) -> None:
     report = full_report(passed=True).with_self_test(full_report().findings.self_test or ())
     assert not report.failures
     text = render(verification=report)

@@ -5,7 +5,7 @@ from bnexport.reporting.tables import ordered_faults, self_test_sentence
 from bnexport.verification.verdict import VerificationReport
 
 
-def test_what_was_missed_comes_first() -> None:
+def test_missed_faults_come_first() -> None:
     outcomes = [fault.outcome for fault in ordered_faults(full_report())]
     assert outcomes == ["missed", "not tried", "harmless", "caught", "caught"]
     assert [fault.fault for fault in ordered_faults(full_report())][-2:] == [

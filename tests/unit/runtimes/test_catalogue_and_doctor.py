@@ -91,7 +91,7 @@ def test_an_extra_is_expected_where_it_is_installed(monkeypatch: pytest.MonkeyPa
     assert [health.runtime for health in sick.broken(["openvino-cpu"])] == ["openvino-cpu"]
 
 
-def test_what_to_install_for_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_to_install_for_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     from bnexport.runtimes import openvino
 
     openvino.problem.cache_clear()

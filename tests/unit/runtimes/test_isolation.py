@@ -107,7 +107,7 @@ def test_an_error_of_a_run_is_the_same_as_here_and_the_child_lives_on(bundle: Bu
             there.run({"input": X[:, 0]})
 
 
-def test_what_is_opened_is_what_was_checked_and_not_a_changed_manifest(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_opened_file_is_the_checked_one_and_not_a_changed_manifest(bundle: Bundle, tmp_path: Path) -> None:
     folder = copy_bundle(bundle, tmp_path / "1")
     opened = Bundle.open(folder)
     (folder / "manifest.json").write_text("{}")
@@ -272,7 +272,7 @@ def test_threads_get_their_own_answers(bundle: Bundle) -> None:
     assert wrong == []
 
 
-def test_what_an_engine_prints_does_not_get_between_the_messages() -> None:
+def test_prints_of_an_engine_do_not_get_between_the_messages() -> None:
     code = (
         "import os; from bnexport.runtimes.isolation import child_pipes\n"
         "_, answers = child_pipes(); print('noise', flush=True); os.system('echo more noise')\n"

@@ -67,7 +67,7 @@ def test_the_precision_follows_from_the_session_and_the_environment(
     assert precision_of(device, in_effect(onnxruntime, session(**{CUDA: options}), device)) == precision
 
 
-def test_what_is_in_effect_is_read_back(override: object) -> None:
+def test_the_setting_in_effect_is_read_back(override: object) -> None:
     override("0")
     given = session(**{CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT", "gpu_mem_limit": "7"}})
     found = in_effect(onnxruntime, given, "cuda")

@@ -81,7 +81,7 @@ def test_lines_of_one_process_among_several_name_it_and_come_in_pieces_that_a_pi
     assert [(line["event"], line["process"]) for line in lines[100:]] == [("long", 3), ("short", 3)]
 
 
-def test_what_libraries_log_is_json_too() -> None:
+def test_logs_of_libraries_are_json_too() -> None:
     stream = io.StringIO()
     log = JsonLog(stream)
     logger = logging.getLogger("a library")

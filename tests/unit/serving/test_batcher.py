@@ -49,7 +49,7 @@ async def ask(batcher: Batcher, first: float, count: int = 1, width: int = 2, ti
     assert np.array_equal(got["y"], np.full((count, width), 2 * first))
 
 
-async def test_what_came_together_runs_together() -> None:
+async def test_requests_that_came_together_run_together() -> None:
     runner = Doubler()
     batcher = Batcher([runner], QUICK, BatchLimits(rows=64))
     await asyncio.gather(*(ask(batcher, value, 1 + value % 3) for value in range(10)))
@@ -72,7 +72,7 @@ async def test_one_request_alone_does_not_wait() -> None:
     await asyncio.gather(batcher.close(), slow.close())
 
 
-async def test_what_comes_while_a_batch_runs_is_the_next_one() -> None:
+async def test_requests_during_a_batch_form_the_next_one() -> None:
     runner = Doubler()
     runner.gate.clear()
     batcher = Batcher([runner], SLOW, BatchLimits(rows=8))

@@ -10,8 +10,8 @@ from support.connections import IMAGES, INFER, ONE, House, packed, quiet, reques
 from bnexport.serving.repository import Repository
 
 
-async def test_what_follows_an_upgrade_is_the_body_and_then_the_next_request(repository: Repository) -> None:
-    """Java's client asks for HTTP/2 with its first request. Taking a body for another request would be request smuggling."""
+async def test_bytes_after_an_upgrade_are_the_body_and_then_the_next_request(repository: Repository) -> None:
+    """Java's client requests HTTP/2 with its first request. Taking a body for another request would be request smuggling."""
     upgrade = {"connection": "Upgrade", "upgrade": "h2c"}
     hidden = request("/v2/health/live", method="GET")
     live = hidden.replace(b"here", b"here\r\nconnection: upgrade\r\nupgrade: websocket")
@@ -33,7 +33,7 @@ async def test_what_follows_an_upgrade_is_the_body_and_then_the_next_request(rep
         assert not house.lines()[0].get("event")
 
 
-async def test_what_is_refused_before_it_is_a_request_is_counted_and_logged(repository: Repository) -> None:
+async def test_bytes_refused_before_they_are_a_request_are_counted_and_logged(repository: Repository) -> None:
     house = House(repository, connections=2)
     others = [house.connect()[0] for _ in range(2)]
     answer = await house.ask(packed(ONE))

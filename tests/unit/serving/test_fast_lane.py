@@ -87,7 +87,7 @@ async def test_an_answer_is_the_same_both_ways(repository: Repository, calls: li
     assert ours.startswith(b"HTTP/1.1 ")
     head, _, body = without_id(ours).partition(b"\r\n\r\n")
     expected_head, _, expected = without_id(plain).partition(b"\r\n\r\n")
-    # What the slow way refuses before it has read the body ends the connection; the fast lane has read it.
+    # A refusal of the slow way before the body is read ends the connection; the fast lane has read the body.
     assert head.lower() == expected_head.lower().removesuffix(b"\r\nconnection: close" if fast else b"")
     assert body == expected
     lines = [house.lines()[0] for house in houses]

@@ -177,7 +177,7 @@ def test_no_message_gets_beyond_a_refusal(data: bytes) -> None:
         assert set(decode(decoder, data, split(data, most=MOST)).inputs) == {"x"}
 
 
-def test_what_is_built_is_counted_before() -> None:
+def test_allocations_are_counted_in_advance() -> None:
     with pytest.raises(RequestError, match="more than 1000 bytes besides raw tensors"):
         split(b"\x2a\x00" * 501, most=1000)
     assert len(split(b"\x3a\x00" * 501, most=1000).raw) == 501

@@ -182,7 +182,7 @@ def decoded(body: bytes, length: int | None) -> InferRequest | RequestError:
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2", "nan", '{"a": Infinity}', "1e400", "\x00", "'a'"])
-def test_what_is_not_json(text: str) -> None:
+def test_text_that_is_not_json(text: str) -> None:
     with pytest.raises(RequestError, match="not JSON"):
         load_json(text.encode(), brackets=10)
 

@@ -28,7 +28,7 @@ def test_errors_have_a_status_and_one_sentence(error: errors.BnexportError, stat
     assert (dict(reply.headers).get(b"retry-after") == b"1") == (status == 503)
 
 
-def test_what_would_steer_a_terminal_is_not_sent() -> None:
+def test_control_characters_are_not_sent() -> None:
     assert json.loads(error_reply(errors.DataError("a\x1b[2J\nb", remedy="")).body)["error"] == "a?[2J?b"
 
 

@@ -133,7 +133,7 @@ ON_THE_HOST: dict[str, tuple[Callable[[Net], Any], str]] = {
 
 
 @pytest.mark.parametrize(("act", "message"), ON_THE_HOST.values(), ids=ON_THE_HOST.keys())
-def test_what_python_does_in_a_step_is_not_frozen(act: Callable[[Net], None], message: str) -> None:
+def test_python_code_of_a_step_is_not_frozen(act: Callable[[Net], None], message: str) -> None:
     recorder = Recorder()
     found, notes = trained(recorder, act)
     assert recorder.recorded == 0

@@ -182,7 +182,7 @@ def build():
 # --- the note on a resumed run that may differ
 
 
-def test_what_differs_is_named():
+def test_differences_are_named():
     now = {"device": "cpu", "processor": "a", "processes": 2, "threads": 1, "torch": "2.14"}
     assert made_by(World()).keys() == now.keys()
     assert resume_note(now, now) is None

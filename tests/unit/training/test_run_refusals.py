@@ -63,7 +63,7 @@ def plain_file(out):
 
 @pytest.mark.parametrize("make", [foreign_folder, plain_file])
 @pytest.mark.parametrize("resume", [True, False])
-def test_what_is_not_a_run_is_left_alone(tmp_path, make, resume):
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path, make, resume):
     make(tmp_path / "a")
     with pytest.raises(OutputError):
         train(CONFIG, out=tmp_path / "a", resume=resume)

@@ -211,7 +211,7 @@ def test_types_named_inside_are_widened(tmp_path: Path, name: str) -> None:
     assert torch.get_default_dtype() is torch.float32
 
 
-def test_what_leaves_float64_all_the_same_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_computation_that_leaves_float64_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Made(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.full((1, 1), 0.5, dtype=torch.float32)

@@ -46,7 +46,7 @@ def test_a_reference_of_zeros_is_compared_absolutely() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_a_problem_on_either_side(bad: float) -> None:
+def test_nonfinite_numbers_are_a_problem_on_either_side(bad: float) -> None:
     spoiled = REFERENCE.copy()
     spoiled[0, 1] = bad
     assert "candidate has 1 values that are not finite" in measure({"y": spoiled}, {"y": REFERENCE}, bound=1).problem

@@ -175,7 +175,7 @@ def test_the_work_of_a_lenet_is_counted(bundle: Bundle) -> None:
     assert len(trained_tensors(model)) == 10
 
 
-def test_what_the_file_declares_is_compared_with_the_manifest(bundle: Bundle) -> None:
+def test_the_declarations_of_the_file_are_compared_with_the_manifest(bundle: Bundle) -> None:
     manifest, model = bundle.manifest, read_model(bundle.file(MODEL_ONNX))
     assert declaration_problem(model, manifest) is None
     (spec,), (out,) = manifest.signature.inputs, manifest.signature.outputs

@@ -47,6 +47,6 @@ def test_a_precision_that_a_runtime_lacks() -> None:
     ],
     ids=str,
 )
-def test_what_is_not_known_is_refused(wrong: dict[str, object]) -> None:
+def test_unknown_values_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         Scope(**wrong)

@@ -188,7 +188,7 @@ def test_a_bound_that_is_too_wide_excuses_nothing(
     assert all((result.effect or 0) > 1e-6 for result in blind.values())
 
 
-def test_what_changes_nothing_is_harmless(only: Callable[..., None]) -> None:
+def test_a_fault_without_effect_is_harmless(only: Callable[..., None]) -> None:
     """Every gamma of the reference bundle is positive."""
     only("absolute gamma", "sign of one gamma")
     found = {result.fault: result for result in self_test(REFERENCE)}

@@ -135,7 +135,7 @@ def test_a_network_that_does_not_fit_its_own_signature_fails(bundle: Bundle, tmp
     assert any(row.stage == "declaration" for row in found.failures)
 
 
-def test_what_is_not_a_bundle_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError):
         verify(tmp_path / "nothing")
 

@@ -115,7 +115,7 @@ def test_a_finished_job_is_left_alone(bundle: Bundle, sources: dict[str, Path], 
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
 
 
-def test_what_is_missing_or_cut_off_is_written_again(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_or_cut_off_files_are_written_again(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     predict(bundle, sources["a.npy"], out)
     before = pq.read_table(out)
