@@ -106,6 +106,34 @@ def for_inference(model: ModelProto) -> ModelProto:
     return copy
 
 
+def inferred_graph(model: ModelProto) -> GraphProto:
+    """Return the graph of a model after shape inference; the unchanged graph if inference fails."""
+    import onnx
+
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception:  # of no common class; shapes that it does not find stay unknown
+        return model.graph
+
+
+def put_initializers(model: ModelProto, tensors: Mapping[str, TensorProto]) -> None:
+    """Add initializers by name, or replace those that exist; before IR version 4, each is listed as an input, too."""
+    from onnx import helper
+
+    groups: list[tuple[Any, Mapping[str, Any]]] = [(model.graph.initializer, tensors)]
+    if model.ir_version < 4:
+        listed = {
+            name: helper.make_tensor_value_info(name, item.data_type, item.dims) for name, item in tensors.items()
+        }
+        groups.append((model.graph.input, listed))
+    for group, items in groups:
+        present = {item.name for item in group}
+        for item in group:
+            if item.name in items:
+                item.CopyFrom(items[item.name])
+        group.extend(item for name, item in items.items() if name not in present)
+
+
 def subgraphs(node: NodeProto) -> list[GraphProto]:
     """Return the graphs in a node's attributes."""
     found: list[GraphProto] = []

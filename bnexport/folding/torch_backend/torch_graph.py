@@ -54,19 +54,14 @@ class TorchSource:
 
 
 class TorchGraph:
-    """A graph of ATen operators as ``folding.graph.Graph``; the module is not changed.
-
-    Attributes:
-        by_node: Node -> the operation whose value it has.
-        aliases: Nodes that return another node's whole value, such as the first slice of ``x[:, 2:]``.
-    """
+    """A graph of ATen operators as ``folding.graph.Graph``; the module is not changed."""
 
     def __init__(self, module: GraphModule) -> None:
         self.module = module
         self.constants = TorchConstants(module)
         self.ops: list[Op] = []
-        self.by_node: dict[Node, Op] = {}
-        self.aliases: list[Node] = []
+        self.by_node: dict[Node, Op] = {}  # Node -> the operation whose value it has
+        self.aliases: list[Node] = []  # Nodes that return another node's whole value: the first slice of ``x[:, 2:]``
         self._weights: dict[str | Node, Weight] = {}
         self._norms = read_norms(module, self.constants)
         for node in module.graph.nodes:

@@ -15,7 +15,8 @@ import itertools
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,8 +174,7 @@ def _switched_copy(model: nn.Module) -> nn.Module:
 
 def batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Return dynamic shapes by forward's argument names: the first dimension of every tensor is shared, "batch"."""
-    batch = torch.export.Dim("batch")
-    return _shapes(model, inputs, lambda item: {0: batch} if item.ndim else None)
+    return _shapes(model, inputs, lambda _rank: {})
 
 
 def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -190,15 +190,15 @@ def size_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
 
     torch.export finds the relations between the sizes of several inputs; ``trace`` checks that a size really varies.
     """
+    return _shapes(model, inputs, lambda rank: dict.fromkeys(size_axes(rank), torch.export.Dim.AUTO))
+
+
+def _shapes(model: nn.Module, inputs: tuple[Any, ...], others: Callable[[int], dict[int, Any]]) -> dict[str, Any]:
     batch = torch.export.Dim("batch")
 
-    def vary(item: Tensor) -> dict[int, Any] | None:
-        return {0: batch, **dict.fromkeys(size_axes(item.ndim), torch.export.Dim.AUTO)} if item.ndim else None
+    def vary(item: Any) -> dict[int, Any] | None:
+        return {0: batch, **others(item.ndim)} if isinstance(item, Tensor) and item.ndim else None
 
-    return _shapes(model, inputs, vary)
-
-
-def _shapes(model: nn.Module, inputs: tuple[Any, ...], of: Any) -> dict[str, Any]:
     try:
         arguments = inspect.signature(model.forward).bind(*inputs).arguments
     except TypeError as error:
@@ -206,7 +206,7 @@ def _shapes(model: nn.Module, inputs: tuple[Any, ...], of: Any) -> dict[str, Any
             f"forward of {type(model).__name__}{place_of(None, model)} does not take {len(inputs)} inputs: {one_line(error)}",
             remedy="Give one example (--input) per argument of forward",
         ) from error
-    return dict(pytree.tree_map(lambda item: of(item) if isinstance(item, Tensor) else None, dict(arguments)))
+    return dict(pytree.tree_map(vary, dict(arguments)))
 
 
 @contextlib.contextmanager
@@ -294,11 +294,8 @@ def _other_types(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | N
 
 def _retyped(inputs: tuple[Any, ...], given: set[torch.dtype], wanted: torch.dtype) -> tuple[Any, ...]:
     """Return inputs with zeros of another type in place of tensors of some types."""
-
-    def retyped(item: Tensor) -> Tensor:
-        return torch.zeros_like(item, dtype=wanted) if item.dtype in given else item
-
-    return tuple(pytree.tree_map_only(Tensor, retyped, inputs))
+    zeros = partial(torch.zeros_like, dtype=wanted)
+    return tuple(pytree.tree_map_only(Tensor, lambda item: zeros(item) if item.dtype in given else item, inputs))
 
 
 def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -> None:
