@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,8 +142,7 @@ def wide_evaluator(
 
 def widen(model: ModelProto) -> ModelProto:
     """Return a copy of a model in which every float is float64: weights, constants, casts, declared types."""
-    copy = type(model)()
-    copy.CopyFrom(model)
+    copy = deepcopy(model)
     for graph in graphs(copy):
         if graph.sparse_initializer:
             raise BundleError("the model has sparse weights, which the proof can't read", remedy="Store them densely")

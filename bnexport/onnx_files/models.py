@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import Manifest
 from bnexport.errors import REBUILD, BundleError, ExportError
-from bnexport.files import Refusal
+from bnexport.files import Refusal, input_errors
 from bnexport.optional import one_line, require
 from bnexport.tensors import Declared
 from bnexport.validation.limits import limit, refusing
@@ -53,16 +53,12 @@ def read_validated(file: Path) -> bytes:
 
     Engines get these bytes and not the file's name, so that they follow no reference to another file.
     """
-    try:
+    with input_errors(f"{file} is not an ONNX model: it", BundleError, remedy=REBUILD):
         with refusing(f"{file} {_NOT}", BundleError, remedy=REBUILD):
             check_regular(file)
             if file.stat().st_size > limit("onnx-bytes"):
                 raise Refusal("has more than 2 GB, which protobuf can't read")
         return _validated(file.read_bytes(), str(file))
-    except OSError as error:
-        raise BundleError(
-            f"{file} is not an ONNX model: it can't be read: {one_line(error)}", remedy=REBUILD
-        ) from error
 
 
 def _validated(content: bytes, name: str) -> bytes:

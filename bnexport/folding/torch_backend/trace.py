@@ -41,7 +41,10 @@ def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
 
     Guards of torch's own code are skipped: its operators refuse sizes that do not fit, or the guard only affects speed.
     """
-    for environment in _environments(program):
+    values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values for size in getattr(value, "shape", ()) if not isinstance(size, int)]
+    environments = {id(size.node.shape_env): size.node.shape_env for size in sizes}  # they hold the guards of the sizes
+    for environment in environments.values():
         for guard in environment.guards:
             place = _place(guard)
             if place and not _holds(environment, guard.expr):
@@ -50,13 +53,6 @@ def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
                     " image, so one graph is not valid for all sizes",
                     remedy="Leave --dynamic-size out, or write that line without a condition in Python",
                 )
-
-
-def _environments(program: ExportedProgram) -> list[Any]:
-    """Return the objects in which torch.export keeps the guards of the sizes that vary."""
-    values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
-    sizes = [size for value in values for size in getattr(value, "shape", ()) if not isinstance(size, int)]
-    return list({id(size.node.shape_env): size.node.shape_env for size in sizes}.values())
 
 
 def _place(guard: Any) -> str:
