@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class _Branch:
 
 def merge_affine(plan: FoldPlan, site: Op, affine: Affine) -> Op:
     """Merge an affine branch into a convolution of the same value in the same sum, and return the convolution."""
-    return _merge(plan, _branch_of(site), lambda host: _affine_taps(affine, host))
+    return _merge(plan, _branch_of(site), partial(_affine_taps, affine))
 
 
 def merge_convolution(plan: FoldPlan, guest: Op) -> Op:
@@ -47,7 +48,7 @@ def merge_convolution(plan: FoldPlan, guest: Op) -> Op:
     assert isinstance(layer, Layer)
     if layer.weight.readers > 1:
         raise Refused(f"the weight of {guest.name} is shared")
-    return _merge(plan, _branch_of(guest), lambda host: _convolution_taps(layer, host))
+    return _merge(plan, _branch_of(guest), partial(_convolution_taps, layer))
 
 
 def merge_skip(plan: FoldPlan, total: Op) -> None:
@@ -59,12 +60,8 @@ def merge_skip(plan: FoldPlan, total: Op) -> None:
     for add, parent in _edges(total):
         if (isinstance(parent.kind, WeightedSum) and len(parent.users) == 1) or parent.rank < 3:
             continue
-        branch, identity = _Branch(add, parent, parent, ()), Affine.identity(parent.rank)
-
-        def attempt(branch: _Branch = branch, identity: Affine = identity) -> None:
-            _merge(plan, branch, lambda host: _affine_taps(identity, host))
-
-        if (refused := plan.attempt(attempt)) is None:
+        branch, taps = _Branch(add, parent, parent, ()), partial(_affine_taps, Affine.identity(parent.rank))
+        if (refused := plan.attempt(partial(_merge, plan, branch, taps))) is None:
             return
         refusals.append(refused)
     raise refusals[-1]

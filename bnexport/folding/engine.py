@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
 from bnexport.folding.graph import ConstantAffine, Graph, Identity, Kind, Layer, NormCall, Op, WeightedSum
 from bnexport.folding.plan import FoldPlan, GrowthBudget, Refused
@@ -41,19 +40,13 @@ class EngineResult:
 
 @dataclass
 class Engine:
-    """Folds one graph; its operations are changed in place.
-
-    Attributes:
-        clamps: As in ``FoldPlan``.
-        prove: Check each fold separately before it is made.
-        in_place: As in ``FoldPlan``; parallel branches are not merged, since that removes operations.
-    """
+    """Folds one graph; its operations are changed in place."""
 
     graph: Graph
     budget: GrowthBudget
-    clamps: bool = False
-    prove: bool = True
-    in_place: bool = False
+    clamps: bool = False  # As in ``FoldPlan``
+    prove: bool = True  # Check each fold separately before it is made
+    in_place: bool = False  # As in ``FoldPlan``; parallel branches are not merged, since that removes operations
     sites: list[_Site] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     dropped: dict[Op, None] = field(default_factory=dict)
@@ -309,18 +302,13 @@ def _arithmetic_after(site: Op) -> list[Op]:
 
 
 def _first_row(call: NormCall) -> FoldRow:
-    gain, dead = _gain(call.affine)
-    row = FoldRow(call.module, call.kind, "kept", channels=call.channels, gain=gain, dead=dead)
-    return row if call.affine is not None else replace(row, reason=call.why_not, hint=call.hint)
-
-
-def _gain(affine: Affine | None) -> tuple[tuple[float, float] | None, int]:
-    """Return the smallest and largest |scale| (None if not finite, for JSON) and the number of dead channels."""
-    if affine is None:
-        return None, 0
-    size = affine.scale.abs()
+    row = FoldRow(call.module, call.kind, "kept", channels=call.channels)
+    if call.affine is None:
+        return replace(row, reason=call.why_not, hint=call.hint)
+    size = call.affine.scale.abs()
     low, high = float(size.min()), float(size.max())
-    return ((low, high) if math.isfinite(low + high) else None), int((size == 0).sum())
+    gain = (low, high) if math.isfinite(low + high) else None  # JSON has no infinity
+    return replace(row, gain=gain, dead=int((size == 0).sum()))
 
 
 def _why(refusals: Sequence[tuple[Rule, Refused]], used: Rule | None) -> tuple[str, str]:

@@ -18,21 +18,14 @@ from bnexport.folding.affine import Affine, Dim
 
 @dataclass(eq=False)
 class Weight:
-    """A stored tensor of a layer.
+    """A stored tensor of a layer."""
 
-    Attributes:
-        name: The backend's name; "" for a tensor made by folding.
-        load: Returns the tensor in float64.
-        readers: Number of operations that read the tensor.
-        made: Number of elements that the file computes instead of storing (an expanded constant). A folded weight is stored in
-            full.
-    """
-
-    name: str
+    name: str  # The backend's name; "" for a tensor made by folding
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], Tensor]
-    readers: int = 1
+    load: Callable[[], Tensor]  # Returns the tensor in float64
+    readers: int = 1  # Number of operations that read the tensor
+    # Number of elements that the file computes instead of storing (an expanded constant). A folded weight is stored in full.
     made: int = 0
 
     @property
@@ -56,31 +49,19 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Layer(Kind):
-    """A linear layer: ``W x + b``, then ``after`` added.
+    """A linear layer: ``W x + b``, then ``after`` added."""
 
-    Attributes:
-        name: Name in messages: "convolution", "linear layer".
-        layout: Key of ABSORBERS.
-        bias: One value per output channel.
-        out_axis: Axis of the output's channels, or a sentence why there is none.
-        in_axis: Axis of the input's channels, or a sentence why there is none.
-        geometry: Set for a convolution.
-        zero_padded: True if the input is padded with zeros.
-        takes_bias: True if the operation has a bias argument.
-        after: A shift that the bias can't hold: float64, broadcast over the output.
-    """
-
-    name: str
-    layout: str
+    name: str  # Name in messages: "convolution", "linear layer"
+    layout: str  # Key of ABSORBERS
     weight: Weight
-    bias: Weight | None
+    bias: Weight | None  # One value per output channel
     groups: int = 1
-    out_axis: int | str = 1
-    in_axis: int | str = 1
-    geometry: Geometry | None = None
-    zero_padded: bool = False
-    takes_bias: bool = True
-    after: Tensor | None = None
+    out_axis: int | str = 1  # Axis of the output's channels, or a sentence why there is none
+    in_axis: int | str = 1  # Axis of the input's channels, or a sentence why there is none
+    geometry: Geometry | None = None  # Set for a convolution
+    zero_padded: bool = False  # True if the input is padded with zeros
+    takes_bias: bool = True  # True if the operation has a bias argument
+    after: Tensor | None = None  # A shift that the bias can't hold: float64, broadcast over the output
 
     @classmethod
     def convolution(
@@ -149,15 +130,10 @@ class PixelShuffle(Kind):
 
 @dataclass(frozen=True)
 class Average(Kind):
-    """Every output is a weighted mean along some axes (pooling, interpolation, padding by copies).
+    """Every output is a weighted mean along some axes (pooling, interpolation, padding by copies)."""
 
-    Attributes:
-        axes: The axes along which values are mixed.
-        exact: True if the weights add up to one everywhere; False where zeros are averaged in or padded.
-    """
-
-    axes: tuple[int, ...]
-    exact: bool = True
+    axes: tuple[int, ...]  # The axes along which values are mixed
+    exact: bool = True  # True if the weights add up to one everywhere; False where zeros are averaged in or padded
 
 
 @dataclass(frozen=True)
@@ -238,32 +214,19 @@ class Opaque(Kind):
 
 @dataclass(eq=False)
 class Op:
-    """One value and the operation that computes it.
+    """One value and the operation that computes it."""
 
-    Attributes:
-        kind: The current function; folding changes it.
-        inputs: The values that the operation reads, without constants.
-        shape: Sizes and expressions; () if the value is not a tensor.
-        name: Name in messages: "relu (features.2)".
-        path: Module path.
-        source: The backend's nodes.
-        index: Position in the graph's order.
-        users: The readers of the value; an operation that reads it twice is listed twice.
-        original: The function before folding.
-        norm: Set for an operation that counts as a BatchNorm call.
-    """
-
-    kind: Kind
-    inputs: list[Op]
-    shape: tuple[Dim, ...]
+    kind: Kind  # The current function; folding changes it
+    inputs: list[Op]  # The values that the operation reads, without constants
+    shape: tuple[Dim, ...]  # Sizes and expressions; () if the value is not a tensor
     dtype: torch.dtype | None
-    name: str
-    path: str
-    source: Any
-    index: int = 0
-    users: list[Op] = field(default_factory=list)
-    original: Kind = field(init=False)
-    norm: NormCall | None = None
+    name: str  # Name in messages: "relu (features.2)"
+    path: str  # Module path
+    source: Any  # The backend's nodes
+    index: int = 0  # Position in the graph's order
+    users: list[Op] = field(default_factory=list)  # Readers of the value; one that reads it twice is listed twice
+    original: Kind = field(init=False)  # The function before folding
+    norm: NormCall | None = None  # Set for an operation that counts as a BatchNorm call
 
     def __post_init__(self) -> None:
         self.original = self.kind
@@ -281,22 +244,15 @@ class Op:
 
 @dataclass(frozen=True)
 class NormCall:
-    """A BatchNorm call; the first three fields are those of ``FoldRow``.
-
-    Attributes:
-        affine: The affine before folding; None if it can't be read.
-        why_not: The reason why the affine can't be read.
-        hint: A change that would make the affine readable.
-        offset: Largest |moving mean| as a multiple of the standard deviation: the cancellation in a sum if the mean is
-            subtracted later than before.
-    """
+    """A BatchNorm call; the first three fields are those of ``FoldRow``."""
 
     module: str
     kind: str
     channels: int
-    affine: Affine | None
-    why_not: str = ""
-    hint: str = ""
+    affine: Affine | None  # The affine before folding; None if it can't be read
+    why_not: str = ""  # The reason why the affine can't be read
+    hint: str = ""  # A change that would make the affine readable
+    # Largest |moving mean| in standard deviations: the cancellation in a sum if the mean is subtracted later than before
     offset: float = 0.0
 
 

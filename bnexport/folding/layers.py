@@ -16,22 +16,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Absorber:
-    """The index arithmetic of one layout of weights.
+    """The index arithmetic of one layout of weights."""
 
-    Attributes:
-        scale_outputs: ``(weight, (out,) scale, groups) -> weight``, each output channel scaled.
-        scale_inputs: ``(weight, (in,) scale, groups) -> weight``, the contribution of each input channel scaled.
-        push_shift: ``(weight, (in,) shift, groups) -> (out,)``, the result of a constant input; (..., out) for a matrix with
-            leading axes. None if the result differs between positions.
-    """
-
+    # (weight, (out,) scale, groups) -> weight: each output channel scaled
     scale_outputs: Callable[[Tensor, Tensor, int], Tensor]
+    # (weight, (in,) scale, groups) -> weight: the contribution of each input channel scaled
     scale_inputs: Callable[[Tensor, Tensor, int], Tensor]
+    # (weight, (in,) shift, groups) -> (out,), the result of a constant input; (..., out) for a matrix with leading axes. None
+    # if the result differs between positions.
     push_shift: Callable[[Tensor, Tensor, int], Tensor] | None
-
-
-def _first_axis(vector: Tensor, weight: Tensor) -> Tensor:
-    return vector.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _by_group(vector: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -42,7 +35,7 @@ def _by_group(vector: Tensor, weight: Tensor, groups: int) -> Tensor:
 
 
 def _rows_scaled(weight: Tensor, scale: Tensor, _groups: int) -> Tensor:
-    return weight * _first_axis(scale, weight)
+    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _columns_scaled(weight: Tensor, scale: Tensor, groups: int) -> Tensor:

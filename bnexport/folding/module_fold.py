@@ -195,7 +195,11 @@ def _attempt(
     clock = Clock()
     folded = copy.deepcopy(original)
     added = modules.add_biases(folded, kept)
-    traced = _traced(folded, inputs, dynamic_shapes)
+    traced = trace(folded, inputs, dynamic_shapes=dynamic_shapes)
+    if handles := modules.show_hooked(folded, traced):
+        traced = trace(folded, inputs, dynamic_shapes=dynamic_shapes)
+        for handle in handles:
+            handle.remove()
     clock.note("trace")
     overwritten = modules.overwritten_by(traced)
     drop_unused(traced)
@@ -213,15 +217,6 @@ def _attempt(
     remaining = sum(not row.gone for row in rows)
     report = FoldReport(rows, remaining, error, growth, (*outcome.warnings, *warnings))
     return ModuleFoldResult(folded, report, clock.seconds)
-
-
-def _traced(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> GraphModule:
-    traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
-    if handles := modules.show_hooked(model, traced):
-        traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
-        for handle in handles:
-            handle.remove()
-    return traced
 
 
 def _folded(

@@ -29,7 +29,7 @@ from bnexport.folding.onnx_backend.reading import check_valid
 from bnexport.folding.plan import GrowthBudget
 from bnexport.folding.torch_backend.torch_graph import TorchGraph
 from bnexport.folding.torch_backend.torch_writer import TorchWriter
-from bnexport.onnx_files.models import Names, graphs, refill
+from bnexport.onnx_files.models import Names, graphs, put_initializers, refill
 
 aten = torch.ops.aten
 
@@ -115,11 +115,8 @@ def _prepended(model: ModelProto, given: str, operator: str, operand: Tensor | N
     result = names.free(given, operator.lower())
     if operand is not None:
         constant = stored(names.free(result, "constant"), operand, torch.float32)
-        model.graph.initializer.append(constant)
+        put_initializers(model, {constant.name: constant})
         inputs.append(constant.name)
-        if model.ir_version < 4:  # where every initializer is listed as an input
-            listed = helper.make_tensor_value_info(constant.name, constant.data_type, list(constant.dims))
-            model.graph.input.append(listed)
     settings: dict[str, Any] = {"to": TensorProto.FLOAT} if operator == "Cast" else {}
     for graph in graphs(model):
         for node in graph.node:

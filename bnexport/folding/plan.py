@@ -39,22 +39,15 @@ class Refused(Exception):
 
 @dataclass
 class GrowthBudget:
-    """Upper bound on the growth of the weights by copies of shared ones.
+    """Upper bound on the growth of the weights by copies of shared ones."""
 
-    Attributes:
-        elements: Number of elements of all weights of the original.
-        max_growth: Upper bound for the result, as a factor of ``elements``.
-        apart: Give separate weights even to calls that fold alike.
-        biases: Count the bias of a layer that had none. Usually the BatchNorm that goes frees more elements, but a BatchNorm
-            whose other call stays frees none.
-        added: Number of elements added so far.
-    """
-
-    elements: int
-    max_growth: float = 1.1
-    apart: bool = False
+    elements: int  # Number of elements of all weights of the original
+    max_growth: float = 1.1  # Upper bound for the result, as a factor of ``elements``
+    apart: bool = False  # Give separate weights even to calls that fold alike
+    # Count the bias of a layer that had none. Usually the BatchNorm that goes frees more elements, but a BatchNorm whose other
+    # call stays frees none.
     biases: bool = False
-    added: int = 0
+    added: int = 0  # Number of elements added so far
     _together: dict[tuple[Weight, bytes], Weight] = field(default_factory=dict)
 
     def folded(self, old: Weight | None, value: Tensor, dtype: torch.dtype, *, together: bool) -> Weight:
@@ -79,32 +72,22 @@ PropagationRules = Mapping[
 
 @dataclass(eq=False)
 class FoldPlan:
-    """The changes that remove one affine.
-
-    Attributes:
-        maps: Allow a shift to become a constant map over the positions that follow a zero-padded layer.
-        clamps: Allow an activation to get a separate bound in each channel.
-        fixed: Operations that must stay as they are.
-        in_place: The result is written back into the existing layers: the plan may change their numbers and remove norms, but
-            not copy a weight, add a constant, or change an activation.
-        edits: The new function of each changed operation.
-        path: Every visited operation, in the order of the walk.
-        into: Operations that absorbed the affine.
-        grown: Number of elements that the plan adds to the weights.
-    """
+    """The changes that remove one affine."""
 
     graph: Graph
     rules: PropagationRules
     budget: GrowthBudget
     _: KW_ONLY
-    maps: bool = False
-    clamps: bool = False
-    fixed: Collection[Op] = ()
+    maps: bool = False  # Allow a shift to become a constant map over the positions that follow a zero-padded layer
+    clamps: bool = False  # Allow an activation to get a separate bound in each channel
+    fixed: Collection[Op] = ()  # Operations that must stay as they are
+    # The result is written back into the existing layers: the plan may change their numbers and remove norms, but not copy a
+    # weight, add a constant, or change an activation.
     in_place: bool = False
-    edits: dict[Op, Kind] = field(default_factory=dict, init=False)
-    path: dict[Op, None] = field(default_factory=dict, init=False)
-    into: dict[Op, None] = field(default_factory=dict, init=False)
-    grown: int = field(default=0, init=False)
+    edits: dict[Op, Kind] = field(default_factory=dict, init=False)  # The new function of each changed operation
+    path: dict[Op, None] = field(default_factory=dict, init=False)  # Every visited operation, in the order of the walk
+    into: dict[Op, None] = field(default_factory=dict, init=False)  # Operations that absorbed the affine
+    grown: int = field(default=0, init=False)  # Number of elements that the plan adds to the weights
     _steps: int = field(default=0, init=False)
     _depth: int = field(default=0, init=False)
 
@@ -157,7 +140,7 @@ class FoldPlan:
             raise Refused(f"{op.name} would need other bounds, and the bounds are in its module's code")
         self.edits[op] = kind
 
-    def attempt(self, action: Callable[[], None]) -> Refused | None:
+    def attempt(self, action: Callable[[], object]) -> Refused | None:
         """Run an action; if it is refused, restore the plan and return the refusal."""
         before = dict(self.edits), dict(self.path), dict(self.into), self.grown, self._depth
         try:

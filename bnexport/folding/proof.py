@@ -61,9 +61,9 @@ def _needs_full_size(region: Sequence[Op], plan: FoldPlan) -> bool:
         kind = plan.edits.get(op, op.kind)
         if isinstance(kind, Reshape) or (isinstance(kind, Slice) and kind.axis >= 2):
             return True
-        if isinstance(kind, Layer) and kind.after is not None and kind.after.numel() > max(kind.after.shape):
-            return True
-        if isinstance(kind, ConstantAffine) and kind.affine.scale.numel() > max(kind.affine.scale.shape, default=1):
+        stored = kind.affine.scale if isinstance(kind, ConstantAffine) else None
+        stored = kind.after if isinstance(kind, Layer) else stored
+        if stored is not None and stored.numel() > max(stored.shape, default=1):
             return True
     return False
 

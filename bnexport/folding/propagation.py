@@ -51,15 +51,6 @@ def _reshaped(op: Op, affine: Affine, start: tuple[Dim, ...], end: tuple[Dim, ..
     raise Refused(f"{op.name} merges its channels with an axis whose size varies")
 
 
-def _before_permute(_op: Op, kind: kinds.Permute, affine: Affine) -> Affine:
-    inverse = [kind.axes.index(axis) for axis in range(len(kind.axes))]
-    return affine.mapped(lambda tensor: tensor.permute(inverse))
-
-
-def _after_permute(_op: Op, kind: kinds.Permute, affine: Affine) -> Affine:
-    return affine.mapped(lambda tensor: tensor.permute(kind.axes))
-
-
 def _before_reorder(op: Op, kind: kinds.Reorder, affine: Affine) -> Affine:
     if not affine.varies_along(kind.axis):
         return affine
@@ -165,7 +156,10 @@ ONE_INPUT: dict[type[Kind], tuple[Callable[[Op, Any, Affine], Affine], Callable[
         lambda op, _kind, affine: _reshaped(op, affine, op.shape, op.inputs[0].shape),
         lambda op, _kind, affine: _reshaped(op, affine, op.inputs[0].shape, op.shape),
     ),
-    kinds.Permute: (_before_permute, _after_permute),
+    kinds.Permute: (
+        lambda _op, kind, affine: affine.mapped(lambda t: t.permute([kind.axes.index(axis) for axis in range(t.ndim)])),
+        lambda _op, kind, affine: affine.mapped(lambda t: t.permute(kind.axes)),
+    ),
     kinds.Reorder: (_before_reorder, _after_reorder),
     kinds.PixelShuffle: (
         lambda op, kind, affine: (_gathered if kind.inverse else _spread)(op, kind, affine),

@@ -18,21 +18,13 @@ from bnexport.folding.report import FoldOutcome
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to remove an affine, or to make it cheaper.
+    """One way to remove an affine, or to make it cheaper."""
 
-    Attributes:
-        name: Name in the fold report.
-        equation: The computation; W, b are the layer's weight and bias, s, t the affine's scale and shift.
-        plan: Fills the plan for a site, or raises Refused.
-        outcome: Outcome of a site with this rule; None if it depends on the path of the affine.
-        maps: Allow maps of constants after zero padding.
-    """
-
-    name: str
-    equation: str
-    plan: Callable[[FoldPlan, Op, Affine], None]
-    outcome: FoldOutcome | None = None
-    maps: bool = False
+    name: str  # Name in the fold report
+    equation: str  # The computation; W, b are the layer's weight and bias, s, t the affine's scale and shift
+    plan: Callable[[FoldPlan, Op, Affine], None]  # Fills the plan for a site, or raises Refused
+    outcome: FoldOutcome | None = None  # Outcome of a site with this rule; None if it depends on the path of the affine
+    maps: bool = False  # Allow maps of constants after zero padding
 
 
 def _backward(plan: FoldPlan, site: Op, affine: Affine) -> None:
@@ -69,30 +61,26 @@ def _both(plan: FoldPlan, site: Op, affine: Affine) -> None:
     plan.push(site, affine.shift_alone())
 
 
+#: Smallest |scale| to divide by: the product of a smaller one and a weight may be subnormal in float32, which is stored as 0.
+_SMALLEST_DIVISOR = 1e-25
+
+
 def _scale_forward(plan: FoldPlan, site: Op, affine: Affine) -> None:
     """``W (s x + t) = (W s) (x + t / s)``: one addition stays before the layer.
 
     For s > 0 the scale also crosses ReLU, LeakyReLU and PReLU: ``f(s x + t) = s f(x + t / s)``. With a negative scale in some
     channel, a multiplication by the sign would have to stay next to the addition, which saves nothing.
     """
-    _refuse_scaleless(affine)
-    plan.norm(site, Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale))
-    plan.push(site, affine.scale_alone())
-    if any(isinstance(plan.edits[op], ConstantAffine) for op in plan.into):
-        raise Refused("another affine would absorb its scale, and both would stay")
-
-
-#: Smallest |scale| to divide by: the product of a smaller one and a weight may be subnormal in float32, which is stored as 0.
-_SMALLEST_DIVISOR = 1e-25
-
-
-def _refuse_scaleless(affine: Affine) -> None:
     if not affine.has_scale:
         raise Refused("it has no scale to move")
     if bool((affine.scale == 0).any()):
         raise Refused(f"{int((affine.scale == 0).sum())} of its scales are 0, and the shift can't be divided by them")
     if bool((affine.scale.abs() < _SMALLEST_DIVISOR).any()):
         raise Refused("some of its scales are so small that a weight would vanish when multiplied by them")
+    plan.norm(site, Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale))
+    plan.push(site, affine.scale_alone())
+    if any(isinstance(plan.edits[op], ConstantAffine) for op in plan.into):
+        raise Refused("another affine would absorb its scale, and both would stay")
 
 
 #: Every rule, in the order in which they are tried.

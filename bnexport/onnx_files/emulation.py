@@ -10,7 +10,7 @@ Rounding goes to nearest, ties to even, with gradual underflow and overflow to i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,9 @@ class Emulator(Float64Evaluator):
         model = read_model(source) if isinstance(source, bytes | Path) else source
         super().__init__(model, chunk=chunk)
         self._named = {name for node in model.graph.node for name in node.output if name}
-        _Rounding(self.precision).put_into(self._engine, _exempt(model.graph))
+        rounding = _Rounding(self.precision)
+        for engine, exempt in _parts(self._engine, _exempt(model.graph)):
+            rounding.put_into(engine, exempt)
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return outputs like ``Float64Evaluator.evaluate``, as float32 arrays of the precision's numbers."""
@@ -254,15 +256,7 @@ class ApproximatingEvaluator(Float64Evaluator):
         super().__init__(model)
         self._errors, self._summed = APPROXIMATED.get(runtime, {}), SUMMED_IN_LINE.get(runtime, {})
         self._seed = seed
-        self._put_into(self._engine, set())
-
-    def _put_into(self, engine: Any, done: set[int]) -> None:
-        if id(engine) in done:  # a function that is called twice has one evaluator
-            return
-        done.add(id(engine))
-        for node in engine.rt_nodes_:
-            for inner in (*_graphs_inside(node), *filter(None, [_local_function(node)])):
-                self._put_into(inner, done)
+        for node in (node for engine, _ in _parts(self._engine, frozenset()) for node in engine.rt_nodes_):
             if node.op_type in self._errors and not node.onnx_node.domain:
                 node.run = self._off(node.run, self._errors[node.op_type])
             elif node.op_type in self._summed and not node.onnx_node.domain:
@@ -317,26 +311,15 @@ class _Rounding:
         self._precision = precision
         self._weights: dict[int, Any] = {}  # id -> stored weight; while it is held, its id is not reused
         self._factors: dict[int, Any] = {}  # id -> that weight as a factor: rounded once, not in every chunk
-        self._done: set[int] = set()
 
     def put_into(self, engine: Any, exempt: frozenset[str]) -> None:
-        """Round the weights of a ReferenceEvaluator of float64, and wrap its nodes and those of inner graphs and functions.
-
-        ``exempt`` names values that stay float32 in every precision.
-        """
-        if id(engine) in self._done:  # a function that is called twice has one evaluator
-            return
-        self._done.add(id(engine))
+        """Round the weights of a float64 evaluator, and wrap its nodes; the values named in ``exempt`` stay float32."""
         for name, weight in engine.rt_inits_.items():
             engine.rt_inits_[name] = _rounded(weight, FLOAT32 if name in exempt else self._precision.storage)
         self._weights |= {id(weight): weight for weight in engine.rt_inits_.values()}
         for node in engine.rt_nodes_:
-            for inner in _graphs_inside(node):
-                self.put_into(inner, exempt)
-            body = _local_function(node)
-            if body is not None:
-                self.put_into(body, _exempt(body.proto_))
-            node.run = self._rounding_run(node, exempt, stores=body is None and node.op_type not in _MOVERS)
+            stores = _local_function(node) is None and node.op_type not in _MOVERS
+            node.run = self._rounding_run(node, exempt, stores=stores)
 
     def _rounding_run(self, node: Any, exempt: frozenset[str], *, stores: bool) -> Callable[..., tuple[Any, ...]]:
         """Return a node's function, with its factors rounded before and its results after."""
@@ -390,10 +373,23 @@ def _narrow(value: Any) -> Any:
     return value.astype(np.float32) if getattr(value, "dtype", None) == np.float64 else value
 
 
-def _graphs_inside(node: Any) -> list[Any]:
-    """Return the evaluators of the graphs in a node (If, Loop, Scan)."""
-    attributes = [getattr(node, item.name, None) for item in node.onnx_node.attribute]
-    return [value for value in attributes if hasattr(value, "rt_nodes_")]
+def _parts(engine: Any, exempt: frozenset[str]) -> Iterator[tuple[Any, frozenset[str]]]:
+    """Yield a ReferenceEvaluator and those of its inner graphs (If, Loop, Scan) and functions, each once.
+
+    Each comes with the names of its values that stay float32 in every precision: ``exempt``, or those of the function.
+    """
+    stack, seen = [(engine, exempt)], set()
+    while stack:
+        part, names = stack.pop()
+        if id(part) in seen:  # a function that is called twice has one evaluator
+            continue
+        seen.add(id(part))
+        yield part, names
+        for node in part.rt_nodes_:
+            inner = (getattr(node, item.name, None) for item in node.onnx_node.attribute)
+            stack += [(value, names) for value in inner if hasattr(value, "rt_nodes_")]
+            if (body := _local_function(node)) is not None:
+                stack.append((body, _exempt(body.proto_)))
 
 
 def _local_function(node: Any) -> Any | None:

@@ -7,7 +7,9 @@ float16, bfloat16 and float32 are subsets of it. The remaining difference is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +53,8 @@ class Float64Evaluator:
         first: Any = model.graph.input[0].type.tensor_type.shape.dim if model.graph.input else ()
         self.varies = bool(first) and not first[0].HasField("dim_value")
         self._chunk = chunk
-        try:
+        with self._evaluating():
             self._engine: Any = wide_evaluator(model, to=self._weight_type)
-        except BnexportError:
-            raise
-        except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
-            raise self._not_evaluated(error) from error
         self._checked = False
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -67,20 +65,14 @@ class Float64Evaluator:
         wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
         size = len(next(iter(wide.values()), np.empty(0)))
         step = (self._chunk or samples_at_once(wide)) if self.varies else max(size, 1)
-        try:
-            # Overflow in a branch that numpy evaluates and discards (sigmoid) is not an error of the model.
-            with np.errstate(all="ignore"):
-                parts = []
-                for at in range(0, max(size, 1), step):
-                    part = {name: array[at : at + step] for name, array in wide.items()}
-                    self._engine.look = None if self._checked else self._look
-                    parts.append(self._engine.run(None, part))
-                    self._checked = True
-                return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(self.outputs)}
-        except BnexportError:
-            raise
-        except Exception as error:  # numpy raises any class inside an operator
-            raise self._not_evaluated(error) from error
+        with self._evaluating():
+            parts = []
+            for at in range(0, max(size, 1), step):
+                part = {name: array[at : at + step] for name, array in wide.items()}
+                self._engine.look = None if self._checked else self._look
+                parts.append(self._engine.run(None, part))
+                self._checked = True
+            return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(self.outputs)}
 
     def intermediate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return every computed array by its name in the file, for few samples.
@@ -88,11 +80,8 @@ class Float64Evaluator:
         All samples are evaluated at once, since not every value has the batch first.
         """
         wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
-        try:
-            with np.errstate(all="ignore"):
-                values = self._engine.run(None, wide, intermediate=True)
-        except Exception as error:  # numpy raises any class inside an operator
-            raise self._not_evaluated(error) from error
+        with self._evaluating():
+            values = self._engine.run(None, wide, intermediate=True)
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
     def _look(self, name: str, value: Any) -> None:
@@ -104,11 +93,20 @@ class Float64Evaluator:
                 remedy="Report this with the model: an operator of onnx's reference implementation rounds",
             )
 
-    def _not_evaluated(self, error: Exception) -> BundleError:
-        return BundleError(
-            f"the written file can't be evaluated in {self.arithmetic}: {one_line(error, 200)}",
-            remedy="Check that the file is the exported one, and that the inputs fit it",
-        )
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Convert the exceptions of an evaluation to BundleError."""
+        try:
+            # Overflow in a branch that numpy evaluates and discards (sigmoid) is not an error of the model.
+            with np.errstate(all="ignore"):
+                yield
+        except BnexportError:
+            raise
+        except Exception as error:  # onnx's own classes, and any class of numpy's inside an operator
+            raise BundleError(
+                f"the written file can't be evaluated in {self.arithmetic}: {one_line(error, 200)}",
+                remedy="Check that the file is the exported one, and that the inputs fit it",
+            ) from error
 
 
 def samples_at_once(feeds: Mapping[str, Array]) -> int:
@@ -144,8 +142,7 @@ def wide_evaluator(
 
 def widen(model: ModelProto) -> ModelProto:
     """Return a copy of a model in which every float is float64: weights, constants, casts, declared types."""
-    copy = type(model)()
-    copy.CopyFrom(model)
+    copy = deepcopy(model)
     for graph in graphs(copy):
         if graph.sparse_initializer:
             raise BundleError("the model has sparse weights, which the proof can't read", remedy="Store them densely")

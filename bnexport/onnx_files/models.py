@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import Manifest
 from bnexport.errors import REBUILD, BundleError, ExportError
-from bnexport.files import Refusal
+from bnexport.files import Refusal, input_errors
 from bnexport.optional import one_line, require
 from bnexport.tensors import Declared
 from bnexport.validation.limits import limit, refusing
@@ -53,16 +53,12 @@ def read_validated(file: Path) -> bytes:
 
     Engines get these bytes and not the file's name, so that they follow no reference to another file.
     """
-    try:
+    with input_errors(f"{file} is not an ONNX model: it", BundleError, remedy=REBUILD):
         with refusing(f"{file} {_NOT}", BundleError, remedy=REBUILD):
             check_regular(file)
             if file.stat().st_size > limit("onnx-bytes"):
                 raise Refusal("has more than 2 GB, which protobuf can't read")
         return _validated(file.read_bytes(), str(file))
-    except OSError as error:
-        raise BundleError(
-            f"{file} is not an ONNX model: it can't be read: {one_line(error)}", remedy=REBUILD
-        ) from error
 
 
 def _validated(content: bytes, name: str) -> bytes:
@@ -104,6 +100,34 @@ def for_inference(model: ModelProto) -> ModelProto:
     for value in copy.graph.output:
         value.type.tensor_type.ClearField("shape")
     return copy
+
+
+def inferred_graph(model: ModelProto) -> GraphProto:
+    """Return the graph of a model after shape inference; the unchanged graph if inference fails."""
+    import onnx
+
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception:  # of no common class; shapes that it does not find stay unknown
+        return model.graph
+
+
+def put_initializers(model: ModelProto, tensors: Mapping[str, TensorProto]) -> None:
+    """Add initializers by name, or replace those that exist; before IR version 4, each is listed as an input, too."""
+    from onnx import helper
+
+    groups: list[tuple[Any, Mapping[str, Any]]] = [(model.graph.initializer, tensors)]
+    if model.ir_version < 4:
+        listed = {
+            name: helper.make_tensor_value_info(name, item.data_type, item.dims) for name, item in tensors.items()
+        }
+        groups.append((model.graph.input, listed))
+    for group, items in groups:
+        present = {item.name for item in group}
+        for item in group:
+            if item.name in items:
+                item.CopyFrom(items[item.name])
+        group.extend(item for name, item in items.items() if name not in present)
 
 
 def subgraphs(node: NodeProto) -> list[GraphProto]:

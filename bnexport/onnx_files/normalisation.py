@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,8 +160,7 @@ def _output_types(model: ModelProto) -> bool:
     untyped = [value for value in model.graph.output if not _is_typed(value)]
     if not untyped:
         return False
-    bare = ModelProto()
-    bare.CopyFrom(model)
+    bare = deepcopy(model)
     del bare.graph.output[:]
     bare.graph.output.extend(value for value in model.graph.output if _is_typed(value))
     try:
@@ -250,8 +250,7 @@ def upgraded(model: ModelProto, name: str, to: int = OLDEST_OPSET) -> ModelProto
 
 def _with_numbers(model: ModelProto) -> ModelProto:
     """Return a copy whose inputs have numbers for sizes, because the converter does not support names."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = deepcopy(model)
     for value in copy.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if not dim.HasField("dim_value"):
@@ -321,7 +320,7 @@ def split_sums(model: ModelProto) -> tuple[SplitSum, ...]:
             rewritten.append(helper.make_node("Add", [total, value], [output], name=label))
             inner += [] if last else [output]
             total = output
-        found.append(SplitSum(NodeProto.FromString(node.SerializeToString()), frozenset(inner)))
+        found.append(SplitSum(deepcopy(node), frozenset(inner)))
     if found:
         refill(model.graph.node, rewritten)
     return tuple(found)
@@ -344,7 +343,7 @@ def join_sums(model: ModelProto, sums: tuple[SplitSum, ...]) -> None:
             stack += reversed(makers[name].input)
         if len(values) < 3:
             continue
-        joined = NodeProto.FromString(split.node.SerializeToString())
+        joined = deepcopy(split.node)
         del joined.input[:]
         joined.input.extend(values)
         rest = [node for node in model.graph.node if not set(node.output) & set(removed[1:])]

@@ -16,11 +16,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from bnexport.onnx_files.models import MAX_SIZES, Names, attributes, for_inference, mentions, reads
+from bnexport.onnx_files.models import (
+    MAX_SIZES,
+    Names,
+    attributes,
+    for_inference,
+    inferred_graph,
+    mentions,
+    reads,
+    refill,
+)
 
 #: A number, or the name of a size that varies; equal names are equal sizes.
 Size: TypeAlias = int | str
@@ -67,7 +75,7 @@ def _sizes_of(
     bare = _without_claims(model)
     stated: dict[str, list[Size]] = {}
     for _ in range(_MAX_ROUNDS):
-        inferred = _inferred(bare)
+        inferred = inferred_graph(bare)
         dims = _dims(inferred)
         known = dict(constants)
         for node in model.graph.node:
@@ -106,13 +114,6 @@ def _without_claims(model: ModelProto) -> ModelProto:
             if not dim.HasField("dim_value") and not dim.dim_param:
                 dim.dim_param = f"{value.name}\0{axis}"
     return bare
-
-
-def _inferred(bare: ModelProto) -> GraphProto:
-    try:
-        return onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    except Exception:  # onnx's inference raises several unrelated classes; the shapes stay unknown
-        return bare.graph
 
 
 def _dims(graph: GraphProto) -> Dims:
@@ -249,9 +250,7 @@ def _write(model: ModelProto, node: NodeProto, name: str, target: Sequence[int])
     else:  # every initializer would have to be an input too
         model.graph.node.insert(0, helper.make_node("Constant", [], [name], value=tensor))
     node.input[1] = name
-    kept = [item for item in node.attribute if item.name != "allowzero"]
-    del node.attribute[:]
-    node.attribute.extend(kept)
+    refill(node.attribute, [item for item in node.attribute if item.name != "allowzero"])
 
 
 def _drop_unread(model: ModelProto, names: Sequence[str]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from bnexport.folding.torch_backend.torch_writer import flushed
-from bnexport.onnx_files.models import graphs_within, mentioned_inside, nodes
+from bnexport.onnx_files.models import mentioned_inside, nodes
 from bnexport.tensors import ELEMENT_TYPES, Array
 
 BATCH_NORM = "BatchNormalization"
@@ -35,15 +33,6 @@ def is_batch_norm(node: NodeProto) -> bool:
 def count_batch_norms(model: ModelProto) -> int:
     """Count the BatchNormalization nodes of all graphs and functions."""
     return sum(map(is_batch_norm, nodes(model)))
-
-
-def inner_batch_norms(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
-    """Return each BatchNormalization outside the main graph with its place, as the end of a sentence."""
-    inner = [(graph.node, "the body of an If, Loop or Scan") for graph in graphs_within(model.graph.node)]
-    for function in model.functions:
-        where = f"the body of the function {function.name}"
-        inner += [(function.node, where), *((graph.node, where) for graph in graphs_within(function.node))]
-    return ((node, where) for group, where in inner for node in group if is_batch_norm(node))
 
 
 def pinned(graph: GraphProto) -> set[str]:

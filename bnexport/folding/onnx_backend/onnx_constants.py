@@ -14,13 +14,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import onnx
 import sympy  # type: ignore[import-untyped]
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
@@ -29,7 +28,7 @@ from torch import Tensor
 from bnexport.folding.affine import Dim
 from bnexport.folding.onnx_backend.inventory import TORCH, is_default, widened
 from bnexport.onnx_files.float64 import wide_evaluator
-from bnexport.onnx_files.models import mentions, refill, subgraphs, without_weights
+from bnexport.onnx_files.models import inferred_graph, mentions, refill, subgraphs, without_weights
 from bnexport.tensors import Array
 
 #: Operators that read a tensor's shape and not its elements; a fold changes no shape.
@@ -197,11 +196,7 @@ def _put_numbers(value: ValueInfoProto, sizes: Mapping[str, int]) -> None:
 
 
 def _inferred(model: ModelProto) -> dict[str, ValueInfoProto]:
-    infer: Callable[..., ModelProto] = onnx.shape_inference.infer_shapes
-    try:
-        graph = infer(model, strict_mode=False, data_prop=True).graph
-    except Exception:  # of no common class; unknown values are left alone
-        graph = model.graph
+    graph = inferred_graph(model)
     found = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     for tensor in graph.initializer:
         found[tensor.name] = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
@@ -277,17 +272,14 @@ _MAX_RANK = 16
 
 
 class OnnxConstants:
-    """The constants of a model's main graph, in float64; the model is not changed.
-
-    Attributes:
-        overridable: Initializers that are also inputs, so that a caller may replace them.
-    """
+    """The constants of a model's main graph, in float64; the model is not changed."""
 
     def __init__(self, model: ModelProto, shapes: Shapes) -> None:
         self._model, self._shapes = model, shapes
         inputs = {value.name for value in model.graph.input}
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
-        # Before IR version 4 every initializer had to be listed as an input; engines treat it as a constant.
+        # Initializers that are also inputs, so that a caller may replace them. Before IR version 4 every initializer had to be
+        # listed as an input; engines treat it as a constant.
         self.overridable = inputs & set(stored) if model.ir_version >= 4 else set()
         self._stored = {name: tensor for name, tensor in stored.items() if name not in self.overridable}
         self._nodes: dict[str, NodeProto] = {}

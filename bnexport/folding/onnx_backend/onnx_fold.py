@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto
 from torch import Tensor
 
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
 from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.fold import AMPLIFIES, DEFAULT_MAX_GROWTH, refuse_wrong
-from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
+from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, is_batch_norm, label
 from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, last_digit_response, onnx_fold_error
 from bnexport.folding.onnx_backend.onnx_writer import OnnxWriter
-from bnexport.folding.onnx_backend.reading import MAX_BYTES, SourceFile, check_valid, is_fully_valid, read_source
+from bnexport.folding.onnx_backend.reading import MAX_BYTES, check_valid, is_fully_valid, read_source
 from bnexport.folding.plan import ATTEMPTS, GrowthBudget
 from bnexport.folding.report import FoldReport, FoldRow, Reported
-from bnexport.onnx_files.models import opset_of
+from bnexport.onnx_files.models import graphs_within, opset_of
 from bnexport.onnx_files.normalisation import OLDEST_OPSET, join_sums, split_sums, upgraded
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line
@@ -92,14 +92,16 @@ def fold_onnx(
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
     file = read_source(source)
     original, sizes = file.model, _sizes(file.model, inputs or {})
-    readable = _readable(file, sizes, prove=prove)
+    readable = deepcopy(upgraded(original, file.name))
+    if prove and opset_of(readable) != opset_of(original):
+        _check_conversion(original, readable, file.name, sizes)
     sums = split_sums(readable)
     model, outcome, exact, growth = _fold_copy(readable, original, sizes, max_growth, clamps, prove)
     join_sums(model, sums)
     changed = simplify_reshapes(model) > 0 or exact is not None or opset_of(model) != opset_of(original)
     if changed:
         _check_written(original, model)
-    rows = (*outcome.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))
+    rows = (*outcome.rows, *_inner_rows(original))
     error, unproved = _proof(original, model, exact or {} if changed else None, sizes) if prove else (None, ())
     report = FoldReport(rows, count_batch_norms(model), error, growth, (*outcome.warnings, *unproved))
     return OnnxFoldResult(model, report, original, changed, file.normalised)
@@ -129,14 +131,6 @@ def _fold_copy(
         if growth <= max_growth:
             break
     return model, outcome, writer.exact if folded else None, growth
-
-
-def _readable(file: SourceFile, sizes: Mapping[str, Sequence[int]], *, prove: bool) -> ModelProto:
-    """Return a copy of a file's model, of operator set 7 or newer."""
-    readable = deepcopy(upgraded(file.model, file.name))
-    if prove and opset_of(readable) != opset_of(file.model):
-        _check_conversion(file.model, readable, file.name, sizes)
-    return readable
 
 
 def _sizes(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -217,7 +211,14 @@ def _check_written(original: ModelProto, model: ModelProto) -> None:
     check_valid(model, "the folded model")
 
 
-def _inner_row(node: NodeProto, where: str) -> FoldRow:
-    """Return the row of a BatchNormalization outside the main graph, where no rule applies."""
-    hint = "functions inlined (onnx.inliner)" if "function" in where else "the same nodes outside of it"
-    return FoldRow(label(node), BATCH_NORM, "kept", reason=f"it is inside {where}", hint=hint)
+def _inner_rows(model: ModelProto) -> Iterator[FoldRow]:
+    """Yield a row for each BatchNormalization outside the main graph, where no rule applies."""
+    outside = "the same nodes outside of it"
+    inner = [(graph.node, "the body of an If, Loop or Scan", outside) for graph in graphs_within(model.graph.node)]
+    for function in model.functions:
+        where = f"the body of the function {function.name}"
+        groups = (function.node, *(graph.node for graph in graphs_within(function.node)))
+        inner += [(group, where, "functions inlined (onnx.inliner)") for group in groups]
+    for group, where, hint in inner:
+        for node in filter(is_batch_norm, group):
+            yield FoldRow(label(node), BATCH_NORM, "kept", reason=f"it is inside {where}", hint=hint)

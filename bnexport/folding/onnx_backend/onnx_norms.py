@@ -110,7 +110,12 @@ def read_arithmetic(view: NodeView) -> OnnxReading | None:
     if first is None:
         return None
     if first.affine is None:
-        return _unread_arithmetic(first) if first.scales and _following(first) is not None else None
+        if not first.scales or _following(first) is None:
+            return None
+        # It looks like a norm, but must stay, with the reason in the report.
+        unread = NormCall(view.name, view.node.op_type, 0, None, first.why_not)
+        values = tuple(name for name in view.node.input if name and not view.context.constants.known(name))
+        return OnnxReading(Opaque(first.why_not), values, call=unread)
     links = _run(first)
     affine = first.affine
     for link in links[1:]:
@@ -183,13 +188,6 @@ def _why_not_placed(view: NodeView, slot: int) -> str:
         if any(size > 1 and not isinstance(there, int) for there, size in pairs):
             return "the file does not state the size of the axis that it normalises"
     return "its constants enlarge the value"
-
-
-def _unread_arithmetic(first: _Link) -> OnnxReading:
-    """Return the reading of arithmetic that looks like a norm and must stay, with the reason in the report."""
-    call = NormCall(first.view.name, first.view.node.op_type, 0, None, first.why_not)
-    values = [name for name in first.view.node.input if name and not first.view.context.constants.known(name)]
-    return OnnxReading(Opaque(first.why_not), tuple(values), call=call)
 
 
 def _size(view: NodeView, first: _Link, axes: set[int]) -> int:

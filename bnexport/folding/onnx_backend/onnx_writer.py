@@ -14,20 +14,16 @@ from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight, weights_now
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, pinned, stored
 from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph, OnnxSource, with_tensors
-from bnexport.onnx_files.models import Names, mentions, reads, refill
+from bnexport.onnx_files.models import Names, mentions, put_initializers, reads, refill
 
 
 class OnnxWriter:
-    """Writes the changed operations of a graph back into its model.
-
-    Attributes:
-        exact: The written tensors, in float64 before their one rounding, by initializer.
-    """
+    """Writes the changed operations of a graph back into its model."""
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
         self.model: ModelProto = graph.model
-        self.exact: dict[str, Tensor] = {}
+        self.exact: dict[str, Tensor] = {}  # The written tensors, in float64 before their one rounding, by initializer
         self._tensors: dict[str, TensorProto] = {}
         self._names = Names(self.model)
         self._pinned = pinned(self.model.graph)
@@ -206,24 +202,8 @@ class OnnxWriter:
                     node.input[index] = self._now(name)
         # A node that computed a constant is removed if an initializer of its name replaces it.
         refill(graph.node, [node for node in kept if not any(name in self._tensors for name in node.output)])
-        self._put_tensors()
+        put_initializers(self.model, self._tensors)
         self._drop_unused()
-
-    def _put_tensors(self) -> None:
-        graph = self.model.graph
-        there = {tensor.name for tensor in graph.initializer}
-        for tensor in graph.initializer:
-            if tensor.name in self._tensors:
-                tensor.CopyFrom(self._tensors[tensor.name])
-        graph.initializer.extend(tensor for name, tensor in self._tensors.items() if name not in there)
-        if self.model.ir_version < 4:  # where every initializer is listed as an input
-            listed = {value.name: value for value in graph.input}
-            for name, tensor in self._tensors.items():
-                value = helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
-                if name in listed:
-                    listed[name].CopyFrom(value)
-                else:
-                    graph.input.append(value)
 
     def _drop_unused(self) -> None:
         """Remove nodes, initializers and declarations of values that had readers before and have none now."""

@@ -12,6 +12,7 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError
+from bnexport.files import input_errors
 from bnexport.onnx_files.models import graphs, nodes
 from bnexport.onnx_files.normalisation import normalise
 from bnexport.optional import one_line
@@ -78,7 +79,7 @@ def is_fully_valid(model: ModelProto) -> bool:
 
 
 def _content(path: Path) -> bytes:
-    try:
+    with input_errors(path, ModelError, remedy="Check the path"):
         if path.is_dir():
             raise ModelError(f"{path} is a folder, not an ONNX file", remedy="Give the file itself")
         with refusing(path, ModelError, remedy=_CHECK):
@@ -87,8 +88,6 @@ def _content(path: Path) -> bytes:
             raise ModelError(f"{path} is larger than 2 GB, so it is not an ONNX file", remedy=_CHECK)
         refuse_other_kinds(path, "onnx")
         return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the path") from error
 
 
 def _parsed(content: bytes, name: str, folder: Path | None) -> ModelProto:

@@ -39,17 +39,11 @@ _ARITHMETIC = "its numbers are in the code, which stays as it is"
 
 @dataclass
 class ModuleChanges:
-    """A fold to be written into modules.
+    """A fold to be written into modules."""
 
-    Attributes:
-        values: Folded weights and biases in float64, by name in the state dict.
-        norms: Module path of a norm -> the affine that remains of it, or None.
-        biases: Paths of the layers that got a bias.
-    """
-
-    values: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, Affine | None] = field(default_factory=dict)
-    biases: tuple[str, ...] = ()
+    values: dict[str, Tensor] = field(default_factory=dict)  # Name in the state dict -> folded value in float64
+    norms: dict[str, Affine | None] = field(default_factory=dict)  # Path of a norm -> the rest of its affine
+    biases: tuple[str, ...] = ()  # Paths of the layers that got a bias
 
     def layout(self) -> dict[str, Any]:
         """Return the description from which ``with_layout`` builds the folded network, as JSON values."""

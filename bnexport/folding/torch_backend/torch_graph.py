@@ -54,19 +54,14 @@ class TorchSource:
 
 
 class TorchGraph:
-    """A graph of ATen operators as ``folding.graph.Graph``; the module is not changed.
-
-    Attributes:
-        by_node: Node -> the operation whose value it has.
-        aliases: Nodes that return another node's whole value, such as the first slice of ``x[:, 2:]``.
-    """
+    """A graph of ATen operators as ``folding.graph.Graph``; the module is not changed."""
 
     def __init__(self, module: GraphModule) -> None:
         self.module = module
         self.constants = TorchConstants(module)
         self.ops: list[Op] = []
-        self.by_node: dict[Node, Op] = {}
-        self.aliases: list[Node] = []
+        self.by_node: dict[Node, Op] = {}  # Node -> the operation whose value it has
+        self.aliases: list[Node] = []  # Nodes that return another node's whole value: the first slice of ``x[:, 2:]``
         self._weights: dict[str | Node, Weight] = {}
         self._norms = read_norms(module, self.constants)
         for node in module.graph.nodes:
@@ -85,8 +80,10 @@ class TorchGraph:
         if node.target in SHAPE_ONLY or (norm is not None and node is not norm.nodes[-1]):
             return  # the last step of a norm represents the norm
         if node.op in ("get_attr", "call_function") and self.constants.known(node):
-            if norm is not None and norm.counts:
-                self._note_constant_norm(node, norm)
+            if norm is not None and norm.counts:  # a call in the report, but not a value that an affine could cross
+                channels, source = channels_of(norm.value, norm.axis, norm.affine), TorchSource(norm.nodes, ())
+                call = NormCall(module_path(node), module_class(node), channels, None, _CONSTANT)
+                self.ops.append(Op(Opaque(), [], (), None, describe(node), call.module, source, norm=call))
             return
         if _is_transparent_split(node) or (node.op == "call_function" and _is_size(node)):
             return
@@ -102,12 +99,6 @@ class TorchGraph:
             return
         reading = self._reading(node)
         self._add(reading.kind, TorchSource((node,), tuple(reading.inputs), reading.weight, reading.bias))
-
-    def _note_constant_norm(self, node: Node, norm: NormReading) -> None:
-        """Add a BatchNorm of a constant: a call in the report, but not a value that an affine could cross."""
-        path, channels = module_path(node), channels_of(norm.value, norm.axis, norm.affine)
-        call = NormCall(path, module_class(node), channels, None, _CONSTANT)
-        self.ops.append(Op(Opaque(), [], (), None, describe(node), path, TorchSource(norm.nodes, ()), norm=call))
 
     def _reading(self, node: Node) -> TorchReading:
         everything = tuple(item for item in node.all_input_nodes if self._is_value(item))

@@ -21,20 +21,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class NormReading:
-    """One scale and shift, in one node or several; the last three fields are those of ``NormCall``.
+    """One scale and shift, in one node or several; the last three fields are those of ``NormCall``."""
 
-    Attributes:
-        nodes: The nodes in order; the first reads ``value``, the last has the result.
-        affine: None if the affine can't be read, for the reason ``why_not``.
-        axis: Channel axis of ``value``; None if the affine is the same for every element, or varies along several axes.
-        counts: True for a BatchNorm, also one written as arithmetic; False for other arithmetic.
-    """
-
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node, ...]  # The nodes in order; the first reads ``value``, the last has the result
     value: Node
-    affine: Affine | None
+    affine: Affine | None  # None if the affine can't be read, for the reason ``why_not``
+    # Channel axis of ``value``; None if the affine is the same for every element, or varies along several axes
     axis: int | None
-    counts: bool
+    counts: bool  # True for a BatchNorm, also one written as arithmetic; False for other arithmetic
     why_not: str = ""
     hint: str = ""
     offset: float = 0.0

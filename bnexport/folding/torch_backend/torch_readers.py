@@ -23,11 +23,12 @@ def _conv(spatial: int, transposed: bool, node: Node, graph: Surroundings) -> To
     if isinstance(found, str):
         return found
     (weight, bias), shape = found, shape_of(node)
-    batched = shape is not None and len(shape) == spatial + 2
     where: int | str = 1
-    if not batched:
+    if shape is None or len(shape) != spatial + 2:
         where = f"the convolution's input has no batch dimension, so its channels are not on axis 1 of {spatial + 2}"
     geometry = _geometry(node, spatial, transposed, weight.shape)
+    # Padding "same" may add a zero at the far end alone: an even kernel, one of 2 taps.
+    uneven = argument(node, 4, "padding", 0) == "same" and any(kernel > 1 for kernel in weight.shape[2:])
     layer = Layer.convolution(
         weight,
         bias,
@@ -36,7 +37,7 @@ def _conv(spatial: int, transposed: bool, node: Node, graph: Surroundings) -> To
         out_axis=where,
         in_axis=where,
         geometry=geometry,
-        zero_padded=geometry is None or any(geometry.padding) or _pads_after(node, weight.shape),
+        zero_padded=any(geometry.padding) or uneven,
     )
     return TorchReading(layer, (node.args[0],), 1, 2)
 
@@ -50,7 +51,7 @@ def _weight_and_bias(node: Node, graph: Surroundings) -> tuple[Weight, Weight | 
     return weight, bias
 
 
-def _geometry(node: Node, spatial: int, transposed: bool, shape: tuple[int, ...]) -> Geometry | None:
+def _geometry(node: Node, spatial: int, transposed: bool, shape: tuple[int, ...]) -> Geometry:
     def each(value: Any) -> tuple[int, ...]:
         found = tuple(int(item) for item in value) if isinstance(value, (list, tuple)) else (int(value),)
         return found * spatial if len(found) == 1 else found
@@ -63,11 +64,6 @@ def _geometry(node: Node, spatial: int, transposed: bool, shape: tuple[int, ...]
     if padding == "same":  # zeros on both sides, one more at the far end where the number is odd
         padding = [step * (kernel - 1) // 2 for step, kernel in zip(dilation, shape[2:], strict=True)]
     return Geometry(stride, dilation, each(padding))
-
-
-def _pads_after(node: Node, shape: tuple[int, ...]) -> bool:
-    """Return True for padding "same", which may add a zero at the far end alone: an even kernel, one of 2 taps."""
-    return argument(node, 4, "padding", 0) == "same" and any(kernel > 1 for kernel in shape[2:])
 
 
 def _linear(node: Node, graph: Surroundings) -> TorchReading | str | None:
@@ -114,8 +110,9 @@ def _of(node: Node, kind: Kind) -> TorchReading:
     return TorchReading(kind, (node.args[0],))
 
 
-def _same(node: Node, _graph: Surroundings) -> TorchReading:
-    return _of(node, kinds.Identity())
+def _as(kind: Kind) -> NodeReader:
+    """Return the reader of operators that are always of one kind."""
+    return lambda node, _graph: _of(node, kind)
 
 
 def _dropout(node: Node, _graph: Surroundings) -> TorchReading | None:
@@ -126,10 +123,6 @@ def _dropout(node: Node, _graph: Surroundings) -> TorchReading | None:
 def _cast(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read a cast to the type that the value already has."""
     return _of(node, kinds.Identity()) if dtype_of(node.args[0]) == dtype_of(node) else None
-
-
-def _reshape(node: Node, _graph: Surroundings) -> TorchReading:
-    return _of(node, kinds.Reshape())
 
 
 def _permute(node: Node, _graph: Surroundings) -> TorchReading | None:
@@ -345,12 +338,12 @@ TORCH_READERS: dict[Any, NodeReader] = {
     aten.linear.default: _linear,
     **dict.fromkeys(_named("matmul", "mm", "bmm"), _product),
     aten.addmm.default: _addmm,
-    **dict.fromkeys(_named("alias", "clone", "contiguous", "detach", "lift_fresh_copy"), _same),
+    **dict.fromkeys(_named("alias", "clone", "contiguous", "detach", "lift_fresh_copy"), _as(kinds.Identity())),
     **dict.fromkeys(_named("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
     **dict.fromkeys(_named("_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as"), _cast),
-    **dict.fromkeys(_named("view", "reshape", "_unsafe_view", "view_as", "reshape_as"), _reshape),
-    **dict.fromkeys(_named("flatten.using_ints", "unflatten.int", "unsqueeze"), _reshape),
-    **dict.fromkeys(_named("squeeze", "squeeze.dim", "squeeze.dims"), _reshape),
+    **dict.fromkeys(_named("view", "reshape", "_unsafe_view", "view_as", "reshape_as"), _as(kinds.Reshape())),
+    **dict.fromkeys(_named("flatten.using_ints", "unflatten.int", "unsqueeze"), _as(kinds.Reshape())),
+    **dict.fromkeys(_named("squeeze", "squeeze.dim", "squeeze.dims"), _as(kinds.Reshape())),
     **dict.fromkeys(_named("permute", "transpose.int", "t"), _permute),
     **dict.fromkeys(_named("channel_shuffle", "native_channel_shuffle"), _channel_shuffle),
     aten.index_select.default: _index_select,
@@ -362,9 +355,7 @@ TORCH_READERS: dict[Any, NodeReader] = {
     aten.avg_pool1d.default: partial(_pool, 1),
     aten.avg_pool2d.default: partial(_pool, 2),
     aten.avg_pool3d.default: partial(_pool, 3),
-    **dict.fromkeys(_named(*_AVERAGES[1]), partial(_window, kinds.Average, 1)),
-    **dict.fromkeys(_named(*_AVERAGES[2]), partial(_window, kinds.Average, 2)),
-    **dict.fromkeys(_named(*_AVERAGES[3]), partial(_window, kinds.Average, 3)),
+    **{name: partial(_window, kinds.Average, axes) for axes, names in _AVERAGES.items() for name in _named(*names)},
     **dict.fromkeys(_named("mean", "mean.dim"), _mean),
     **dict.fromkeys(_named("pad", "constant_pad_nd"), _pad),
     aten.max_pool1d.default: partial(_window, kinds.WindowMaximum, 1),

@@ -52,23 +52,17 @@ def check_stored(stored: Tensor, value: Tensor, target: str) -> None:
 
 
 class TorchWriter:
-    """Writes the changed operations of one graph back into its module.
-
-    Attributes:
-        exact: The written tensors in float64 before their one cast, by attribute.
-        standalone: Number of elements of the affines that stay, which are not copies.
-    """
+    """Writes the changed operations of one graph back into its module."""
 
     def __init__(self, graph: TorchGraph) -> None:
         self.graph = graph
         self.module = graph.module
-        self.exact: dict[str, Tensor] = {}
-        self.standalone = 0
+        self.exact: dict[str, Tensor] = {}  # The written tensors in float64 before their one cast, by attribute
+        self.standalone = 0  # Number of elements of the affines that stay, which are not copies
         self._written: dict[Weight, str] = {}
         self._kept = self._names_still_read()
         self._obsolete: list[Node] = []
-        #: The node that has an operation's value at present
-        self._now: dict[Op, Node] = {op: op.source.result for op in graph.ops}
+        self._now: dict[Op, Node] = {op: op.source.result for op in graph.ops}  # Nodes with the present values
 
     def write(self, dropped: tuple[Op, ...]) -> None:
         """Write every changed operation, and remove operations without a reader."""
@@ -131,18 +125,14 @@ class TorchWriter:
             kwargs.pop(name, None)
         node.args, node.kwargs = tuple(arguments), kwargs
         if kind.after is not None:
-            self._add_after(op, node, kind)
-
-    def _add_after(self, op: Op, node: Node, kind: Layer) -> None:
-        assert kind.after is not None
-        graph = self.module.graph
-        with graph.inserting_after(node):
-            total = graph.call_function(aten.add.Tensor)
-        node.replace_all_uses_with(total)
-        with graph.inserting_before(node):
-            constant = self._constant(op, "shift", kind.after, kind.weight.dtype)
-        total.args = (node, constant)
-        self._now[op] = _like(total, node)
+            graph = self.module.graph
+            with graph.inserting_after(node):
+                total = graph.call_function(aten.add.Tensor)
+            node.replace_all_uses_with(total)
+            with graph.inserting_before(node):
+                constant = self._constant(op, "shift", kind.after, kind.weight.dtype)
+            total.args = (node, constant)
+            self._now[op] = _like(total, node)
 
     def _stored(self, op: Op, name: str, new: Weight, given: Any) -> Node:
         """Return a node that reads a folded weight, under the old name unless that attribute has other readers."""
@@ -265,7 +255,12 @@ def _follow(part: GraphModule) -> None:
     graph = part.graph
     inputs = graph.find_nodes(op="placeholder")
     first = next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
-    naming = [node for node in graph.nodes if node.op == "call_function" and _names_device((node.args, node.kwargs))]
+    naming = [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and any(isinstance(item, torch.device) for item in pytree.tree_leaves((node.args, node.kwargs)))
+    ]
     if first is None or not naming:
         return
     with graph.inserting_after(inputs[-1]):
@@ -277,7 +272,3 @@ def _follow(part: GraphModule) -> None:
     for node in naming:
         node.args, node.kwargs = map_aggregate(node.args, followed), map_aggregate(node.kwargs, followed)
     part.recompile()
-
-
-def _names_device(arguments: Any) -> bool:
-    return any(isinstance(item, torch.device) for item in pytree.tree_leaves(arguments))

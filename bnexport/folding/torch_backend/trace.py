@@ -15,7 +15,8 @@ import itertools
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,10 @@ def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
 
     Guards of torch's own code are skipped: its operators refuse sizes that do not fit, or the guard only affects speed.
     """
-    for environment in _environments(program):
+    values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values for size in getattr(value, "shape", ()) if not isinstance(size, int)]
+    environments = {id(size.node.shape_env): size.node.shape_env for size in sizes}  # they hold the guards of the sizes
+    for environment in environments.values():
         for guard in environment.guards:
             place = _place(guard)
             if place and not _holds(environment, guard.expr):
@@ -49,13 +53,6 @@ def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
                     " image, so one graph is not valid for all sizes",
                     remedy="Leave --dynamic-size out, or write that line without a condition in Python",
                 )
-
-
-def _environments(program: ExportedProgram) -> list[Any]:
-    """Return the objects in which torch.export keeps the guards of the sizes that vary."""
-    values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
-    sizes = [size for value in values for size in getattr(value, "shape", ()) if not isinstance(size, int)]
-    return list({id(size.node.shape_env): size.node.shape_env for size in sizes}.values())
 
 
 def _place(guard: Any) -> str:
@@ -173,8 +170,7 @@ def _switched_copy(model: nn.Module) -> nn.Module:
 
 def batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """Return dynamic shapes by forward's argument names: the first dimension of every tensor is shared, "batch"."""
-    batch = torch.export.Dim("batch")
-    return _shapes(model, inputs, lambda item: {0: batch} if item.ndim else None)
+    return _shapes(model, inputs, lambda _rank: {})
 
 
 def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -190,15 +186,15 @@ def size_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
 
     torch.export finds the relations between the sizes of several inputs; ``trace`` checks that a size really varies.
     """
+    return _shapes(model, inputs, lambda rank: dict.fromkeys(size_axes(rank), torch.export.Dim.AUTO))
+
+
+def _shapes(model: nn.Module, inputs: tuple[Any, ...], others: Callable[[int], dict[int, Any]]) -> dict[str, Any]:
     batch = torch.export.Dim("batch")
 
-    def vary(item: Tensor) -> dict[int, Any] | None:
-        return {0: batch, **dict.fromkeys(size_axes(item.ndim), torch.export.Dim.AUTO)} if item.ndim else None
+    def vary(item: Any) -> dict[int, Any] | None:
+        return {0: batch, **others(item.ndim)} if isinstance(item, Tensor) and item.ndim else None
 
-    return _shapes(model, inputs, vary)
-
-
-def _shapes(model: nn.Module, inputs: tuple[Any, ...], of: Any) -> dict[str, Any]:
     try:
         arguments = inspect.signature(model.forward).bind(*inputs).arguments
     except TypeError as error:
@@ -206,7 +202,7 @@ def _shapes(model: nn.Module, inputs: tuple[Any, ...], of: Any) -> dict[str, Any
             f"forward of {type(model).__name__}{place_of(None, model)} does not take {len(inputs)} inputs: {one_line(error)}",
             remedy="Give one example (--input) per argument of forward",
         ) from error
-    return dict(pytree.tree_map(lambda item: of(item) if isinstance(item, Tensor) else None, dict(arguments)))
+    return dict(pytree.tree_map(vary, dict(arguments)))
 
 
 @contextlib.contextmanager
@@ -294,11 +290,8 @@ def _other_types(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | N
 
 def _retyped(inputs: tuple[Any, ...], given: set[torch.dtype], wanted: torch.dtype) -> tuple[Any, ...]:
     """Return inputs with zeros of another type in place of tensors of some types."""
-
-    def retyped(item: Tensor) -> Tensor:
-        return torch.zeros_like(item, dtype=wanted) if item.dtype in given else item
-
-    return tuple(pytree.tree_map_only(Tensor, retyped, inputs))
+    zeros = partial(torch.zeros_like, dtype=wanted)
+    return tuple(pytree.tree_map_only(Tensor, lambda item: zeros(item) if item.dtype in given else item, inputs))
 
 
 def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -> None:
