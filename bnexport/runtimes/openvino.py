@@ -116,9 +116,7 @@ class OpenVinoRunner(Runner):
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         if any(array.size == 0 for array in feeds.values()):
             # Some models raise an error; others return the answer to the previous batch.
-            raise FeedError(
-                "the batch is empty, but OpenVINO needs at least one sample", remedy="Give at least one sample"
-            )
+            raise FeedError("the batch is empty, but OpenVINO needs at least one sample", remedy="Add a sample")
         try:
             outputs = self._request.infer(dict(feeds))
         except RuntimeError as error:
