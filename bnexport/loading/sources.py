@@ -273,6 +273,10 @@ def call_factory(source: str, options: Mapping[str, Any]) -> nn.Module:
     A ModelError reports code that is missing, fails at a line, or does not return a module.
     """
     place, _, name = source.rpartition(":")
+    if not place:
+        raise ModelError(
+            f"{source!r} is not a network", remedy="Write torchvision:NAME, timm:NAME, or file.py:factory of your own"
+        )
     file = Path(place) if place.endswith(".py") else None
     # A file can import its neighbours, as with python FILE; a package in the current folder is found, as with python -m.
     # The user's code may print, which on standard output would break --json.
