@@ -23,7 +23,7 @@ from benchmarks.command import finish, known, options, progress
 from benchmarks.pages import render, write_page
 from bnexport.bundle import Bundle
 from bnexport.errors import BnexportError, DataError
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.optional import require
 from bnexport.reporting.results import ExportResult
 from bnexport.serving.served_model import ServingSettings, open_served

@@ -32,8 +32,8 @@ from benchmarks.command import finish, known, options, progress
 from benchmarks.pages import ranged, render, write_page
 from benchmarks.predict import cost_of, in_processes
 from bnexport.benchmarking.benchmark import benchmark
-from bnexport.benchmarking.report import recommendations
-from bnexport.benchmarking.request import BenchmarkRequest
+from bnexport.benchmarking.benchmark_report import recommendations
+from bnexport.benchmarking.benchmark_request import BenchmarkRequest
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.environment import available_cores
 from bnexport.errors import BnexportError, RuntimeUnavailable
@@ -223,7 +223,7 @@ class Side:
 
 def exported(network: str, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Write a network and its bundles; return precision -> bundle, and precision -> the reason why there is none."""
-    from bnexport.exporting.request import ExportRequest
+    from bnexport.exporting.export_request import ExportRequest
     from bnexport.pipeline import fold_and_export
 
     source = _prepared(network, folder)

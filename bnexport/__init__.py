@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from bnexport.evaluating.network_options import EvaluationRequest, RecalibrationRequest
     from bnexport.evaluating.recalibration import Recalibration
     from bnexport.evaluating.recalibration import recalibrate_path as recalibrate
-    from bnexport.exporting.request import ExportRequest
+    from bnexport.exporting.export_request import ExportRequest
     from bnexport.folding.fold import FoldResult, fold
+    from bnexport.folding.fold_report import FoldReport
     from bnexport.folding.module_fold import ModuleFoldResult, fold_modules, load_folded
     from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
-    from bnexport.folding.report import FoldReport
     from bnexport.nn.folded import is_folded
     from bnexport.nn.lenet import bn_lenet
     from bnexport.pipeline import fold_and_export
@@ -65,9 +65,9 @@ _HOME: dict[str, tuple[str, str]] = {
     "Bundle": ("bnexport.bundle", "Bundle"),
     "Evaluation": ("bnexport.evaluating.evaluate", "Evaluation"),
     "EvaluationRequest": ("bnexport.evaluating.network_options", "EvaluationRequest"),
-    "ExportRequest": ("bnexport.exporting.request", "ExportRequest"),
+    "ExportRequest": ("bnexport.exporting.export_request", "ExportRequest"),
     "ExportResult": ("bnexport.reporting.results", "ExportResult"),
-    "FoldReport": ("bnexport.folding.report", "FoldReport"),
+    "FoldReport": ("bnexport.folding.fold_report", "FoldReport"),
     "FoldResult": ("bnexport.folding.fold", "FoldResult"),
     "ModuleFoldResult": ("bnexport.folding.module_fold", "ModuleFoldResult"),
     "OnnxFoldResult": ("bnexport.folding.onnx_backend.onnx_fold", "OnnxFoldResult"),

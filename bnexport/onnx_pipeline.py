@@ -15,7 +15,7 @@ from bnexport.data.preprocessing import Preprocessing, original_feeds
 from bnexport.environment import environment
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.export_onnx import stamp
-from bnexport.exporting.request import ExportRequest, InputSpec, parse_inputs
+from bnexport.exporting.export_request import ExportRequest, InputSpec, parse_inputs
 from bnexport.exporting.signature import FILE_ALONE, check_labels, of_dtype, signature_of_file
 from bnexport.files import refuse_existing_file, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH

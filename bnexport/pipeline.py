@@ -27,9 +27,7 @@ from bnexport.errors import BnexportError, DataError, ModelError, RefusedModel, 
 from bnexport.evaluating.network import stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.export_onnx import stamp_metadata
-from bnexport.exporting.formats import FORMATS
-from bnexport.exporting.half import PRECISIONS, in_precision
-from bnexport.exporting.request import (
+from bnexport.exporting.export_request import (
     ExportRequest,
     InputSpec,
     example_inputs,
@@ -37,13 +35,15 @@ from bnexport.exporting.request import (
     parse_inputs,
     read_share,
 )
+from bnexport.exporting.formats import FORMATS
+from bnexport.exporting.half import PRECISIONS, in_precision
 from bnexport.exporting.signature import ExportJob, check_labels, of_dtype, signature_of
 from bnexport.exporting.triton_config import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, refuse_existing_file, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
+from bnexport.folding.fold_report import FoldReport
 from bnexport.folding.module_fold import ModuleFoldResult, fold_modules
 from bnexport.folding.pixel_input import pixel_module
-from bnexport.folding.report import FoldReport
 from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.loading.checkpoint import save_checkpoint, save_tensors
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source

@@ -9,7 +9,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.optional import installed
 from bnexport.runtimes.base import CONV_SEARCHES, OPTIMISATIONS, Runner, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
-from bnexport.runtimes.reference import EmulatedRunner
+from bnexport.runtimes.reference_runner import EmulatedRunner
 from bnexport.verification.scope import Scope
 
 if TYPE_CHECKING:

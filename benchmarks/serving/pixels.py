@@ -26,7 +26,7 @@ from benchmarks.serving.process import Running, ask, started
 from benchmarks.serving.wires import LENGTH, binary_request
 from bnexport.bundle import Bundle
 from bnexport.data.preprocessing import preprocessing_of
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.nn.calling import to_eval_mode
 from bnexport.pipeline import fold_and_export
 from bnexport.serving.protocol.decoding import Decoder

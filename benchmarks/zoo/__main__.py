@@ -18,7 +18,7 @@ from benchmarks.zoo.fold import PLACES, WRONG_FACTOR, WRONG_SHARE
 from benchmarks.zoo.network import CALIBRATION, EXAMPLE
 from benchmarks.zoo.run import PARTS, ZooRun, run_zoo
 from bnexport.environment import describe
-from bnexport.folding.report import GONE, OUTCOMES
+from bnexport.folding.fold_report import GONE, OUTCOMES
 from bnexport.folding.torch_backend.torch_proof import MAX_ERROR
 
 #: Key of a tool in the lines -> its heading.

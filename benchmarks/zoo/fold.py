@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from benchmarks.clock import Spread
 from benchmarks.zoo.network import EXAMPLE, ZooNetwork, make_zoo_network, outputs_of
 from bnexport.folding.fold import FoldResult, fold_traced
-from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.fold_report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.nodes import module_path
 from bnexport.folding.torch_backend.trace import trace
 

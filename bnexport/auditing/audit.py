@@ -19,7 +19,7 @@ from bnexport.auditing.audited_network import AuditedNetwork, Deviation, audited
 from bnexport.auditing.tool_table import TOOLS, AuditReport, AuditRow, Tool, ToolInput
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError
-from bnexport.exporting.request import InputSpec
+from bnexport.exporting.export_request import InputSpec
 from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.soundness import check_sound
 from bnexport.optional import one_line, quiet

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.errors import BnexportError, ModelError
-from bnexport.exporting.request import InputSpec, example_inputs
+from bnexport.exporting.export_request import InputSpec, example_inputs
 from bnexport.nn.soundness import is_untrained
 from bnexport.nn.statistics import NormView
 from bnexport.optional import one_line, quiet

@@ -19,7 +19,7 @@ from bnexport.data.images import folder_entries
 from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing
 from bnexport.data.samples import load_samples
 from bnexport.errors import BnexportError, DataError, ExportError, ModelError, RuntimeUnavailable, UsageError
-from bnexport.exporting.request import InputSpec, image_preprocessing
+from bnexport.exporting.export_request import InputSpec, image_preprocessing
 from bnexport.exporting.signature import signature_of_file
 from bnexport.files import refuse_existing_file, write_atomically
 from bnexport.onnx_files.float64 import Float64Evaluator

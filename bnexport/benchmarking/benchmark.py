@@ -11,9 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from bnexport.benchmarking.report import UNKNOWN, BenchmarkReport, Loaded, Round, RuntimeVerdict, results_of, verdict_on
-from bnexport.benchmarking.request import BARE, BenchmarkRequest, Subject, Variant, subjects_of, variants_of
-from bnexport.benchmarking.worker import MOST_INPUTS, Worker, save_inputs
+from bnexport.benchmarking.benchmark_report import (
+    UNKNOWN,
+    BenchmarkReport,
+    Loaded,
+    Round,
+    RuntimeVerdict,
+    results_of,
+    verdict_on,
+)
+from bnexport.benchmarking.benchmark_request import BARE, BenchmarkRequest, Subject, Variant, subjects_of, variants_of
+from bnexport.benchmarking.benchmark_worker import MOST_INPUTS, Worker, save_inputs
 from bnexport.environment import available_memory, cpu_name, cpu_state, environment
 from bnexport.errors import RuntimeUnavailable, Unavailable, UsageError
 from bnexport.progress import Progress, part_of, silent

@@ -10,7 +10,7 @@ import click
 from bnexport.auditing.tool_table import TOOLS
 from bnexport.cli.options import PATH, given_options, numbers, options_of, read_model_options
 from bnexport.errors import UsageError
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.optional import need_packages
 
 _NAMES = [tool.name for tool in TOOLS]
@@ -71,7 +71,7 @@ def command(
     need_packages("bnexport audit", "torch", "onnx", "onnxscript", "onnx_ir")
     from bnexport.auditing.audit import audit
     from bnexport.cli.output import prints_aside
-    from bnexport.exporting.request import parse_inputs
+    from bnexport.exporting.export_request import parse_inputs
     from bnexport.loading.sources import load_source
     from bnexport.reporting.results import print_audit
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnexport.benchmarking.request import ALL, BATCHES, QUICK_BATCHES, QUICK_SECONDS, SECONDS, BenchmarkRequest
+from bnexport.benchmarking.benchmark_request import (
+    ALL,
+    BATCHES,
+    QUICK_BATCHES,
+    QUICK_SECONDS,
+    SECONDS,
+    BenchmarkRequest,
+)
 from bnexport.benchmarking.spread import LEAST_ROUNDS, ROUNDS
 from bnexport.cli.options import PATH, RUNTIME
 from bnexport.cli.output import STDOUT, prints_aside, stages, write_json, write_result
@@ -17,7 +24,7 @@ from bnexport.errors import OutputError, UsageError
 from bnexport.optional import need_packages
 
 if TYPE_CHECKING:
-    from bnexport.benchmarking.report import BenchmarkReport
+    from bnexport.benchmarking.benchmark_report import BenchmarkReport
 
 
 def _listed(counts: tuple[int, ...]) -> str:
@@ -101,7 +108,7 @@ def command(ctx: click.Context, /, bundles: tuple[Path, ...], **options: Any) ->
     with prints_aside(), stages() as progress:
         report = benchmark(request, progress=progress)
     if outputs["json_file"] != STDOUT or report.interrupted:
-        from bnexport.reporting.benchmark import print_benchmark
+        from bnexport.reporting.benchmark_tables import print_benchmark
         from bnexport.reporting.tables import make_console
 
         print_benchmark(report, make_console())
@@ -148,10 +155,10 @@ def _write_files(report: BenchmarkReport, outputs: dict[str, str | None]) -> Non
     if (target := outputs["json_file"]) is not None:
         write_json(target, report.to_json())
     if (target := outputs["html_file"]) is not None:
-        from bnexport.reporting.benchmark import benchmark_page
+        from bnexport.reporting.benchmark_tables import benchmark_page
 
         write_result(target, benchmark_page(report, command=shlex.join(["bnexport", *sys.argv[1:]])))
     if (target := outputs["plot_file"]) is not None:
-        from bnexport.reporting.benchmark import plot
+        from bnexport.reporting.benchmark_tables import plot
 
         write_result(target, plot(report))

@@ -10,7 +10,7 @@ import click
 from bnexport.cli.options import PATH, export_request, given_options, options_of, values_of
 from bnexport.cli.output import prints_aside, stages
 from bnexport.errors import UsageError
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.optional import need_packages
 
 #: Option of fold-and-export that does not apply to an ONNX file -> reason.

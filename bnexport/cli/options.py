@@ -17,7 +17,7 @@ import click
 
 from bnexport.data.dataset_table import DATASETS, FOLDER, is_dataset
 from bnexport.errors import UsageError
-from bnexport.exporting.request import ExportRequest, image_preprocessing, parse_inputs, read_labels
+from bnexport.exporting.export_request import ExportRequest, image_preprocessing, parse_inputs, read_labels
 from bnexport.optional import one_line
 from bnexport.runtimes.catalogue import RUNNERS
 

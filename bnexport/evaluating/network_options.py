@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
-from bnexport.exporting.request import image_preprocessing, input_texts, label_names, parse_inputs
+from bnexport.exporting.export_request import image_preprocessing, input_texts, label_names, parse_inputs
 from bnexport.request_fields import option
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.training.config import DEVICES

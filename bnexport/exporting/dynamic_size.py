@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import ExportError, UsageError
-from bnexport.exporting.request import InputSpec, example_inputs
+from bnexport.exporting.export_request import InputSpec, example_inputs
 from bnexport.nn.calling import call_once
 from bnexport.optional import quiet
 from bnexport.tensors import Signature, other_sizes, size_axes

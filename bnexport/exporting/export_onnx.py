@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from torch.fx import GraphModule
 
 from bnexport.errors import ExportError
-from bnexport.exporting.request import DEFAULT_OPSET
+from bnexport.exporting.export_request import DEFAULT_OPSET
 from bnexport.exporting.signature import ExportJob
 from bnexport.files import write_atomically
 from bnexport.onnx_files.models import check_written, nodes

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import ExportError
-from bnexport.exporting.request import OnnxTarget
+from bnexport.exporting.export_request import OnnxTarget
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import DTYPES, Signature, TensorSpec, size_axes
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
+from bnexport.folding.fold_report import FoldRow
 from bnexport.folding.graph import ConstantAffine, Graph, Identity, Kind, Layer, NormCall, Op, WeightedSum
 from bnexport.folding.plan import FoldPlan, GrowthBudget, Refused
 from bnexport.folding.proof import MAX_SITE_ERROR, NotComparedError, plan_error
 from bnexport.folding.propagation import PROPAGATION_RULES
-from bnexport.folding.report import FoldRow
 from bnexport.folding.rules import RULES, Rule, equation_of, outcome_of
 
 _BRANCHES = "parallel branches"

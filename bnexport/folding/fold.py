@@ -14,8 +14,8 @@ from torch.fx import GraphModule, Node
 
 from bnexport.errors import ProofError, UsageError
 from bnexport.folding.engine import Engine, EngineResult
+from bnexport.folding.fold_report import FoldReport, FoldRow, Reported
 from bnexport.folding.plan import ATTEMPTS, GrowthBudget
-from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.folding.torch_backend.nodes import batch_norm_nodes, channels_of, module_class, module_path, region_of
 from bnexport.folding.torch_backend.torch_constants import functionalise, is_pure
 from bnexport.folding.torch_backend.torch_graph import TorchGraph

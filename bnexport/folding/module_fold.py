@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from bnexport.errors import ModelError, ProofError, UntracedError
 from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.fold import Clock, drop_unused, forward_arguments, inner_rows, judged
+from bnexport.folding.fold_report import FoldReport, FoldRow, Reported
 from bnexport.folding.plan import GrowthBudget
 from bnexport.folding.proof import scale_error
-from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.folding.torch_backend import modules, torch_proof
 from bnexport.folding.torch_backend.trace import trace
 from bnexport.nn.batch_norm import BATCH_NORMS

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from bnexport.folding.affine import Affine
+from bnexport.folding.fold_report import FoldOutcome
 from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op
 from bnexport.folding.plan import FoldPlan, Refused
-from bnexport.folding.report import FoldOutcome
 
 
 @dataclass(frozen=True)

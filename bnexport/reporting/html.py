@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from bnexport.bundle import Bundle, Manifest
-from bnexport.folding.report import GONE, OUTCOMES, FoldReport
+from bnexport.folding.fold_report import GONE, OUTCOMES, FoldReport
 from bnexport.reporting import charts, summary, tables
 from bnexport.tensors import TensorSpec
 from bnexport.verification.tolerances import TOLERANCES

@@ -17,7 +17,7 @@ from bnexport.auditing.tool_table import AuditReport, AuditRow
 from bnexport.bundle import REPORT, Bundle
 from bnexport.environment import environment
 from bnexport.evaluating.confusion import TOP_K, ClassScores, wilson_interval
-from bnexport.folding.report import FoldReport
+from bnexport.folding.fold_report import FoldReport
 from bnexport.reporting.tables import (
     STYLES,
     literal,

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from bnexport.environment import describe
 from bnexport.files import forget_reader
-from bnexport.folding.report import GONE, OUTCOMES, FoldOutcome, FoldReport, FoldRow
+from bnexport.folding.fold_report import GONE, OUTCOMES, FoldOutcome, FoldReport, FoldRow
 from bnexport.plain_table import printable
 from bnexport.reporting.summary import (
     FILE_CHECKS,

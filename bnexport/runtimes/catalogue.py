@@ -91,7 +91,7 @@ def _open_openvino(bundle: Bundle, _device: str, _module: nn.Module | None, sett
 
 
 def _open_reference(bundle: Bundle, _device: str, _module: nn.Module | None, _settings: RunSettings) -> Runner:
-    from bnexport.runtimes.reference import ReferenceRunner
+    from bnexport.runtimes.reference_runner import ReferenceRunner
 
     return ReferenceRunner(bundle)
 

@@ -15,7 +15,7 @@ from benchmarks.zoo.network import ZooNetwork, make_zoo_network, outputs_of
 from benchmarks.zoo.run import networks
 from bnexport.errors import ModelError
 from bnexport.folding.fold import fold
-from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.fold_report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.trace import trace
 
 

@@ -8,7 +8,7 @@ from support.browser import Browser
 from support.reports import HOSTILE, full_report, large_report
 
 from bnexport.bundle import Manifest
-from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.fold_report import FoldReport, FoldRow
 from bnexport.reporting.html import render_report
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.verdict import VerificationReport

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from support.bundles import copy_bundle, reseal
 
 from bnexport.benchmarking import benchmark as module
-from bnexport.benchmarking.report import BenchmarkReport
+from bnexport.benchmarking.benchmark_report import BenchmarkReport
 from bnexport.bundle import MODEL_ONNX, TUNED, Bundle
 from bnexport.cli.main import run
 from bnexport.verification import budget as verifying

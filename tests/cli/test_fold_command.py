@@ -12,7 +12,7 @@ from cases import randomise
 import bnexport
 from bnexport.cli.main import run
 from bnexport.errors import OutputError, ProofError
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.folding import module_fold
 from bnexport.loading.sources import call_factory
 from bnexport.nn.folded import MARKER

@@ -11,8 +11,8 @@ from bnexport.cli.options import export_request, preprocessing, read_labels
 from bnexport.data.dataset_table import DATASETS
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
+from bnexport.exporting.export_request import ExportRequest, OnnxTarget
 from bnexport.exporting.formats import FORMATS
-from bnexport.exporting.request import ExportRequest, OnnxTarget
 
 
 def options(*arguments: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from bnexport.cli.main import run
 from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing, preprocessing_of
 from bnexport.errors import BadInput, BundleError, DataError, UsageError
 from bnexport.evaluating.evaluate import evaluate
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.exporting.triton_config import triton_config
 from bnexport.folding.fold import fold
 from bnexport.folding.onnx_backend.onnx_fold import fold_onnx

@@ -10,7 +10,7 @@ import pytest
 import bnexport
 from bnexport.bundle import MODEL_ONNX
 from bnexport.exporting.triton_config import CONFIG, triton_config
-from bnexport.folding.report import FoldReport
+from bnexport.folding.fold_report import FoldReport
 
 BUNDLE = Path(__file__).parents[2] / "models" / "bn_lenet" / "1"
 

@@ -11,7 +11,7 @@ from support.runtimes import RUNTIMES
 
 import bnexport
 from bnexport.bundle import Bundle
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.verification.scope import Scope

@@ -24,7 +24,7 @@ from bnexport.bundle import MODEL_EXPORTED, MODEL_FLOAT32, MODEL_ONNX, MODEL_TOR
 from bnexport.cli.main import run
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BadInput, BundleError, UsageError
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.onnx_files.models import read_model
 from bnexport.onnx_pipeline import fold_and_export_onnx
 from bnexport.pipeline import fold_and_export

@@ -21,7 +21,7 @@ from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.runtimes import catalogue
 from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.reference import EmulatedRunner
+from bnexport.runtimes.reference_runner import EmulatedRunner
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import Row, VerificationReport
 from bnexport.verification.verify import verify

@@ -15,7 +15,7 @@ from torch import nn
 import bnexport
 from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS, Bundle
 from bnexport.errors import ExportError, ModelError, OutputError, RefusedModel, UsageError
-from bnexport.exporting.request import ExportRequest, OnnxTarget
+from bnexport.exporting.export_request import ExportRequest, OnnxTarget
 from bnexport.loading.sources import load_source
 from bnexport.verification.verdict import Row, VerificationReport
 from bnexport.verification.verify import verify

@@ -14,13 +14,13 @@ from torch import Tensor
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
 from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.fold import AMPLIFIES, DEFAULT_MAX_GROWTH, refuse_wrong
+from bnexport.folding.fold_report import FoldReport, FoldRow, Reported
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, is_batch_norm, label
 from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, last_digit_response, onnx_fold_error
 from bnexport.folding.onnx_backend.onnx_writer import OnnxWriter
 from bnexport.folding.onnx_backend.reading import MAX_BYTES, check_valid, is_fully_valid, read_source
 from bnexport.folding.plan import ATTEMPTS, GrowthBudget
-from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.onnx_files.models import graphs_within, opset_of
 from bnexport.onnx_files.normalisation import OLDEST_OPSET, join_sums, split_sums, upgraded
 from bnexport.onnx_files.reshape_targets import simplify_reshapes

@@ -26,7 +26,7 @@ from bnexport.bundle import (
 from bnexport.onnx_files.models import attributes, trained_tensors
 from bnexport.quantization.file_proof import Int8File
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.reference import EmulatedRunner
+from bnexport.runtimes.reference_runner import EmulatedRunner
 from bnexport.tensors import Array
 from bnexport.verification.int8 import record_of
 from bnexport.verification.self_test.copies import (

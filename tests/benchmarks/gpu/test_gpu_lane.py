@@ -30,7 +30,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import DataError, RuntimeUnavailable, UsageError
 from bnexport.runtimes.base import CONV_SEARCHES, OPTIMISATIONS, Runner, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
-from bnexport.runtimes.reference import EmulatedRunner
+from bnexport.runtimes.reference_runner import EmulatedRunner
 from bnexport.verification.scope import Scope
 
 ROOT = Path(__file__).parents[3]

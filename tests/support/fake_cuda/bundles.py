@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal
 from bnexport.exporting.export_onnx import export_onnx
+from bnexport.exporting.export_request import OnnxTarget
 from bnexport.exporting.half import in_precision
-from bnexport.exporting.request import OnnxTarget
 from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.folding.fold import fold
 from bnexport.folding.torch_backend.trace import size_shapes

@@ -4,7 +4,7 @@ import torch
 from cases import randomise
 from torch import Tensor, nn
 
-from bnexport.exporting.request import InputSpec
+from bnexport.exporting.export_request import InputSpec
 
 IMAGE = (InputSpec("input", (3, 8, 8)),)
 

@@ -13,7 +13,7 @@ from torch.fx.experimental.optimization import fuse
 from bnexport.auditing.audit import Hidden, audit
 from bnexport.auditing.tool_table import TOOLS, VERDICTS, AuditReport, AuditRow, ToolInput
 from bnexport.errors import ModelError, RefusedModel, RuntimeUnavailable, UsageError
-from bnexport.exporting.request import InputSpec
+from bnexport.exporting.export_request import InputSpec
 
 QUICK = tuple(tool.name for tool in TOOLS if tool.name not in ("torch.compile-freezing", "onnxsim", "onnxslim"))
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from bnexport.benchmarking import benchmark as module
-from bnexport.benchmarking import report as reporting
-from bnexport.benchmarking import request as planning
+from bnexport.benchmarking import benchmark_report as reporting
+from bnexport.benchmarking import benchmark_request as planning
 from bnexport.benchmarking.benchmark import benchmark, save_tunings
-from bnexport.benchmarking.report import (
+from bnexport.benchmarking.benchmark_report import (
     BUSY_LIMIT,
     BenchmarkReport,
     Loaded,
@@ -29,9 +29,9 @@ from bnexport.benchmarking.report import (
     results_of,
     verdict_on,
 )
-from bnexport.benchmarking.request import BARE, BenchmarkRequest, Subject, Variant
+from bnexport.benchmarking.benchmark_request import BARE, BenchmarkRequest, Subject, Variant
+from bnexport.benchmarking.benchmark_worker import GOLDEN_EVERY, Inputs, inputs_of, measure, order_of, timed_calls
 from bnexport.benchmarking.spread import LEAST_CALLS, LEAST_ROUNDS, ROUNDS, Quantile, p99, quantile, ratio
-from bnexport.benchmarking.worker import GOLDEN_EVERY, Inputs, inputs_of, measure, order_of, timed_calls
 from bnexport.bundle import TUNED, Bundle
 from bnexport.errors import BundleError, RuntimeUnavailable, UsageError
 from bnexport.progress import silent

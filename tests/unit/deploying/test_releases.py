@@ -16,7 +16,7 @@ from bnexport.deploying.releases import (
     release_reads,
 )
 from bnexport.errors import BundleError, ExportError, UsageError
-from bnexport.exporting.request import DEFAULT_IR_VERSION, DEFAULT_OPSET
+from bnexport.exporting.export_request import DEFAULT_IR_VERSION, DEFAULT_OPSET
 
 
 def test_every_release_has_a_known_runtime() -> None:

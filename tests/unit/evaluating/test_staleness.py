@@ -10,7 +10,7 @@ from bnexport.errors import BnexportError, UsageError
 from bnexport.evaluating.network import sampled_staleness, stale_warning, trained_network
 from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.evaluating.recalibration import recalibrate_checkpoint
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.loading.sources import LoadedModel
 from bnexport.nn.moving_statistics import recalibrate
 from bnexport.reporting.html import render_report

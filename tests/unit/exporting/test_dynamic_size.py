@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bnexport
 from bnexport.errors import BnexportError, ExportError, UntracedError, UsageError
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
-from bnexport.exporting.request import InputSpec, example_inputs, fitted_preprocessing
+from bnexport.exporting.export_request import InputSpec, example_inputs, fitted_preprocessing
 from bnexport.exporting.signature import signature_of
 from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.tensors import Signature, other_sizes, size_axes

@@ -17,8 +17,8 @@ from torch import nn
 import bnexport
 from bnexport.errors import ExportError
 from bnexport.exporting.export_onnx import check_model, export_onnx, stamp_metadata
+from bnexport.exporting.export_request import OnnxTarget
 from bnexport.exporting.formats import export_torchscript
-from bnexport.exporting.request import OnnxTarget
 from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.folding.torch_backend.trace import trace
 from bnexport.tensors import Signature

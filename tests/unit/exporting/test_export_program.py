@@ -17,8 +17,8 @@ from torch.nn import functional
 import bnexport
 from bnexport.errors import ExportError
 from bnexport.exporting import signature as module_under_test
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.exporting.formats import FORMATS, export_program
-from bnexport.exporting.request import ExportRequest
 from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.runtimes.torch_outputs import flatten

@@ -11,9 +11,9 @@ import bnexport
 from bnexport.bundle import STORED_PRECISIONS
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.export_onnx import export_onnx
+from bnexport.exporting.export_request import ExportRequest, OnnxTarget
 from bnexport.exporting.formats import export_torchscript
 from bnexport.exporting.half import PRECISIONS, in_precision
-from bnexport.exporting.request import ExportRequest, OnnxTarget
 from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.onnx_files.float64 import Float64Evaluator
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bnexport.errors import ExportError, OutputError, UsageError
-from bnexport.exporting.request import InputSpec, example_inputs, model_and_version, parse_inputs
+from bnexport.exporting.export_request import InputSpec, example_inputs, model_and_version, parse_inputs
 from bnexport.exporting.signature import signature_of
 from bnexport.exporting.triton_config import triton_config, write_triton_config
 from bnexport.tensors import Signature, TensorSpec

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import bnexport
-from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.fold_report import FoldReport, FoldRow
 
 FOLDED = FoldRow("conv.bn", "BatchNorm2d", "backward", rule="into what comes before", into="conv", channels=8)
 TANH = FoldRow(

@@ -8,7 +8,7 @@ from support.random_graphs import Program, programs
 from torch import nn
 
 import bnexport
-from bnexport.folding.report import GONE, OUTCOMES
+from bnexport.folding.fold_report import GONE, OUTCOMES
 
 
 def calls_of(program: Program, inputs: torch.Tensor) -> list[str]:

@@ -20,7 +20,7 @@ def one_norm(forward: Forward, norm: int = 6, **layers: Callable[[], nn.Module])
     return randomise(graph(forward, **{"conv": conv(), "bn": bn(norm), **layers})()).eval()
 
 
-def row_of(model: nn.Module, **options: Any) -> bnexport.folding.report.FoldRow:
+def row_of(model: nn.Module, **options: Any) -> bnexport.folding.fold_report.FoldRow:
     (row,) = bnexport.fold(model, torch.randn(2, 3, 8, 8), **options).report.rows
     assert not row.gone
     return row

@@ -20,7 +20,7 @@ from weights_files import NETWORK, State, inside, loaded, network, refusal, same
 import bnexport
 from bnexport.bundle import WEIGHTS, Manifest, seal
 from bnexport.errors import ModelError, UsageError
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
 from bnexport.loading.sources import load_source
 from bnexport.tensors import Signature, TensorSpec

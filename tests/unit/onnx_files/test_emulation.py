@@ -31,7 +31,7 @@ from bnexport.onnx_files.emulation import (
     step_of,
 )
 from bnexport.onnx_files.float64 import Float64Evaluator, samples_at_once
-from bnexport.runtimes.reference import EmulatedRunner
+from bnexport.runtimes.reference_runner import EmulatedRunner
 from bnexport.tensors import Signature
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)

@@ -3,7 +3,7 @@ import pytest
 from support.reports import HOSTILE
 
 from bnexport.bundle import Manifest
-from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.fold_report import FoldReport, FoldRow
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.verdict import Flips, Row, VerificationReport
 

@@ -9,7 +9,7 @@ import pytest
 from support.reports import changed, full_report, large_report, layers
 
 from bnexport.bundle import Bundle, Manifest
-from bnexport.folding.report import OUTCOMES, FoldReport
+from bnexport.folding.fold_report import OUTCOMES, FoldReport
 from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_MAPS
 from bnexport.reporting.html import OPEN_CALLS, SHOWN_FAILURES, SHOWN_LABELS, render_report, verification_page
 from bnexport.reporting.summary import RUN_STAGES, STAGES

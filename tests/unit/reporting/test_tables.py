@@ -9,7 +9,7 @@ import pytest
 from support.reports import full_report, large_report
 
 from bnexport.environment import environment
-from bnexport.folding.report import OUTCOMES, FoldReport, FoldRow
+from bnexport.folding.fold_report import OUTCOMES, FoldReport, FoldRow
 from bnexport.plain_table import printable
 from bnexport.reporting.tables import (
     LEGEND,
@@ -231,7 +231,7 @@ def test_environment_shows_versions() -> None:
 
 def test_stdout_in_ascii_does_not_crash() -> None:
     code = (
-        "from bnexport.folding.report import FoldReport, FoldRow\n"
+        "from bnexport.folding.fold_report import FoldReport, FoldRow\n"
         "from bnexport.reporting.tables import make_console, print_fold_report\n"
         "row = FoldRow('\\u5c42.\\u00e9', 'BatchNorm2d', 'kept', reason='\\u2192', channels=3, gain=(1.0, 2.0))\n"
         "print_fold_report(FoldReport((row,), 1), make_console())\n"

@@ -13,7 +13,7 @@ from bnexport.errors import BundleError, RuntimeUnavailable
 from bnexport.runtimes import torch_outputs
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.reference import ReferenceRunner
+from bnexport.runtimes.reference_runner import ReferenceRunner
 from bnexport.runtimes.torch_runners import ExportedProgramRunner, TorchEagerRunner
 from bnexport.verification.reference import Reference
 

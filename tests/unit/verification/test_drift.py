@@ -13,7 +13,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal
 from bnexport.errors import BundleError, UsageError
 from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
-from bnexport.runtimes.reference import EmulatedRunner
+from bnexport.runtimes.reference_runner import EmulatedRunner
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.drift import layer_drift
 

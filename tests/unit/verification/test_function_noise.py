@@ -22,7 +22,7 @@ from support.onnx_builder import model_of
 from torch import nn
 
 import bnexport
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.onnx_files.emulation import APPROXIMATED, SUMMED_IN_LINE, ApproximatingEvaluator, approximated_operators
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner

@@ -16,7 +16,7 @@ from torch import nn
 import bnexport
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, FeedError, RuntimeUnavailable
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.tensors import Signature, TensorSpec

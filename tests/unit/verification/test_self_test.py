@@ -14,7 +14,7 @@ from torch import nn
 
 from bnexport.bundle import MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.exporting.export_onnx import stamp_metadata
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.files import sha256
 from bnexport.pipeline import fold_and_export
 from bnexport.verification import budget, evidence, stages, tolerances

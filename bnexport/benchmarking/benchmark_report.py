@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bnexport.benchmarking.request import Subject, Variant
+from bnexport.benchmarking.benchmark_request import Subject, Variant
 from bnexport.benchmarking.spread import Quantile, p99, quantile, ratio
 from bnexport.bundle import Manifest
 from bnexport.errors import BundleError

@@ -2,7 +2,7 @@
 
 Processes keep the engines' threads, memory and settings apart, so that the memory, CPU time and load time of a variant are its
 process's. All of them stay open, and the parent lets one after the other measure. A message is one of ``runtimes.isolation``.
-``python -m bnexport.benchmarking.worker`` is started by ``Worker`` alone.
+``python -m bnexport.benchmarking.benchmark_worker`` is started by ``Worker`` alone.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Worker:
     def __init__(self, name: str, request: Mapping[str, Any]) -> None:
         self._name = name
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the process
-        self._process = start_child("bnexport.benchmarking.worker", name, self._stderr)
+        self._process = start_child("bnexport.benchmarking.benchmark_worker", name, self._stderr)
         try:
             #: "import" and "load" in seconds, "description"; "first" (seconds) and "memory" (bytes) by batch size, as text
             self.loaded = self._exchange(request)[0]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Column
 
-from bnexport.benchmarking.report import UNKNOWN, BenchmarkReport, Result
-from bnexport.benchmarking.request import Subject
+from bnexport.benchmarking.benchmark_report import UNKNOWN, BenchmarkReport, Result
+from bnexport.benchmarking.benchmark_request import Subject
 from bnexport.environment import describe
 from bnexport.reporting.tables import (
     STYLES,
