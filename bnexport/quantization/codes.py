@@ -3,7 +3,8 @@
 The instruction VPMADDUBSW (AVX2, and AVX-512 without VNNI) adds two products of an unsigned and a signed byte in 16 bits, and
 saturates. Which weights form a pair depends on the kernel. So a channel is safe in every order when its two largest codes of
 one sign add up to at most 128: 255 * 128 = 32,640 < 32,767. Codes of at most 64 (``reduce_range``) are the special case.
-Depthwise kernels of ONNX Runtime and OpenVINO add in 32 bits and are exempt, which a verification checks by running them.
+Depthwise kernels of ONNX Runtime and OpenVINO add in 32 bits and are exempt, which a verification checks by running them. They
+take one input channel for each output channel; grouped convolutions with more outputs than inputs have ordinary kernels.
 """
 
 from __future__ import annotations
@@ -103,6 +104,11 @@ def _largest_pair(flat: Array) -> Array:
         top = np.partition(np.maximum(side, 0.0), flat.shape[1] - 2, axis=1)[:, -2:]
         found.append(top.sum(axis=1))
     return np.asarray(np.maximum(*found))
+
+
+def is_depthwise(groups: int, shape: Sequence[int]) -> bool:
+    """Return whether a weight (out, in / groups, ...) has a depthwise kernel: one input channel for each output channel."""
+    return groups > 1 and tuple(shape[:2]) == (groups, 1)
 
 
 def saturating_channels(codes: Array) -> Array:

@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError, UsageError
 from bnexport.onnx_files.models import attributes, opset_of, refill, subgraphs
-from bnexport.quantization.codes import ABSORBED, MOVERS, correction
+from bnexport.quantization.codes import ABSORBED, MOVERS, correction, is_depthwise
 from bnexport.quantization.integer_emulation import window_axes
 from bnexport.tensors import Array
 
@@ -35,7 +35,7 @@ class QuantizedLayer:
     bias: Array  # (out,), zeros without one
     axis: int  # Axis of the output channels in the weight
     groups: int  # Groups of a convolution, else 1
-    depthwise: bool  # Each output channel reads one input channel
+    depthwise: bool  # Each output channel reads one input channel, which no other reads
     shift: NodeProto | None = None  # The Add with the bias of a MatMul
     #: Share of the output positions at which each tap of the kernel is inside the input, not in its padding: (*kernel)
     inside: Array = field(default_factory=lambda: np.ones(()))
@@ -160,7 +160,7 @@ class QuantizationPlan:
         if node.op_type == "MatMul":
             shift, bias = self._shift(node, weight.shape[axis])
         assert bias is not None
-        return QuantizedLayer(node, weight, bias, axis, groups, groups > 1 and weight.shape[1] == 1, shift)
+        return QuantizedLayer(node, weight, bias, axis, groups, is_depthwise(groups, weight.shape), shift)
 
     def _shift(self, node: NodeProto, size: int) -> tuple[NodeProto | None, Array]:
         """Return the Add of a constant per channel after a MatMul, with the constant; None and zeros without one."""

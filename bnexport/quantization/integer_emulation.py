@@ -7,7 +7,8 @@ kernel's rows, columns and channels, channels last. Against ONNX Runtime both em
 where saturation itself moves the outputs by 0.155.
 
 ONNX Runtime computes a layer in integers only if its output is requantised, or if it is a matrix product (``_Fusion``).
-It computes the other layers in float, where nothing saturates.
+It computes the other layers in float, where nothing saturates. Only its kernels for unsigned inputs add in 16 bits. On x86 it
+changes signed codes with one reader into unsigned ones; its kernels for the remaining signed inputs add in 32 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from bnexport.onnx_files import kernels
 from bnexport.onnx_files.float64 import Float64Evaluator, wide_evaluator, widen_array
 from bnexport.onnx_files.models import attributes, read_model
-from bnexport.quantization.codes import ABSORBED, MOVERS, saturating_channels
+from bnexport.quantization.codes import ABSORBED, MOVERS, is_depthwise, saturating_channels
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class IntegerEmulator(Float64Evaluator):
                 if node.op_type == "QuantizeLinear":
                     runner.run = self._dithered(runner.run)
         if way == SATURATING:
-            layers = {layer.output: layer for layer in int8_layers(model) if layer.can_saturate and layer.in_integers}
+            layers = {layer.output: layer for layer in int8_layers(model) if layer.saturates}
             for node, runner in nodes:
                 if node.output[0] in layers:
                     runner.run = _saturating(runner.run, layers[node.output[0]])
@@ -92,23 +93,37 @@ class Int8Layer:
         step: Scale of the input.
         zero: Code of the input's 0, as an unsigned byte.
         in_integers: ONNX Runtime computes it with integer kernels.
-        depthwise: Each output channel reads one input channel.
+        unsigned: ONNX Runtime's kernel reads unsigned codes of the input.
+        depthwise: Each output channel reads one input channel, which no other reads.
         unsafe: Channels that can saturate in some order of pairs (out,).
     """
 
     def __init__(
-        self, node: NodeProto, codes: Array, scales: Array, step: float, zero: int, *, in_integers: bool
+        self,
+        node: NodeProto,
+        codes: Array,
+        scales: Array,
+        step: float,
+        zero: int,
+        *,
+        in_integers: bool = True,
+        unsigned: bool = True,
     ) -> None:
         self.node, self.codes, self.scales, self.step, self.zero = node, codes, scales, step, zero
-        self.output, self.in_integers = str(node.output[0]), in_integers
+        self.output, self.in_integers, self.unsigned = str(node.output[0]), in_integers, unsigned
         self.groups = int(attributes(node).get("group", 1))
-        self.depthwise = self.groups > 1 and codes.shape[1] == 1
+        self.depthwise = is_depthwise(self.groups, codes.shape)
         self.unsafe = np.zeros(len(codes), bool) if self.depthwise else saturating_channels(codes)
 
     @property
     def can_saturate(self) -> bool:
         """Return whether a channel can saturate in some order of pairs."""
         return bool(self.unsafe.any())
+
+    @property
+    def saturates(self) -> bool:
+        """Return whether ONNX Runtime computes it with a kernel that adds in 16 bits where the CPU has no better one."""
+        return self.can_saturate and self.in_integers and self.unsigned
 
     def lost(self, x: Array) -> Array:
         """Return what 16-bit saturation takes from the outputs (n, out, *count) for decoded inputs x (n, in, *size)."""
@@ -168,12 +183,11 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
     from onnx import numpy_helper
 
     stored, fusion = {tensor.name: tensor for tensor in model.graph.initializer}, _Fusion(model)
-    decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     found = []
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
             continue
-        given, weight = (decoders.get(name) for name in node.input[:2])
+        given, weight = fusion.decoder(node), fusion.decoders.get(node.input[1])
         if given is None or weight is None or not {*weight.input, *given.input[1:]} - {""} <= stored.keys():
             continue
         codes = numpy_helper.to_array(stored[weight.input[0]])
@@ -185,7 +199,8 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
         unsigned = int(zero) + (128 if zero.dtype == np.int8 else 0)  # kernels shift signed inputs by 128
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB", 0))
         codes = codes.T if transposed else codes
-        found.append(Int8Layer(node, codes, scales, step, unsigned, in_integers=fusion.takes(node)))
+        kernel = {"in_integers": fusion.takes(node), "unsigned": fusion.unsigned(node)}
+        found.append(Int8Layer(node, codes, scales, step, unsigned, **kernel))
     return found
 
 
@@ -199,39 +214,121 @@ def window_axes(node: NodeProto, size: Sequence[int], kernel: Sequence[int]) -> 
 
 
 class _Fusion:
-    """ONNX Runtime's choice of the layers that it computes in integers.
+    """ONNX Runtime's choice of the layers that it computes in integers, on x86.
 
-    Source: qdq_selectors.cc, qdq_util.cc and weight_bias_quantization.cc of 1.31.
+    Source: qdq_selectors.cc, qdq_propagation.cc, qdq_s8_to_u8.cc, ensure_unique_dq_for_node_unit.cc, pad_fusion.cc, and
+    weight_bias_quantization.cc of 1.31.
     """
 
     def __init__(self, model: ModelProto) -> None:
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._outputs = {value.name for value in model.graph.output}
-        self._decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        self.decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        self._makers = {str(name): node for node in model.graph.node for name in node.output}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in model.graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
+
+    def _source(self, node: NodeProto) -> str:
+        """Return the tensor that a layer reads, also in front of a Pad that ONNX Runtime makes a part of a convolution."""
+        pad = self._makers.get(node.input[0])
+        if pad is None or pad.op_type != "Pad" or node.op_type != "Conv" or not self._joins(pad, node):
+            return str(node.input[0])
+        return str(pad.input[0])
+
+    def _joins(self, pad: NodeProto, conv: NodeProto) -> bool:
+        """Return whether a Pad adds only zeros around images, for this convolution alone."""
+        settings = attributes(pad)
+        added, value = settings.get("pads"), settings.get("value", 0.0)
+        if len(pad.input) > 1:  # operator set 11 or newer
+            added = self._array(pad.input[1]).tolist() if pad.input[1] in self._stored else None
+            value = self._number(pad.input[2], 0.0) if len(pad.input) > 2 else 0.0
+        if self._only_reader(pad.output[0]) is None or len(pad.input) > 3 or added is None or value != 0:
+            return False
+        half = len(added) // 2
+        images = min(added) >= 0 and not any((*added[:2], *added[half : half + 2]))
+        explicit = attributes(conv).get("auto_pad", b"NOTSET") == b"NOTSET"
+        return settings.get("mode", b"constant") == b"constant" and images and explicit
+
+    def decoder(self, node: NodeProto) -> NodeProto | None:
+        """Return the DequantizeLinear of a layer's input, also in front of operators across which ONNX Runtime moves it."""
+        maker = self._makers.get(self._source(node))
+        while maker is not None and maker.op_type in _CROSSED:
+            maker = self._makers.get(maker.input[0])
+        return maker if maker is not None and maker.op_type == "DequantizeLinear" else None
 
     def takes(self, node: NodeProto) -> bool:
         """Return whether a layer with codes of input and weight is computed in integers.
 
         One QuantizeLinear has to read the output, perhaps behind a ReLU or Clip that cuts nothing from the codes. The output of
         a matrix product may also stay in float, without such an operator behind it. A constant float bias gets codes only in
-        front of a QuantizeLinear. The weight of a Gemm needs a stored zero point. A MatMul always counts, though ONNX Runtime
-        may join it with a sum behind it.
+        front of a QuantizeLinear. The weight of a Gemm needs a stored zero point. The codes of input and output need one type:
+        unsigned, unless the layer is a Gemm. Their scales are one number. A MatMul and a stored bias become a Gemm.
         """
         coder, after = self._coder(node.output[0]), self._only_reader(node.output[0])
+        end = str(node.output[0])
         if after is not None and after.op_type in ABSORBED and self._only_reader(after.output[0]) is not None:
-            coder = self._coder(after.output[0])
-            if coder is None or not self._cuts_nothing(after, coder):
+            end = str(after.output[0])
+            coder = self._coder(end)
+            if coder is None or self._size(coder.input[1]) > 1 or not self._cuts_nothing(after, coder):
                 return False
-        elif coder is None and node.op_type == "Conv":
+        elif coder is None and (node.op_type == "Conv" or self._joins_sum(node, after)):
+            return False
+        given = self.decoder(node)
+        if any(self._size(item.input[1]) > 1 for item in (coder, given) if item is not None):
+            return False
+        unsigned = self.unsigned(node)
+        if coder is not None and unsigned != self._unsigned_output(end, coder):
+            return False
+        if not unsigned and node.op_type != "Gemm":
             return False
         bias = node.input[2] if len(node.input) > 2 else ""
-        if node.op_type == "Gemm" and len(self._decoders[node.input[1]].input) < 3:
+        if node.op_type == "Gemm" and len(self.decoders[node.input[1]].input) < 3:
             return False
-        return not bias or bias in self._decoders or (coder is not None and bias in self._stored)
+        return not bias or bias in self.decoders or (coder is not None and bias in self._stored)
+
+    def _joins_sum(self, node: NodeProto, after: NodeProto | None) -> bool:
+        """Return whether a MatMul becomes a Gemm in float: an Add of a stored vector follows, and no QuantizeLinear."""
+        if (
+            node.op_type != "MatMul"
+            or after is None
+            or after.op_type != "Add"
+            or self._coder(after.output[0]) is not None
+        ):
+            return False
+        biases = [list(self._stored[name].dims) for name in after.input if name in self._stored]
+        return biases == [list(self._stored[self.decoders[node.input[1]].input[0]].dims)[1:]]
+
+    def unsigned(self, node: NodeProto) -> bool:
+        """Return whether the kernel of a layer reads unsigned codes of its input.
+
+        ONNX Runtime makes a DequantizeLinear for each reader, and changes signed codes that one DequantizeLinear reads.
+        """
+        name, decoder = self._source(node), self.decoder(node)
+        if decoder is None or self._stored_unsigned(decoder):
+            return True
+        if decoder.output[0] == name:
+            return self._decoded_once(decoder.input[0])
+        readers = [reader for reader in self._readers[name] if reader.op_type != "QuantizeLinear"]
+        return len(readers) + (name in self._outputs) == 1
+
+    def _unsigned_output(self, name: str, coder: NodeProto) -> bool:
+        """Return whether ONNX Runtime makes unsigned codes of a tensor; in front of moved numbers one operator reads them."""
+        return self._stored_unsigned(coder) or coder.input[0] != name or self._decoded_once(coder.output[0])
+
+    def _stored_unsigned(self, coder: NodeProto) -> bool:
+        name = coder.input[2] if len(coder.input) > 2 else ""
+        return name not in self._stored or self._array(name).dtype != np.int8
+
+    def _decoded_once(self, codes: str) -> bool:
+        """Return whether a QuantizeLinear makes these codes, and one DequantizeLinear for one reader reads them."""
+        maker, decoders = self._makers.get(codes), self._readers.get(codes, [])
+        if maker is None or codes in self._outputs or {node.op_type for node in decoders} != {"DequantizeLinear"}:
+            return False
+        names = [node.output[0] for node in decoders]
+        uses = sum(len(self._readers.get(name, [])) + (name in self._outputs) for name in names)
+        return maker.op_type == "QuantizeLinear" and uses == 1
 
     def _only_reader(self, name: str) -> NodeProto | None:
         found = self._readers.get(name, [])
@@ -266,6 +363,9 @@ class _Fusion:
         if not name:
             return otherwise
         return float(self._array(name).reshape(-1)[0]) if name in self._stored else float("nan")
+
+    def _size(self, name: str) -> int:
+        return int(np.prod(self._stored[name].dims)) if name in self._stored else 1
 
     def _array(self, name: str) -> Array:
         from onnx import numpy_helper

@@ -26,6 +26,7 @@ from bnexport.quantization.codes import (
     correction,
     encode,
     encode_bias,
+    is_depthwise,
     least_scales,
     saturating_channels,
 )
@@ -302,7 +303,7 @@ def dynamic_risks(model: ModelProto) -> list[LayerRisk]:
         codes = None if weight is None else numpy_helper.to_array(weight)
         if codes is not None and codes.dtype == np.int8 and codes.ndim > 1:
             first = codes if node.op_type == "ConvInteger" else codes.reshape(-1, codes.shape[-1]).T
-            depthwise = node.op_type == "ConvInteger" and attributes(node).get("group", 1) > 1 and codes.shape[1] == 1
+            depthwise = node.op_type == "ConvInteger" and is_depthwise(attributes(node).get("group", 1), codes.shape)
             unsafe = 0 if depthwise else int(saturating_channels(first).sum())
             found.append(LayerRisk(node_name(node), len(first), unsafe))
     return found

@@ -71,7 +71,9 @@ def test_ranges_from_batchnorm_are_as_good_as_calibrated_ones(model: ModelProto)
 
 
 def test_the_bias_correction_makes_the_mean_output_right(model: ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnexport.quantization.codes._FEW", 0)  # scales that leave a mean error
+    # The scales with the least error leave little mean error to correct. Over five seeds of this network the correction gains
+    # -0.6 (this seed), 0.9, 3.4, 0.2 and 0.9 dB with them, and 2.9 to 5.2 dB with the smallest scales, which this test takes.
+    monkeypatch.setattr("bnexport.quantization.codes._FEW", 0)
     feeds = images(64, seed=9)
     exact = logits(model, feeds)
     with_correction = snr(outputs(made(model).model, feeds), exact)
