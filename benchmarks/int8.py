@@ -527,8 +527,8 @@ PARTS: dict[str, Callable[[], Section]] = {
 }
 
 
-def page(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page of the parts' JSON values."""
+def page(parts: Sequence[Mapping[str, Any]], condition: str) -> str:
+    """Return the page of the parts' JSON values; ``condition`` is a sentence on the machine that no program can see."""
     sections: dict[str, dict[str, Any]] = {}
     for part in parts:
         section = sections.setdefault(part["heading"], {"heads": part["heads"], "cells": [], "notes": [], "missed": []})
@@ -538,7 +538,7 @@ def page(parts: Sequence[Mapping[str, Any]]) -> str:
     machines = sorted({part["machine"] for part in parts})
     return render(
         "int8.md.jinja", sections=sections, machines=machines, nncf=_nncf_version(), low=min(loads), high=max(loads),
-        rounds=_ROUNDS,
+        rounds=_ROUNDS, condition=condition,
     )  # fmt: skip
 
 
@@ -548,6 +548,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="PART", help=f"Parts: {', '.join(PARTS)}.")
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "int8", help="Folder of the JSON files.")
     parser.add_argument("--page", action="store_true", help="Write docs/results/int8.md.")
+    parser.add_argument(
+        "--condition", default="", help="Sentence for the page on the machine, such as a masked instruction set."
+    )
     given = parser.parse_args()
     chosen = known(parser, given.names, list(PARTS), "part")
     given.results.mkdir(parents=True, exist_ok=True)
@@ -557,7 +560,7 @@ def main() -> int:
             found = asdict(PARTS[name]()) | {"machine": describe(environment()), "load": os.getloadavg()[0]}
             write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
     parts = [json.loads(file.read_text()) for name in PARTS if (file := given.results / f"{name}.json").exists()]
-    text = page(parts)
+    text = page(parts, given.condition)
     print(text)
     if given.page:
         write_page(text.split("\n"), _PAGE)
