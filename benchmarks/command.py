@@ -46,7 +46,7 @@ def output_of(
     except subprocess.TimeoutExpired as error:
         raise failed(f"no end after {timeout:g} s") from error
     if done.returncode != 0:
-        raise failed(done.stderr.strip() or done.stdout.strip() or "no output")
+        raise failed(done.stderr.strip() or done.stdout.strip())
     return done.stdout
 
 

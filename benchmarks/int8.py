@@ -527,8 +527,8 @@ PARTS: dict[str, Callable[[], Section]] = {
 }
 
 
-def page(parts: Sequence[Mapping[str, Any]], condition: str) -> str:
-    """Return the page of the parts' JSON values; ``condition`` is a sentence on the machine that no program can see."""
+def page(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page of the parts' JSON values."""
     sections: dict[str, dict[str, Any]] = {}
     for part in parts:
         section = sections.setdefault(part["heading"], {"heads": part["heads"], "cells": [], "notes": [], "missed": []})
@@ -538,7 +538,7 @@ def page(parts: Sequence[Mapping[str, Any]], condition: str) -> str:
     machines = sorted({part["machine"] for part in parts})
     return render(
         "int8.md.jinja", sections=sections, machines=machines, nncf=_nncf_version(), low=min(loads), high=max(loads),
-        rounds=_ROUNDS, condition=condition,
+        rounds=_ROUNDS, condition=" ".join(dict.fromkeys(filter(None, (part.get("condition") for part in parts)))),
     )  # fmt: skip
 
 
@@ -557,10 +557,14 @@ def main() -> int:
     for name in chosen:
         file = given.results / f"{name}.json"
         if name in given.names or not file.exists():
-            found = asdict(PARTS[name]()) | {"machine": describe(environment()), "load": os.getloadavg()[0]}
+            found = asdict(PARTS[name]()) | {
+                "machine": describe(environment()),
+                "load": os.getloadavg()[0],
+                "condition": given.condition,
+            }
             write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
     parts = [json.loads(file.read_text()) for name in PARTS if (file := given.results / f"{name}.json").exists()]
-    text = page(parts, given.condition)
+    text = page(parts)
     print(text)
     if given.page:
         write_page(text.split("\n"), _PAGE)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.command import last_line
 from benchmarks.serving.wires import WireRequest
 from bnexport.errors import RuntimeUnavailable
 from bnexport.optional import one_line
@@ -89,8 +90,7 @@ class Running:
         raise self._silent(f"it does not answer after {_START:.0f} s")
 
     def _silent(self, what: str) -> RuntimeUnavailable:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = (lines or ["no output"])[-1][:200].rstrip(".")
+        last = last_line(self.log.read_text(encoding="utf-8", errors="replace")).rstrip(".")
         return RuntimeUnavailable(f"{what}: {last}", remedy="Start it by hand and look")
 
 

@@ -202,7 +202,8 @@ def results_of(measured: Sequence[tuple[Variant, Loaded, Sequence[Round], Runtim
     base: dict[int, list[float]] = {}
     found = []
     for variant, loaded, rounds, verdict in measured:
-        if rounds:  # by the median call, which a short disturbance does not change
+        if rounds:
+            # The median call, which a short disturbance does not change
             per_image = [statistics.median(part.times) / (variant.batch * variant.sessions) for part in rounds]
             compared = ratio(per_image, base.setdefault(variant.batch, per_image))
             found.append(Result(variant, loaded, tuple(rounds), verdict, compared))

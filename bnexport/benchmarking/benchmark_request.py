@@ -27,7 +27,7 @@ _QUICK_ENGINES = ("onnxruntime", "openvino")
 class BenchmarkRequest:
     """The files, runtimes and sizes to measure. An empty or None field has its default, which depends on ``quick``.
 
-    UsageError for a value that can't be measured, or two names for one file.
+    A value that can't be measured, or two names for one bundle, raises UsageError.
     """
 
     bundles: tuple[Path, ...]

@@ -11,6 +11,7 @@ from bnexport.auditing.tool_table import TOOLS
 from bnexport.cli.options import PATH, given_options, numbers, options_of, read_model_options
 from bnexport.errors import UsageError
 from bnexport.exporting.export_request import ExportRequest
+from bnexport.files import input_errors
 from bnexport.optional import need_packages
 
 _NAMES = [tool.name for tool in TOOLS]
@@ -63,8 +64,9 @@ def command(
 
     if is_onnx(source):
         for path in filter(None, (Path(source), options["reference"])):
-            if not path.is_file():
-                raise UsageError(f"{path} does not exist, or is not a file", remedy="Check the path")
+            with input_errors(path, UsageError, remedy="Check the path"):
+                if not path.is_file():
+                    raise UsageError(f"{path} does not exist, or is not a file", remedy="Check the path")
         _refuse_options(source, _OF_NETWORKS, "takes a network, not an int8 file")
         return _audit_int8(Path(source), **{name: options[name] for name in (*_OF_INT8, "as_json")})
     _refuse_options(source, _OF_INT8, "takes an int8 ONNX file")

@@ -98,11 +98,12 @@ def inspect(path: Path, statistics: bool, every: bool, as_json: bool, **options:
     request = InspectionRequest(**values_of(InspectionRequest, options))
     compared = request
     if _is_torch_file(path, request):
-        compared = replace(request, source=None, weights_key=None, model_options={})  # the rest asks for the comparison
+        compared = replace(request, source=None, weights_key=None, model_options={})  # every other option requests it
         need_packages("bnexport inspect --source", "torch", "safetensors")
         from bnexport.evaluating.network import inspect_network
 
-        inspection = inspect_network(path, request)
+        with prints_aside():
+            inspection = inspect_network(path, request)
     else:
         inspection = inspect_path(path)
     stale = None
@@ -110,9 +111,10 @@ def inspect(path: Path, statistics: bool, every: bool, as_json: bool, **options:
         need_packages("bnexport inspect --statistics", "torch", "safetensors")
         from bnexport.evaluating.network import sampled_staleness, trained_network
 
-        network = trained_network(path, request)
-        warn(network.assumed)
-        stale = sampled_staleness(network, data_dir=request.data_dir, download=True)
+        with prints_aside():
+            network = trained_network(path, request)
+            warn(network.assumed)
+            stale = sampled_staleness(network, data_dir=request.data_dir, download=True)
     print_statistics(inspection, stale=stale, as_json=as_json, every=every)
 
 

@@ -36,10 +36,10 @@ from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
 from bnexport.validation.file_kinds import kind_of
 
-#: The warning of an evaluation whose preprocessing is unknown
+#: Warning that is printed if the preprocessing of a checkpoint is unknown
 ASSUMED = (
-    "the preprocessing is unknown, so pixels / 255 is assumed, without mean and std; give those of the training with"
-    " --mean and --std"
+    "the preprocessing is unknown, so pixels / 255 is assumed, without mean and std; give the values of the training"
+    " with --input, --mean and --std"
 )
 
 
@@ -53,7 +53,7 @@ class LoadedCheckpoint:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The checkpoint's preprocessing, without one pixels from 0 to 1; DataError if it can't be read."""
+        """The checkpoint's preprocessing, or pixels from 0 to 1 if it has none; DataError if it can't be read."""
         found = self.model.preprocessing
         return Preprocessing() if found is None else Preprocessing.from_json(found)
 
@@ -115,7 +115,7 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedChe
         model,
         labels=given.labels or model.labels,
         preprocessing=given.image(model.preprocessing),
-        assumed=ASSUMED if source is not None and given.assumes_pixels(model.preprocessing) else "",
+        assumed=ASSUMED if given.assumes_pixels(model.preprocessing) else "",
     )
     facts = checkpoint_of(model).metadata
     return LoadedCheckpoint(
@@ -220,7 +220,10 @@ def trained_network(path: Path, request: InspectionRequest | None = None) -> Loa
 
 
 def inspect_network(path: Path, request: InspectionRequest) -> Inspection:
-    """Return the statistics of a weights file of any kind, read into the user's network; errors are those of load_trained."""
+    """Return the statistics of a weights file of any kind, read into the user's network.
+
+    ModelError if the network has no BatchNorm; other errors are those of ``load_trained``.
+    """
     trained = load_trained(path, request)
     eps = eps_of(trained.model.module)
     layers = {layer.name: layer for layer in layer_statistics(trained.model.module.state_dict(), eps=eps)}

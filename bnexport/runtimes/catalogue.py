@@ -48,9 +48,12 @@ class RunnerSpec:
         """Open a runner of a bundle's file; use it in a ``with`` block.
 
         The file's hash is not checked here; ``Bundle.check`` does. ``module`` is the original network, for torch eager on a
-        bundle without its network's code; ``settings`` are strict float32 as users serve it by default. BundleError for a file
-        that is missing, damaged or unfit; Unavailable without the engine, device or a library; UsageError for a precision that
-        the engine lacks.
+        bundle without its network's code; ``settings`` defaults to strict float32.
+
+        Raises:
+            BundleError: The file is missing, damaged or unfit.
+            Unavailable: The engine, the device or a library is missing.
+            UsageError: The engine lacks the precision.
         """
         settings = settings or RunSettings()
         if settings.precision not in self.precisions:

@@ -88,7 +88,7 @@ class Variable(NamedTuple):
     reason: str
 
     def covers(self, name: str) -> bool:
-        """Return True if a name is that of the variable."""
+        """Return True if the row applies to the variable ``name``."""
         return name.startswith(self.name[:-1]) if self.name.endswith("*") else name == self.name
 
 

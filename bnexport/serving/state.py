@@ -209,7 +209,7 @@ class ServerState:
         return {}
 
     def let_in(self, authorization: bytes) -> None:
-        """Refuse a request without the required token, and record the time of another one."""
+        """Refuse a request without the required token; record the time of every accepted request."""
         token = self.settings.token
         if token is not None:
             kind, _, shown = authorization.partition(b" ")

@@ -97,7 +97,7 @@ def live_reference(bundle: Bundle, module: nn.Module) -> Reference:
 
 
 def rebuilt_reference(bundle: Bundle) -> Reference:
-    """Return the network that is rebuilt from the bundle's unfolded weights, where ``not_rebuilt`` gives None.
+    """Return the network that is rebuilt from the bundle's unfolded weights, where ``not_rebuilt`` returns None.
 
     BundleError if the weights are missing; ModelError if they are damaged or another network's.
     """

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TORCH_PROOFS = (MODEL_TORCHSCRIPT, MODEL_EXPORTED)
 
 
-#: ``Forecast.rounding``: a case, and ``always``, to the change of the outputs, of scale, by rounding the weights.
+#: Signature of ``Forecast.rounding``: (case, *, always=False) -> change of the outputs, of scale, by rounding the weights
 Rounding = Callable[..., float | None]
 
 

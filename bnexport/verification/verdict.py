@@ -330,7 +330,7 @@ def _rebuilt(kind: Any, value: Any) -> Any:
     """Return a value of a type from its JSON: a dataclass may contain others, also in tuples and mappings."""
     origin, parts = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
-        return kind(**{name: _rebuilt(_hints(kind)[name], item) for name, item in value.items()})
+        return kind(**{name: _rebuilt(_hints(kind).get(name), item) for name, item in value.items()})
     if origin is UnionType:  # "X | None"
         return None if value is None else _rebuilt(parts[0], value)
     if origin is tuple:

@@ -343,6 +343,17 @@ def test_inspect_reads_a_file_of_torch_with_its_code(words: tuple[str, ...], hom
     assert "--source" in err
 
 
+def test_prints_of_the_network_stay_out_of_the_json(home: Home, tmp_path: Path, cli: Run) -> None:
+    file, factory = str(home.source).rsplit(":", 1)
+    code = f"print('building the network')\nfrom {Path(file).stem} import {factory}\n"
+    (Path(file).parent / "loud.py").write_text(code)
+    words = ("--source", Path(file).parent / f"loud.py:{factory}", *IMAGE, "--dataset", home.dataset, "--json")
+    exit_code, out, err = cli("inspect", home.weights, *words)
+    assert exit_code == 0
+    assert json.loads(out)["layers"]
+    assert "building the network" in err
+
+
 @pytest.mark.parametrize("command", ["evaluate", "recalibrate", "inspect"])
 def test_an_assumed_preprocessing_is_printed_and_recorded(command: str, home: Home, tmp_path: Path, cli: Run) -> None:
     words = (command, home.weights, "--source", home.source, "--input", "3x32x32", "--dataset", home.dataset)

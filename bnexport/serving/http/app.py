@@ -94,7 +94,7 @@ async def infer(state: ServerState, exchange: Exchange, name: str, version: str 
     """Decode, queue, encode. Short requests take the fast lane (fast_lane.py), in the same three steps."""
     infer_target(state, exchange, name, version)  # before reading the body, which may be large
     body = await read_body(state, exchange)
-    model = infer_target(state, exchange, name, version)  # it may have been replaced meanwhile
+    model = infer_target(state, exchange, name, version)  # the model may have been replaced meanwhile
     return infer_reply(await model.infer(infer_request(model, exchange, body)))
 
 

@@ -73,7 +73,7 @@ class Exchange(RequestContext):
 async def read_body(state: ServerState, exchange: Exchange) -> bytes:
     """Return the whole body, unpacked, within the limits of one body and of all bodies.
 
-    ``App`` releases its memory after the answer.
+    ``App`` stops counting the body when the handler returns, before it sends the answer.
     """
     limits, headers = state.settings.limits, exchange.headers
     declared = headers.get(b"content-length")

@@ -121,9 +121,8 @@ class FastCall(Exchange):
         "keep_alive",
         "response_complete",
     )
-    message_event = SimpleNamespace(
-        set=lambda: None
-    )  # uvicorn wakes the task of a request by it, but this one has no task
+    # uvicorn sets this event to wake the task of a request; a fast call has no task.
+    message_event = SimpleNamespace(set=lambda: None)
 
     def __init__(self, connection: Line, lane: FastLane, head: Head) -> None:
         client = connection.client[0] if connection.client else ""

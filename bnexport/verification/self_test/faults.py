@@ -186,12 +186,12 @@ def permute_labels(copy: Copy) -> str:
 
 
 def _other_scale(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Use pixels from 0 to 255 where the network expects 0 to 1, or the reverse."""
+    """Return the scale for pixels from 0 to 255 where the network expects 0 to 1, or the reverse."""
     return {"scale": 1 / 255 if before["scale"] == 1.0 else 1.0}
 
 
 def _other_mean(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Use another mean and deviation: those of a tutorial, 0.5 and 0.5, or none."""
+    """Return another mean and deviation: those of a tutorial, 0.5 and 0.5, or none."""
     count = int(before["channels"])
     other = {"mean": [0.5] * count, "std": [0.5] * count}
     same = all(list(before[key]) == value for key, value in other.items())

@@ -110,7 +110,7 @@ def test_every_part_is_shown(render: Render, passing: VerificationReport) -> Non
         "0.25..3.2",
         "2.3e-16",
         "3.1e-15",
-        "strict (full float32 arithmetic): max error 3.8e-07, bound 1e-05",
+        "strict (full float32 arithmetic): error nearest to its bound 3.8e-07, bound 1e-05",
         "Not run here: torch-cuda",
         "input: float32 (batch, 1, 28, 28)",
         "ONNX opset 18",

@@ -87,7 +87,7 @@ def test_a_changed_file_is_named_and_not_opened(
     def never(*_args: object, **_options: object) -> None:
         raise AssertionError("the changed file was opened")
 
-    monkeypatch.setattr("bnexport.runtimes.onnxruntime.OnnxRuntimeRunner", never)
+    monkeypatch.setattr("bnexport.runtimes.onnxruntime.OnnxRuntimeRunner.__init__", never)
     monkeypatch.setattr("bnexport.verification.forecast.Float64Evaluator", never)
     found = verify(folder, runtimes=[*FAST, "torchscript-cpu"])
     assert not found.passed
