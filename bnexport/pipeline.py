@@ -334,7 +334,7 @@ def with_int8(
 ) -> Manifest:
     """Make the model.onnx of a folder int8, keep its float32 original next to it, and return the manifest with the record.
 
-    ``norms`` returns the BatchNorm outputs and inputs of the original for its inputs, as for ``quantise``. Ranges come from
+    ``norms`` returns the original's BatchNorm outputs and inputs; it takes the original's inputs, not pixels. Ranges come from
     BatchNorm where the request names no calibration, and from the training images of the manifest's data set where BatchNorm
     does not give all ranges. If the model can't be quantised (BadInput), the folder is unchanged.
     """

@@ -44,9 +44,9 @@ class Engine:
 
     graph: Graph
     budget: GrowthBudget
-    clamps: bool = False  # As in ``FoldPlan``
+    clamps: bool = False  # Allow an activation to get a separate bound in each channel
     prove: bool = True  # Check each fold separately before it is made
-    in_place: bool = False  # As in ``FoldPlan``; parallel branches are not merged, since that removes operations
+    in_place: bool = False  # Write into the existing layers; no branches are merged, since that removes operations
     sites: list[_Site] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     dropped: dict[Op, None] = field(default_factory=dict)

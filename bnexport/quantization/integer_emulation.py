@@ -106,8 +106,8 @@ class Int8Layer:
         step: float,
         zero: int,
         *,
-        in_integers: bool = True,
-        unsigned: bool = True,
+        in_integers: bool,
+        unsigned: bool,
     ) -> None:
         self.node, self.codes, self.scales, self.step, self.zero = node, codes, scales, step, zero
         self.output, self.in_integers, self.unsigned = str(node.output[0]), in_integers, unsigned
@@ -179,7 +179,7 @@ def _saturating(run: Callable[..., Any], layer: Int8Layer) -> Callable[..., Any]
 
 
 def int8_layers(model: ModelProto) -> list[Int8Layer]:
-    """Return the layers of a QDQ file that integer kernels compute, in the order of the graph."""
+    """Return the layers of a QDQ file whose input and weight have codes, in the order of the graph."""
     from onnx import numpy_helper
 
     stored, fusion = {tensor.name: tensor for tensor in model.graph.initializer}, _Fusion(model)
@@ -196,11 +196,11 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
             continue
         step = float(numpy_helper.to_array(stored[given.input[1]]).reshape(-1)[0])
         zero = numpy_helper.to_array(stored[given.input[2]]).reshape(-1)[0] if len(given.input) > 2 else np.uint8(0)
-        unsigned = int(zero) + (128 if zero.dtype == np.int8 else 0)  # kernels shift signed inputs by 128
+        code = int(zero) + (128 if zero.dtype == np.int8 else 0)  # kernels shift signed inputs by 128
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB", 0))
         codes = codes.T if transposed else codes
         kernel = {"in_integers": fusion.takes(node), "unsigned": fusion.unsigned(node)}
-        found.append(Int8Layer(node, codes, scales, step, unsigned, **kernel))
+        found.append(Int8Layer(node, codes, scales, step, code, **kernel))
     return found
 
 
@@ -233,7 +233,7 @@ class _Fusion:
     def _source(self, node: NodeProto) -> str:
         """Return the tensor that a layer reads, also in front of a Pad that ONNX Runtime makes a part of a convolution."""
         pad = self._makers.get(node.input[0])
-        if pad is None or pad.op_type != "Pad" or node.op_type != "Conv" or not self._joins(pad, node):
+        if node.op_type != "Conv" or pad is None or pad.op_type != "Pad" or not pad.input or not self._joins(pad, node):
             return str(node.input[0])
         return str(pad.input[0])
 
@@ -242,9 +242,9 @@ class _Fusion:
         settings = attributes(pad)
         added, value = settings.get("pads"), settings.get("value", 0.0)
         if len(pad.input) > 1:  # operator set 11 or newer
-            added = self._array(pad.input[1]).tolist() if pad.input[1] in self._stored else None
+            added = self._array(pad.input[1]).reshape(-1).tolist() if pad.input[1] in self._stored else None
             value = self._number(pad.input[2], 0.0) if len(pad.input) > 2 else 0.0
-        if self._only_reader(pad.output[0]) is None or len(pad.input) > 3 or added is None or value != 0:
+        if self._only_reader(pad.output[0]) is None or len(pad.input) > 3 or not added or value != 0:
             return False
         half = len(added) // 2
         images = min(added) >= 0 and not any((*added[:2], *added[half : half + 2]))
@@ -253,9 +253,12 @@ class _Fusion:
 
     def decoder(self, node: NodeProto) -> NodeProto | None:
         """Return the DequantizeLinear of a layer's input, also in front of operators across which ONNX Runtime moves it."""
-        maker = self._makers.get(self._source(node))
-        while maker is not None and maker.op_type in _CROSSED:
-            maker = self._makers.get(maker.input[0])
+        name, seen = self._source(node), set[str]()  # the order of the nodes is not checked, so they may form a cycle
+        while (maker := self._makers.get(name)) is not None and maker.op_type in _CROSSED and maker.input:
+            if name in seen:
+                return None
+            seen.add(name)
+            name = str(maker.input[0])
         return maker if maker is not None and maker.op_type == "DequantizeLinear" else None
 
     def takes(self, node: NodeProto) -> bool:
@@ -336,10 +339,11 @@ class _Fusion:
 
     def _coder(self, name: str) -> NodeProto | None:
         """Return the only QuantizeLinear behind a tensor, perhaps behind operators that only move numbers."""
-        found = self._only_reader(name)
-        while found is not None and found.op_type in _CROSSED:
+        found, seen = self._only_reader(name), set[str]()
+        while found is not None and found.op_type in _CROSSED and found.output[0] not in seen:
+            seen.add(found.output[0])
             found = self._only_reader(found.output[0])
-        return found if found is not None and found.op_type == "QuantizeLinear" else None
+        return found if found is not None and found.op_type == "QuantizeLinear" and len(found.input) > 1 else None
 
     def _cuts_nothing(self, clip: NodeProto, coder: NodeProto) -> bool:
         """Return whether a ReLU or Clip changes no value that the codes represent."""
@@ -362,7 +366,8 @@ class _Fusion:
         """Return a stored number; NaN where it is computed, so that no comparison holds."""
         if not name:
             return otherwise
-        return float(self._array(name).reshape(-1)[0]) if name in self._stored else float("nan")
+        array = self._array(name).reshape(-1) if name in self._stored else np.empty(0)
+        return float(array[0]) if array.size else float("nan")
 
     def _size(self, name: str) -> int:
         return int(np.prod(self._stored[name].dims)) if name in self._stored else 1

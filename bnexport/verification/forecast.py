@@ -286,7 +286,7 @@ class Forecast:
 
     def saturates(self) -> bool:
         """Return whether 16-bit sums can saturate in the int8 file."""
-        return self._int8 is not None and any(layer.can_saturate for layer in int8_layers(self._int8))
+        return self._int8 is not None and any(layer.saturates for layer in int8_layers(self._int8))
 
     def _engine(self, precision: str) -> Float64Evaluator | None:
         source = self._int8 if precision in WAYS else self._model

@@ -242,6 +242,63 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert {path.name: path.read_bytes() for path in files.iterdir()} == before
 
 
+def node(kind: str, inputs: list[str], output: str, **settings: Any) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs, [output], **settings)
+
+
+CONV, ENCODED = node("Conv", ["in", "w"], "c"), node("QuantizeLinear", ["c", "step", "zero"], "c_codes")
+DECODED = node("DequantizeLinear", ["c_codes", "step", "zero"], "y")
+#: Files that break ONNX's rules around an int8 convolution: its operators between the decoded input "x_float" and "y".
+BROKEN: dict[str, list[onnx.NodeProto]] = {
+    "operators in a circle before it": [
+        node("Reshape", ["b", "shape"], "in"), node("Reshape", ["in", "shape"], "b"), CONV, ENCODED, DECODED,
+    ],
+    "an operator that reads itself": [node("Reshape", ["in", "shape"], "in"), CONV, ENCODED, DECODED],
+    "operators in a circle behind it": [
+        node("Conv", ["x_float", "w"], "c"), node("Reshape", ["c", "e"], "d"), node("Reshape", ["d", "shape"], "e"),
+        node("Identity", ["x"], "y"),
+    ],
+    "padding without sizes": [node("Pad", ["x_float", "none"], "in"), CONV, ENCODED, DECODED],
+    "padding with one number": [node("Pad", ["x_float", "one"], "in"), CONV, ENCODED, DECODED],
+    "padding without a value": [node("Pad", ["x_float", "sizes", "none"], "in"), CONV, ENCODED, DECODED],
+    "padding without an input": [node("Pad", [], "in", pads=[0] * 8), CONV, ENCODED, DECODED],
+    "a reshape without an input": [node("Reshape", [], "in"), CONV, ENCODED, DECODED],
+    "an encoder without a scale": [
+        node("Conv", ["x_float", "w"], "c"), node("QuantizeLinear", ["c"], "c_codes"), DECODED,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_graph_that_breaks_the_rules_ends_with_one_sentence(
+    broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = {
+        "step": np.float32(0.1), "zero": np.uint8(0), "w_zero": np.int8(0), "shape": np.array([1, 4, 4, 4]),
+        "w_codes": np.full((8, 4, 1, 1), 100, np.int8), "none": np.zeros(0, np.int64), "one": np.int64(1),
+        "sizes": np.zeros(8, np.int64),
+    }  # fmt: skip
+    nodes = [
+        node("QuantizeLinear", ["x", "step", "zero"], "x_codes"),
+        node("DequantizeLinear", ["x_codes", "step", "zero"], "x_float"),
+        node("DequantizeLinear", ["w_codes", "step", "w_zero"], "w"),
+        *BROKEN[broken],
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "g", [value("x", 1, [1, 4, 4, 4])], [value("y", 1, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in stored.items()],
+    )  # fmt: skip
+    opset = [helper.make_opsetid("", 17)]
+    (tmp_path / "net.onnx").write_bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
+    assert run(["audit", str(tmp_path / "net.onnx")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("Error: ")
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+
+
 def test_openvino_is_a_third_column(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino")
     _, found = audit(capsys, files / "ours.onnx", "--samples", files / "x.npy", "--reference", files / "net.onnx")

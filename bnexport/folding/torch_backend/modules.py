@@ -42,7 +42,7 @@ class ModuleChanges:
     """A fold to be written into modules."""
 
     values: dict[str, Tensor] = field(default_factory=dict)  # Name in the state dict -> folded value in float64
-    norms: dict[str, Affine | None] = field(default_factory=dict)  # Path of a norm -> the rest of its affine
+    norms: dict[str, Affine | None] = field(default_factory=dict)  # Path of a norm -> the rest of its affine, or None
     biases: tuple[str, ...] = ()  # Paths of the layers that got a bias
 
     def layout(self) -> dict[str, Any]:
