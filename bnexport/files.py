@@ -162,8 +162,8 @@ def refuse_overlap(out: Path, source: Path) -> None:
 def held(folder: Path) -> Iterator[None]:
     """Lock a folder for this process inside the block; the folder is created, and the lock ends with the process.
 
-    On Windows, and on file systems without locks, there is no lock. An OutputError reports that another process has the lock,
-    or that the folder can't be created.
+    Windows and file systems without locks are not supported: the block runs unlocked there. An OutputError reports that
+    another process has the lock, or that the folder can't be created.
     """
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -249,7 +249,7 @@ def _inside(layer: QuantizedLayer, size: Sequence[int] | None) -> Array:
         return np.ones(())
     share = np.ones(layer.weight.shape[2:])
     for at, axis in enumerate(window_axes(layer.node, size, share.shape)):
-        if axis.count < 1:  # sizes of a manifest are anybody's
+        if axis.count < 1:  # a manifest can state any size
             raise ValueError(f"an input of size {axis.size} is too small for {layer.name}")
         offset = axis.before - np.arange(axis.kernel) * axis.dilation  # a tap reads position * stride - offset
         first = np.clip(-(-offset // axis.stride), 0, axis.count)

@@ -199,8 +199,10 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
         code = int(zero) + (128 if zero.dtype == np.int8 else 0)  # kernels shift signed inputs by 128
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB", 0))
         codes = codes.T if transposed else codes
-        kernel = {"in_integers": fusion.takes(node), "unsigned": fusion.unsigned(node)}
-        found.append(Int8Layer(node, codes, scales, step, code, **kernel))
+        layer = Int8Layer(
+            node, codes, scales, step, code, in_integers=fusion.takes(node), unsigned=fusion.unsigned(node)
+        )
+        found.append(layer)
     return found
 
 
