@@ -286,7 +286,7 @@ def audit_int8(
     samples = f"{len(next(iter(feeds.values())))} {kind}"
     checks = [_risk_check(risks, layers, plain, unread), AuditCheck("note", "this machine", instructions())]
     # The emulation does not cover saturation in layers whose scales are computed at run time.
-    saturates = any(layer.can_saturate for layer in layers) and not dynamic
+    saturates = any(layer.saturates for layer in layers) and not dynamic
     found, problem = _emulated(plain, feeds, (EXACT, *[SATURATING] * saturates, LAST_BIT))
     if problem:
         text = f"the file can't be emulated, so the effect is measured on this machine only ({problem})"

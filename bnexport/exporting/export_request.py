@@ -134,7 +134,7 @@ class ExportRequest:
     )
     target: str = option("With --precision int8: engine that the file is for.", "cpu", choices=INT8_TARGETS)
     allow_flips: float | str | None = option(
-        "With --precision int8: share of labels that may change, as 1%.", None, metavar="SHARE"
+        "With --precision int8: share of labels that may change, such as 1%.", None, metavar="SHARE"
     )
     float_layers: tuple[str, ...] = option(
         "With --precision int8: layer that stays in float. Repeatable.", (), metavar="NAME"

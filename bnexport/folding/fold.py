@@ -146,7 +146,7 @@ def fold_traced(
 def judged(
     name: str, proof: tuple[float, float] | None, folded: bool, rough: Callable[[], float | None]
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Return the error of the whole network in float64, and a warning if it has none or only a large bound.
+    """Return the error of the whole network in float64, and a warning if there is none or its bound is large.
 
     ``proof`` is the result of ``torch_fold_error``; ``rough`` returns the error in the network's own element types. ``folded``
     is True if any BatchNorm is gone. An error above its bound raises ProofError.

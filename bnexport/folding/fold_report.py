@@ -109,7 +109,7 @@ class FoldReport:
             fraction of the output's largest value; None if the graph can't run in float64.
         growth: Elements of the folded graph's parameters and buffers, as a multiple of the original's: below 1 if
             statistics are gone, above 1 if shared weights had to be copied. The scales and shifts that stay do not count.
-        warnings: Folds that failed their proof and were rolled back; a network whose comparison has no bound or a large one.
+        warnings: Folds that failed their proof and were rolled back; a network not compared as a whole, or with a large bound.
     """
 
     rows: tuple[FoldRow, ...]

@@ -191,7 +191,7 @@ SETTINGS = {("Resize", 1), ("Resize", 2), ("Upsample", 1)}
 
 
 class Emulator(Float64Evaluator):
-    """A ``Float64Evaluator`` that rounds as ``precision`` does, a key of PRECISIONS."""
+    """A ``Float64Evaluator`` that rounds to ``precision``, a key of PRECISIONS."""
 
     _weight_type = np.float32  # without loss, because no precision stores wider numbers
 

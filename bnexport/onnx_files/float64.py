@@ -63,9 +63,9 @@ class Float64Evaluator:
         A ProofError reports a value inside that was not float64: the result would prove nothing.
         """
         wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
-        size = len(next(iter(wide.values()), np.empty(0)))
-        step = (self._chunk or samples_at_once(wide)) if self.varies else max(size, 1)
         with self._evaluating():
+            size = len(next(iter(wide.values()), np.empty(0)))
+            step = (self._chunk or samples_at_once(wide)) if self.varies else max(size, 1)
             parts = []
             for at in range(0, max(size, 1), step):
                 part = {name: array[at : at + step] for name, array in wide.items()}

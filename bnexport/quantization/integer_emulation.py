@@ -122,7 +122,7 @@ class Int8Layer:
 
     @property
     def saturates(self) -> bool:
-        """Return whether ONNX Runtime computes it with a kernel that adds in 16 bits where the CPU has no better one."""
+        """Return whether a channel can saturate in ONNX Runtime: its kernel computes in integers and reads unsigned codes."""
         return self.can_saturate and self.in_integers and self.unsigned
 
     def lost(self, x: Array) -> Array:
@@ -269,7 +269,8 @@ class _Fusion:
         One QuantizeLinear has to read the output, perhaps behind a ReLU or Clip that cuts nothing from the codes. The output of
         a matrix product may also stay in float, without such an operator behind it. A constant float bias gets codes only in
         front of a QuantizeLinear. The weight of a Gemm needs a stored zero point. The codes of input and output need one type:
-        unsigned, unless the layer is a Gemm. Their scales are one number. A MatMul and a stored bias become a Gemm.
+        unsigned, unless the layer is a Gemm. Their scales are one number. Without a QuantizeLinear behind them, a
+        MatMul and the Add of a stored bias become a Gemm in float.
         """
         coder, after = self._coder(node.output[0]), self._only_reader(node.output[0])
         end = str(node.output[0])

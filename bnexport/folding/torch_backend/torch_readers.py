@@ -27,8 +27,8 @@ def _conv(spatial: int, transposed: bool, node: Node, graph: Surroundings) -> To
     if shape is None or len(shape) != spatial + 2:
         where = f"the convolution's input has no batch dimension, so its channels are not on axis 1 of {spatial + 2}"
     geometry = _geometry(node, spatial, transposed, weight.shape)
-    # Padding "same" may add a zero at the far end alone: an even kernel, one of 2 taps.
-    uneven = argument(node, 4, "padding", 0) == "same" and any(kernel > 1 for kernel in weight.shape[2:])
+    # Padding "same" of 2 taps adds a zero at the far end alone, so geometry.padding is 0.
+    padded_same = argument(node, 4, "padding", 0) == "same" and any(kernel > 1 for kernel in weight.shape[2:])
     layer = Layer.convolution(
         weight,
         bias,
@@ -37,7 +37,7 @@ def _conv(spatial: int, transposed: bool, node: Node, graph: Surroundings) -> To
         out_axis=where,
         in_axis=where,
         geometry=geometry,
-        zero_padded=any(geometry.padding) or uneven,
+        zero_padded=any(geometry.padding) or padded_same,
     )
     return TorchReading(layer, (node.args[0],), 1, 2)
 
