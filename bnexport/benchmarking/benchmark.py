@@ -232,7 +232,7 @@ def _named(progress: Progress) -> Progress:
 
 
 def _recorded(subject: Subject) -> VerificationReport | None:
-    """Return the verdict in the manifest if it is on these files and this processor; None without one."""
+    """Return the manifest's verdict if it was measured with these files on this processor, else None."""
     value = subject.manifest.verification
     if not value or subject.bundle.problems():
         return None

@@ -69,7 +69,7 @@ class BenchmarkRequest:
         return (QUICK_SECONDS if self.quick else SECONDS) if self.seconds is None else self.seconds
 
     def rounds_for(self, slowest: float) -> int:
-        """Return the number of rounds for the seconds of the slowest call."""
+        """Return the number of rounds if the slowest call takes ``slowest`` seconds."""
         if self.rounds is not None:
             return self.rounds
         return max(LEAST_ROUNDS, min(ROUNDS, int(self.variant_seconds / slowest)))

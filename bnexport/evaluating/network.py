@@ -23,7 +23,7 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.evaluating.network_options import InspectionRequest, NetworkOptions, needed_dataset
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
-from bnexport.loading.inspection import Inspection
+from bnexport.loading.inspection import Inspection, in_order
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source, unknown_reason
 from bnexport.loading.weights import is_safetensors
 from bnexport.loading.zoo import zoo_of
@@ -226,11 +226,10 @@ def inspect_network(path: Path, request: InspectionRequest) -> Inspection:
     """
     trained = load_trained(path, request)
     eps = eps_of(trained.model.module)
-    layers = {layer.name: layer for layer in layer_statistics(trained.model.module.state_dict(), eps=eps)}
+    layers = in_order(layer_statistics(trained.model.module.state_dict(), eps=eps), [*eps])
     if not layers:
         raise ModelError(f"{trained.file} holds no BatchNorm", remedy="Inspect a network with BatchNorm layers")
-    order = [*(name for name in eps if name in layers), *(name for name in layers if name not in eps)]
-    return Inspection(trained.file, tuple(layers[name] for name in order))
+    return Inspection(trained.file, layers, "; ".join(trained.model.notes))
 
 
 def sampled_staleness(

@@ -46,11 +46,11 @@ def inspect_path(path: Path) -> Inspection:
     if kind is not None and kind.name == "torch":
         raise ModelError(
             f"{file} is a file of torch.save, which is inspected only with the code of its network",
-            remedy="Add it as in bnexport inspect --source file.py:factory, or inspect the bundle of the network",
+            remedy="Run bnexport inspect --source file.py:factory, or inspect the bundle of the network",
         )
     state, metadata = read_arrays(file)
     eps = _known_eps(file, metadata)
-    layers = _in_order(layer_statistics(state, eps=eps), [*eps] or order)
+    layers = in_order(layer_statistics(state, eps=eps), [*eps] or order)
     if not layers:
         raise ModelError(
             f"{file} holds no BatchNorm", remedy="Inspect a network that was trained with batch normalization"
@@ -83,7 +83,7 @@ def _known_eps(file: Path, metadata: Mapping[str, str]) -> dict[str, float]:
         return {}
 
 
-def _in_order(layers: list[LayerStatistics], order: Sequence[str]) -> tuple[LayerStatistics, ...]:
+def in_order(layers: list[LayerStatistics], order: Sequence[str]) -> tuple[LayerStatistics, ...]:
     """Sort layers by their place in the network, and others by name, with numbers in numerical order."""
     places = {name: place for place, name in enumerate(dict.fromkeys(order))}
 

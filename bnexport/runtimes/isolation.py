@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
@@ -86,10 +87,6 @@ class Variable(NamedTuple):
     float32: str | None
     tf32: str | None
     reason: str
-
-    def covers(self, name: str) -> bool:
-        """Return True if the row applies to the variable ``name``."""
-        return name.startswith(self.name[:-1]) if self.name.endswith("*") else name == self.name
 
 
 #: Variables that change numbers. Everything else (paths, devices, threads) is the user's and stays.
@@ -197,7 +194,9 @@ class IsolatedRunner(Runner):
 
 def child_environment(precision: str) -> dict[str, str]:
     """Return this process's environment, changed for a precision as ENVIRONMENT states."""
-    rest = {name: value for name, value in os.environ.items() if not any(row.covers(name) for row in ENVIRONMENT)}
+    rest = {
+        name: value for name, value in os.environ.items() if not any(fnmatchcase(name, row.name) for row in ENVIRONMENT)
+    }
     wanted = {row.name: row.float32 if precision == "float32" else row.tf32 for row in ENVIRONMENT}
     return {**rest, **{name: value for name, value in wanted.items() if value is not None}, "PYTHONPATH": import_path()}
 

@@ -127,7 +127,8 @@ class _TrainingRun:
 
     def __init__(self, prepared: Prepared, directory: RunDirectory, listener: TrainingListener) -> None:
         self.prepared, self.directory, self.listener = prepared, directory, listener
-        self.config, self.world, config = prepared.config, prepared.world, prepared.config
+        config = self.config = prepared.config
+        self.world = prepared.world
         self.model, self.dataset = prepared.model, prepared.dataset
         self.history: list[dict[str, Any]] = []
         wanted = recorded_by_default(config.model) if config.cuda_graph is None else config.cuda_graph

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from html import escape
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -316,10 +316,7 @@ class VerificationReport:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> VerificationReport:
         """Rebuild from ``to_json``; the verdict is computed again from the rows."""
-        computed, known = ("format", "format_version", "passed", "summary"), {item.name for item in fields(Findings)}
-        rest = {key: item for key, item in value.items() if key not in computed}
-        findings = {key: item for key, item in value.get("findings", {}).items() if key in known}
-        report: VerificationReport = _rebuilt(cls, {**rest, "findings": findings})
+        report: VerificationReport = _rebuilt(cls, value)
         return report
 
 
@@ -330,7 +327,8 @@ def _rebuilt(kind: Any, value: Any) -> Any:
     """Return a value of a type from its JSON: a dataclass may contain others, also in tuples and mappings."""
     origin, parts = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
-        return kind(**{name: _rebuilt(_hints(kind).get(name), item) for name, item in value.items()})
+        hints = _hints(kind)  # other keys are computed, or another version's
+        return kind(**{name: _rebuilt(hints[name], item) for name, item in value.items() if name in hints})
     if origin is UnionType:  # "X | None"
         return None if value is None else _rebuilt(parts[0], value)
     if origin is tuple:

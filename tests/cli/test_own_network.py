@@ -343,6 +343,14 @@ def test_inspect_reads_a_file_of_torch_with_its_code(words: tuple[str, ...], hom
     assert "--source" in err
 
 
+def test_inspect_states_which_set_of_weights_it_read(home: Home, tmp_path: Path, cli: Run) -> None:
+    weights = torch.load(home.weights)["state_dict"]
+    torch.save({"model": weights, "model_ema": dict(weights)}, tmp_path / "two.pth")
+    code, out, err = cli("inspect", tmp_path / "two.pth", "--source", home.source)
+    assert code == 0
+    assert "two.pth holds 2 sets of weights that fit" in " ".join((out + err).split())
+
+
 def test_prints_of_the_network_stay_out_of_the_json(home: Home, tmp_path: Path, cli: Run) -> None:
     file, factory = str(home.source).rsplit(":", 1)
     code = f"print('building the network')\nfrom {Path(file).stem} import {factory}\n"

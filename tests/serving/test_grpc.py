@@ -15,7 +15,6 @@ from support.grpc_calls import HEALTH, SERVICE, ask, call, channel_to, infer, in
 from support.serving import PATIENCE, Server, close, serving, tensor
 
 from bnexport import __version__
-from bnexport.serving.grpc.grpc_server import STATUSES
 from bnexport.serving.grpc.inference import classes
 
 INFER = SERVICE + "ModelInfer"
@@ -91,7 +90,7 @@ def test_metadata_and_statistics_of_the_server(channel: grpc.Channel) -> None:
 def check(channel: grpc.Channel, service: str = "") -> str:
     request = message("HealthCheckRequest", service=service)
     status = ask(channel, HEALTH + "Check", "HealthCheckResponse", request).status
-    return next(name for name, number in STATUSES.items() if number == status)
+    return str(classes()["HealthCheckResponse"].ServingStatus.Name(status))
 
 
 class Watch:
@@ -103,7 +102,7 @@ class Watch:
 
     def next(self) -> str:
         status = classes()["HealthCheckResponse"].FromString(next(self.call)).status
-        return next(name for name, number in STATUSES.items() if number == status)
+        return str(classes()["HealthCheckResponse"].ServingStatus.Name(status))
 
 
 def test_health(channel: grpc.Channel) -> None:

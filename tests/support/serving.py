@@ -84,8 +84,9 @@ class Server:
             return read_answer(client)
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        """Return the lines of the log, or the events of one name."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        """Return the whole lines of the log, or the events of one name; the last line may be written at this moment."""
+        whole = self.log.read_text().rpartition("\n")[0]
+        lines = [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
         return lines if name is None else [line for line in lines if line.get("event") == name]
 
     def metrics(self) -> str:

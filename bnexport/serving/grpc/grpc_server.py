@@ -28,8 +28,6 @@ from bnexport.serving.serving_limits import ServingLimits, above_limit
 from bnexport.serving.state import SERVER_METADATA, ServerState
 from bnexport.validation.limits import shown
 
-#: Name of a service's state -> its number.
-STATUSES: dict[str, int] = dict(classes()["HealthCheckResponse"].ServingStatus.items())
 #: Names of the service for the whole server.
 _SERVER = ("", f"{INFERENCE}.GRPCInferenceService")
 #: Seconds between the checks of Watch.
@@ -45,7 +43,7 @@ def _ready(state: ServerState, model: str, version: str) -> bool | None:
 
 
 def status_of_service(state: ServerState, service: str) -> str:
-    """Return a service's state, a key of STATUSES."""
+    """Return a service's state, a name of HealthCheckResponse.ServingStatus."""
     ready = not state.why_not_ready() if service in _SERVER else _ready(state, service, "")
     return "SERVICE_UNKNOWN" if ready is None else "SERVING" if ready else "NOT_SERVING"
 
@@ -71,7 +69,7 @@ async def watch(state: ServerState, context: Any, closing: Callable[[], bool]) -
     while not closing():
         status = status_of_service(state, service)
         if status != sent:
-            await context.write(classes()["HealthCheckResponse"](status=STATUSES[status]).SerializeToString())
+            await context.write(classes()["HealthCheckResponse"](status=status).SerializeToString())
             sent = status
         await asyncio.sleep(_LOOK)
 

@@ -328,7 +328,7 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self._grpc_server is not None:
             await self._grpc_server.start()
-        gc.set_threshold(700)  # of a command it is larger, but requests leave short-lived cycles
+        gc.set_threshold(700)  # cli/main.py sets a larger one, but requests leave short-lived cycles
         gc.collect()
         gc.freeze()  # loaded objects stay alive: the collector need not traverse them again
         self._on_start()
