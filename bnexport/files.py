@@ -8,12 +8,16 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bnexport import interrupts
 from bnexport.errors import BadInput, OutputError
 from bnexport.optional import one_line
+
+#: Reading the umask sets it, so two threads must not do it at once.
+_UMASK = threading.Lock()
 
 
 class Refusal(ValueError):
@@ -199,6 +203,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _UMASK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

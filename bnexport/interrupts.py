@@ -74,8 +74,11 @@ def blocked(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt for a recorded interrupt, once, so that the clean-up after it is not interrupted."""
-    if _noted.is_set():
+    """Raise KeyboardInterrupt for a recorded interrupt, once, so that the clean-up after it is not interrupted.
+
+    Outside the main thread nothing is raised.
+    """
+    if _noted.is_set() and threading.current_thread() is threading.main_thread():
         _noted.clear()
         raise KeyboardInterrupt
 

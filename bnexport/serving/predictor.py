@@ -124,11 +124,13 @@ def run_images(runner: Runner, inputs: Array) -> Array:
     return np.concatenate([runner.run({spec.name: batch})[output][:rows] for batch, rows in batches(inputs, spec)])
 
 
-def softmax(logits: Array) -> Array:
-    """Return probabilities in float64 of logits (..., classes)."""
-    exact = logits.astype(np.float64)
-    weights = np.exp(exact - exact.max(-1, keepdims=True))
-    return np.asarray(weights / weights.sum(-1, keepdims=True))
+def softmax(logits: Array, axis: int = -1) -> Array:
+    """Return probabilities in float64 of logits, whose classes are along ``axis``."""
+    weights = logits.astype(np.float64)
+    weights -= weights.max(axis, keepdims=True)
+    np.exp(weights, out=weights)
+    weights /= weights.sum(axis, keepdims=True)
+    return weights
 
 
 def labelled(image: str, logits: Array, labels: Sequence[str] | None) -> Prediction:

@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,6 +77,11 @@ class BulkJob:
     def without_shards(self) -> BulkJob:
         """Return a copy for workers, which receive shards one by one."""
         return replace(self, shards=())
+
+    def write(self, shard: Shard, content: bytes) -> int:
+        """Write the file of a shard; return its rows."""
+        write_atomically(part_file(Path(self.out), shard), content)
+        return shard.rows
 
     def missing(self) -> list[Shard]:
         """Return the shards whose file is missing, incomplete, or of another job or a changed source."""
@@ -198,6 +203,10 @@ class ShardWorker:
 
     def run(self, shard: Shard) -> int:
         """Predict and write one shard; return its rows."""
+        return self._job.write(shard, self.predict(shard))
+
+    def predict(self, shard: Shard) -> bytes:
+        """Return the content of a shard's file."""
         ids: list[str] = []
         parts: list[Array] = []
         for names, images in SOURCES[shard.kind].read(shard, self._request, self._preprocessing, self._files):
@@ -218,9 +227,7 @@ class ShardWorker:
         shard.check_unchanged()
         logits = np.concatenate(parts)
         labels = [*self._labels, *map(str, range(len(self._labels), logits.shape[1]))]
-        content = encode(ids, logits, labels=labels, keep_logits=self._request.logits, about=self._job.about(shard))
-        write_atomically(part_file(Path(self._job.out), shard), content)
-        return shard.rows
+        return encode(ids, logits, labels=labels, keep_logits=self._request.logits, about=self._job.about(shard))
 
     def _logits(self, images: Array) -> Array:
         """Return the logits of images, tile by tile: the tensors of a small tile stay in the processor's cache."""
@@ -241,16 +248,27 @@ class _Process:
 
 
 def run_locally(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
-    """Predict shards in processes of this machine; yield the rows of each as it is written."""
+    """Predict shards in processes of this machine; yield the rows of each as it is written.
+
+    Threads of this process write, so that no session waits for the disk.
+    """
     workers = min(job.request.resolved_workers(), len(shards))
-    if workers <= 1:
-        with contextlib.closing(ShardWorker(job)) as worker:
-            yield from map(worker.run, shards)
+    if workers == 1:
+        yield from _alone(job, shards)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks of running engines
-    with ProcessPoolExecutor(workers, context, _start, (job.without_shards(),)) as pool:
+    with (
+        ThreadPoolExecutor(workers * _AHEAD) as writers,
+        ProcessPoolExecutor(workers, context, _start, (job.without_shards(),)) as pool,
+    ):
+
+        def start(shard: Shard) -> Future[int]:
+            with interrupts.blocked(signal.SIGINT):  # also in the processes that it starts
+                predicted = pool.submit(_run, shard)
+            return writers.submit(lambda: job.write(shard, predicted.result()))
+
         try:
-            yield from _in_turn(pool, shards, workers)
+            yield from _in_turn(start, shards, workers * _AHEAD)
         except BrokenProcessPool as error:
             raise RuntimeUnavailable(
                 "a worker's process died: it was killed or out of memory",
@@ -260,13 +278,24 @@ def run_locally(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
             pool.shutdown(cancel_futures=True)
 
 
-def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -> Iterator[int]:
+def _alone(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
+    """Predict in this process, and write each shard during the prediction of the next one."""
+    written: list[Future[int]] = []
+    with contextlib.closing(ShardWorker(job)) as worker, ThreadPoolExecutor(1) as writer:
+        for shard in shards:
+            content = worker.predict(shard)
+            yield from (future.result() for future in written)
+            written = [writer.submit(job.write, shard, content)]
+        yield from (future.result() for future in written)
+
+
+def _in_turn(start: Callable[[Shard], Future[int]], shards: Sequence[Shard], most: int) -> Iterator[int]:
+    """Start shards, at most so many at once, and yield the rows of each as it ends."""
     left = iter(shards)
     running: set[Future[int]] = set()
     while True:
-        while len(running) < workers * _AHEAD and (shard := next(left, None)) is not None:
-            with interrupts.blocked(signal.SIGINT):  # also in the processes that it starts
-                running.add(pool.submit(_run, shard))
+        while len(running) < most and (shard := next(left, None)) is not None:
+            running.add(start(shard))
         if not running:
             return
         done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -288,12 +317,12 @@ def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _run(shard: Shard) -> int:
-    """Run a shard. The first one opens the worker, because the pool drops exceptions of its initialiser."""
+def _run(shard: Shard) -> bytes:
+    """Predict a shard. The first one opens the worker, because the pool drops exceptions of its initialiser."""
     if _Process.worker is None:
         assert _Process.job is not None
         _Process.worker = ShardWorker(_Process.job)
-    return _Process.worker.run(shard)
+    return _Process.worker.predict(shard)
 
 
 #: Seconds for Ray Data's threads to end. A thread that only sleeps may never end, which is harmless (Ray 2.60).

