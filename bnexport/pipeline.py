@@ -52,6 +52,7 @@ from bnexport.nn.batch_axis import check_batch
 from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
 from bnexport.onnx_files.models import opset_of, read_model
+from bnexport.onnx_files.packed_pools import pack_pools
 from bnexport.optional import collection_paused, installed
 from bnexport.progress import Progress, part_of, silent
 from bnexport.quantization.moments import Seen, seen_in_module
@@ -209,6 +210,9 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
         if request.precision == "int8":
             example = {spec.name: tensor.numpy() for spec, tensor in zip(signature.inputs, given, strict=True)}
             written = with_int8(stage, manifest, example, partial(seen_in_module, loaded.module), request)
+        if request.pack_pools:
+            packed = packed_model(read_model(stage / MODEL_ONNX))
+            write_atomically(stage / MODEL_ONNX, packed.SerializeToString(deterministic=True))
         if (stage / MODEL_ONNX).is_file():
             stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
         save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
@@ -318,11 +322,22 @@ def _with_warnings(result: FoldResult, loaded: LoadedModel, request: ExportReque
 
 
 def _write_models(stage: Path, job: ExportJob, request: ExportRequest, progress: Progress) -> None:
-    formats = ("onnx",) if request.precision == "int8" else request.formats  # int8 is an ONNX format
+    # int8 is an ONNX format, and packed weights are not those of the other formats.
+    formats = ("onnx",) if request.precision == "int8" or request.pack_pools else request.formats
     rows = [row for row in FORMATS if row.name in formats]
     for number, row in enumerate(rows):
         progress(f"writing {row.file}", number, len(rows))
         row.write(job, stage / row.file)
+
+
+def packed_model(model: ModelProto) -> ModelProto:
+    """Pack the average pools of a model in place, and return it; UsageError if there are none to pack."""
+    if not pack_pools(model):
+        raise UsageError(
+            "--pack-pools finds no average pooling after a convolution of so few channels that packing saves time",
+            remedy="Leave it out",
+        )
+    return model
 
 
 def with_int8(

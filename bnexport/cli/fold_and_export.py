@@ -37,6 +37,7 @@ _OF_BUNDLES = (
     "allow_low_accuracy",
     "precision",
     "input_type",
+    "pack_pools",
 )
 
 
