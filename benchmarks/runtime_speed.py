@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.runtime_speed [NETWORK...]`` writes docs/results/benchmark.md. Every engine runs in its process with
 its own defaults; in each round all of them measure in turn. Weights are random, which does not change the speed, and BatchNorm
-statistics are random per channel. The targets concern BN-LeNet; ``--no-table`` measures only these. It takes 10 minutes, and 3
+statistics are random per channel. The targets concern BN-LeNet; ``--no-table`` measures only these. It takes 12 minutes, and 4
 with ``--no-table``.
 """
 
@@ -30,13 +30,14 @@ from benchmarks import main_job, real_networks
 from benchmarks.clock import Spread
 from benchmarks.command import finish, known, options, progress
 from benchmarks.pages import ranged, render, write_page
-from benchmarks.predict import cost_of, in_processes
+from benchmarks.predict import in_processes
 from bnexport.benchmarking.benchmark import benchmark
 from bnexport.benchmarking.benchmark_report import recommendations
 from bnexport.benchmarking.benchmark_request import BenchmarkRequest
-from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
+from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.environment import available_cores
 from bnexport.errors import BnexportError, RuntimeUnavailable
+from bnexport.exporting.export_request import ExportRequest
 from bnexport.optional import one_line, require
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
@@ -118,8 +119,9 @@ ENGINES: dict[str, Callable[[Path, int | None], Run]] = {
     "OpenVINO, throughput hint": _openvino_queue,
 }
 #: Engine -> the precisions that it is measured in; the others need files that bnexport does not write.
-MEASURED = {"torch eager": 1, "torch.compile": 1, "TorchScript": 1, "ONNX Runtime": 3, "OpenVINO": 3}
-PRECISIONS = ("float32", "int8", "uint8 input")
+MEASURED = {"torch eager": 1, "torch.compile": 1, "TorchScript": 1, "ONNX Runtime": 4, "OpenVINO": 4}
+PACKED = "float32, packed pools"
+PRECISIONS = ("float32", "int8", "uint8 input", PACKED)
 
 
 class Sample(NamedTuple):
@@ -223,7 +225,6 @@ class Side:
 
 def exported(network: str, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Write a network and its bundles; return precision -> bundle, and precision -> the reason why there is none."""
-    from bnexport.exporting.export_request import ExportRequest
     from bnexport.pipeline import fold_and_export
 
     source = _prepared(network, folder)
@@ -234,10 +235,12 @@ def exported(network: str, folder: Path) -> tuple[dict[str, Path], dict[str, str
         "int8": {"precision": "int8", **scaling},
         "uint8 input": {"input_type": "uint8", "formats": ("onnx",), **scaling},
     }
+    if network == LENET:
+        wanted[PACKED] = {"pack_pools": True}
     found, missing = {}, {}
     for precision, extra in wanted.items():
         progress(f"{network}: {precision}")
-        out = folder / network / precision.replace(" ", "_") / "1"
+        out = folder / network / re.sub(r"\W+", "_", precision) / "1"
         shape = "x".join(map(str, NETWORKS[network][0]))
         try:
             fold_and_export(source, out, request=ExportRequest(inputs=(shape,), force=True, **extra))
@@ -334,14 +337,34 @@ class Target(NamedTuple):
         return [self.what, self.compared, ranged(self.ratio, 3), *judged]
 
 
-def tuned(bundle: Path) -> Mapping[Goal, Choice]:
-    """Measure a bundle by ``bnexport benchmark``, write its tuned.json even on a busy machine, and return the choices."""
+class Tuned(NamedTuple):
+    """A bundle with settings for it."""
+
+    bundle: Path
+    choice: Choice
+
+    def __str__(self) -> str:
+        return f"{self.choice}{', packed pools' if self.bundle.parent.name == 'packed' else ''}"
+
+
+def tuned(bundles: Sequence[Path]) -> tuple[Mapping[Goal, Tuned], Tuned]:
+    """Measure bundles by ``bnexport benchmark``, and write each tuned.json even on a busy machine.
+
+    Return the best settings of all bundles by goal, and those of the first bundle for the throughput.
+    """
     progress("bnexport benchmark of BN-LeNet")
     names = [name for name in ("onnxruntime-cpu", "openvino-cpu") if runner_spec(name).available() is None]
-    request = BenchmarkRequest((bundle,), runtimes=tuple(names), batches=TUNED_BATCHES)
-    goals: dict[Goal, Choice] = {item.goal: item.best.choice for item in recommendations(benchmark(request).results)}
-    write_tuning(bundle, Tuning.here(Bundle.open(bundle), goals))
-    return goals
+    request = BenchmarkRequest(tuple(bundles), runtimes=tuple(names), batches=TUNED_BATCHES)
+    results = benchmark(request).results
+    own: list[dict[Goal, Choice]] = []
+    for bundle in bundles:
+        rows = [result for result in results if result.variant.subject.bundle.path == bundle]
+        own.append({item.goal: item.best.choice for item in recommendations(rows)})
+        write_tuning(bundle, Tuning.here(Bundle.open(bundle), own[-1]))
+    best: dict[Goal, Tuned] = {
+        item.goal: Tuned(item.best.variant.subject.bundle.path, item.best.choice) for item in recommendations(results)
+    }
+    return best, Tuned(bundles[0], own[0]["throughput"])
 
 
 def benchmark_app(model: Path, shape: Sequence[int], seconds: float) -> float:
@@ -359,72 +382,100 @@ def benchmark_app(model: Path, shape: Sequence[int], seconds: float) -> float:
     return float(found[1])
 
 
-def throughput(bundle: Path, choice: Choice, rounds: int, seconds: float) -> Iterator[Target]:
-    """Compare the tuned settings with each peer's defaults, and yield the comparison with the best of them."""
+def throughput(best: Tuned, plain: Tuned, rounds: int, seconds: float) -> Iterator[Target]:
+    """Compare tuned settings with each peer's defaults on the plain file, and yield the comparisons, the best peer's first."""
     shape = NETWORKS[LENET][0]
     rates: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        own = stack.enter_context(Side(choice.runtime, bundle, choice.threads, choice.sessions))
-        peers = {name: stack.enter_context(Side(name, bundle)) for name in PEERS}
-        ours = []
+        sides = [stack.enter_context(Side(c.runtime, path, c.threads, c.sessions)) for path, c in (best, plain)]
+        peers = {name: stack.enter_context(Side(name, plain.bundle)) for name in PEERS}
+        ours: list[list[float]] = [[], []]
         for number in range(1, rounds + 1):
             progress(f"throughput: round {number} of {rounds}")
-            ours.append(own.measure((choice.batch, *shape), seconds).rate)
+            for side, found, (_, choice) in zip(sides, ours, (best, plain), strict=True):
+                found.append(side.measure((choice.batch, *shape), seconds).rate)
             for (name, side), batch in itertools.product(peers.items(), PEER_BATCHES):
                 rate = side.measure((batch, *shape), seconds).rate
                 rates.setdefault(f"{name}, batch {batch}", []).append(rate)
             for batch in PEER_BATCHES:
-                rate = benchmark_app(bundle / MODEL_ONNX, (batch, *shape), seconds)
+                rate = benchmark_app(plain.bundle / MODEL_ONNX, (batch, *shape), seconds)
                 rates.setdefault(f"benchmark_app -hint throughput, batch {batch}", []).append(rate)
-    best = max(rates, key=lambda name: statistics.median(rates[name]))
-    for name in sorted(rates, key=lambda name: name != best):
-        what = f"throughput, tuned over {'the best' if name == best else 'a'} peer's default"
-        compared = f"{choice}: {statistics.median(ours):,.0f} images/s; {name}: {statistics.median(rates[name]):,.0f}"
-        yield Target(what, compared, Spread.ratio(ours, rates[name]), GAIN if name == best else None)
+    first, *others = sorted(rates, key=lambda name: -statistics.median(rates[name]))
+
+    def compared(what: str, tuned: Tuned, found: list[float], name: str, bound: float | None) -> Target:
+        figures = f"{tuned}: {statistics.median(found):,.0f} images/s; {name}: {statistics.median(rates[name]):,.0f}"
+        return Target(f"throughput, {what}", figures, Spread.ratio(found, rates[name]), bound)
+
+    yield compared("tuned over the best peer's default", best, ours[0], first, GAIN)
+    for name in others:
+        yield compared("tuned over a peer's default", best, ours[0], name, None)
+    yield compared("tuned, of the plain file, over the best peer's default", plain, ours[1], first, None)
 
 
-def latency(bundle: Path, choice: Choice, rounds: int, seconds: float) -> Target:
-    """Compare the tuned settings at batch 1 with bare ONNX Runtime, which has the best number of threads."""
-    shape, counts = (1, *NETWORKS[LENET][0]), sorted({1, available_cores()})
+def latency(best: Tuned, plain: Path, rounds: int, seconds: float) -> Target:
+    """Compare the tuned settings at batch 1 with bare ONNX Runtime on the plain file, with the best number of threads."""
+    shape, counts, choice = (1, *NETWORKS[LENET][0]), sorted({1, available_cores()}), best.choice
     found: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as stack:
         own = (choice.runtime, choice.threads)
-        sides = {
-            key: stack.enter_context(Side(key[0], bundle, key[1]))
-            for key in [own, *(("ONNX Runtime", count) for count in counts)]
-        }
+        sides = {("ONNX Runtime", count): stack.enter_context(Side("ONNX Runtime", plain, count)) for count in counts}
+        sides[own] = stack.enter_context(Side(choice.runtime, best.bundle, choice.threads))
         for number in range(1, rounds + 1):
             progress(f"latency: round {number} of {rounds}")
             for key, side in sides.items():
                 found.setdefault(key, []).append(side.measure(shape, seconds).p50)
     mine = found.pop(own)
-    best = min(found, key=lambda key: statistics.median(found[key]))
+    bare = min(found, key=lambda key: statistics.median(found[key]))
     compared = (
-        f"{choice.runtime} in bnexport, threads: {choice.threads}: {statistics.median(mine) * 1e3:.1f} us; "
-        f"bare ONNX Runtime, threads: {best[1]}: {statistics.median(found[best]) * 1e3:.1f} us"
+        f"{best}: {statistics.median(mine) * 1e3:.1f} us; "
+        f"bare ONNX Runtime, threads: {bare[1]}: {statistics.median(found[bare]) * 1e3:.1f} us"
     )
-    what, ratio = "latency of one image, tuned over bare ONNX Runtime", Spread.ratio(mine, found[best])
+    what, ratio = "latency of one image, tuned over bare ONNX Runtime", Spread.ratio(mine, found[bare])
     return Target(what, compared, ratio, LATENCY, at_least=False)
 
 
-def bulk(bundle: Path, choice: Choice, rounds: int, images: int) -> Target:
-    """Compare ``predict --out``, which reads tuned.json, with bare loops of the same settings; starts are included."""
+def bulk(best: Tuned, rounds: int, images: int) -> Target:
+    """Compare ``predict --out``, which reads tuned.json, with bare loops of the same settings.
+
+    Both run over all images and over a tenth of them, and the difference of the times counts, without the start.
+    """
+    bundle, choice = best
     bare, ours = [], []
     with tempfile.TemporaryDirectory() as place:
-        file = Path(place, "images.npy")
-        np.save(file, np.random.default_rng(0).integers(0, 256, (images, *NETWORKS[LENET][0][1:]), np.uint8))
+        pixels = np.random.default_rng(0).integers(0, 256, (images, *NETWORKS[LENET][0][1:]), np.uint8)
+        files = {count: Path(place, f"{count}.npy") for count in (images // 10, images)}
+        for count, file in files.items():
+            np.save(file, pixels[:count])
+        os.sync()  # or the disk would be busy with them
+
+        def loop(file: Path, count: int) -> None:
+            in_processes(choice.sessions, count, _bare_loop, bundle, choice, file)
+
+        def predict(file: Path, _count: int) -> None:
+            with tempfile.TemporaryDirectory(dir=place) as out:
+                predict_in_bulk(bundle, [file], Path(out, "out"), request=BulkRequest(runtime=choice.runtime))
+
         for number in range(1, rounds + 1):
             progress(f"predict: round {number} of {rounds}")
-            loop = partial(in_processes, choice.sessions, images, _bare_loop, bundle, choice, file)
-            bare.append(cost_of(loop, images).rate)
-            out, request = Path(place, f"out{number}"), BulkRequest(runtime=choice.runtime)
-            ours.append(cost_of(lambda: predict_in_bulk(bundle, [file], out, request=request), images).rate)  # noqa: B023
+            bare.append(_rate(files, loop))
+            ours.append(_rate(files, predict))
     compared = (
         f"`predict --out --runtime {choice.runtime}`: {statistics.median(ours):,.0f} images/s; "
         f"bare loop of {choice.settings}: {statistics.median(bare):,.0f}"
     )
     what = f"predict --out of {images:,} images, share of the bare loop"
     return Target(what, compared, Spread.ratio(ours, bare), SHARE)
+
+
+def _rate(files: Mapping[int, Path], run: Callable[[Path, int], object]) -> float:
+    """Return images per second between the end of the smaller run and that of the larger one."""
+    (small, few), (large, many) = files.items()
+    times = []
+    for file, count in ((few, small), (many, large)):
+        start = time.perf_counter()
+        run(file, count)
+        times.append(time.perf_counter() - start)
+    return (large - small) / (times[1] - times[0])
 
 
 def _bare_loop(bundle: Path, choice: Choice, images: Path, start: int, stop: int) -> None:
@@ -437,15 +488,17 @@ def _bare_loop(bundle: Path, choice: Choice, images: Path, start: int, stop: int
 
 
 def targets(folder: Path, rounds: int, seconds: float, images: int) -> list[Target]:
-    """Measure the targets on a copy of the reference bundle."""
-    bundle = folder / "tuned" / "1"
-    shutil.copytree(REFERENCE, bundle)
-    choices = tuned(bundle)
-    best = choices["throughput"]
+    """Measure the targets on a copy of the reference bundle, and on a packed one of the same weights."""
+    from bnexport.pipeline import fold_and_export
+
+    plain, packed = (folder / name / "1" for name in ("plain", "packed"))
+    shutil.copytree(REFERENCE, plain)
+    fold_and_export(REFERENCE / WEIGHTS, packed, request=ExportRequest(pack_pools=True))
+    choices, first = tuned((plain, packed))
     return [
-        *throughput(bundle, best, rounds, seconds),
-        bulk(bundle, best, rounds, images),
-        latency(bundle, choices["latency"], rounds, seconds),
+        *throughput(choices["throughput"], first, rounds, seconds),
+        bulk(choices["throughput"], rounds, images),
+        latency(choices["latency"], plain, rounds, seconds),
     ]
 
 
@@ -455,7 +508,7 @@ def main() -> int:
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of one measurement in one round")
-    parser.add_argument("--images", type=int, default=300_000, help="of predict --out")
+    parser.add_argument("--images", type=int, default=1_000_000, help="of predict --out")
     parser.add_argument("--no-table", action="store_true", help="measure only the targets")
     parser.add_argument("--out", type=Path, default=PAGE)
     given = parser.parse_args()

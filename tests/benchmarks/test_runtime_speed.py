@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import runtime_speed
 from benchmarks.clock import Spread
-from benchmarks.runtime_speed import LENET, REFERENCE, Row, Side, Target, cells_of, inputs, main, measured
+from benchmarks.runtime_speed import LENET, REFERENCE, Row, Side, Target, Tuned, cells_of, inputs, main, measured
 from bnexport.errors import RuntimeUnavailable
 from bnexport.tuned import Choice, read_tuning
 
@@ -60,10 +60,10 @@ def test_the_command_measures_and_writes_its_page(tmp_path: Path, monkeypatch: p
     """Every measurement is real and short; the choice of ``bnexport benchmark`` and OpenVINO's tool are replaced."""
     bundles: list[Path] = []
 
-    def tuned(bundle: Path) -> dict[str, Choice]:
-        bundles.append(bundle)
-        assert read_tuning(bundle) is None
-        return {"throughput": CHOICE, "latency": CHOICE}
+    def tuned(given: tuple[Path, Path]) -> tuple[dict[str, Tuned], Tuned]:
+        bundles.extend(given)
+        assert read_tuning(given[0]) is read_tuning(given[1]) is None
+        return {"throughput": Tuned(given[1], CHOICE), "latency": Tuned(given[0], CHOICE)}, Tuned(given[0], CHOICE)
 
     monkeypatch.setattr(runtime_speed, "tuned", tuned)
     monkeypatch.setattr(runtime_speed, "benchmark_app", lambda *_: 100.0)
@@ -71,15 +71,17 @@ def test_the_command_measures_and_writes_its_page(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(runtime_speed, "PEERS", ("ONNX Runtime",))
     monkeypatch.setattr(runtime_speed, "MEASURED", {"TorchScript": 1, "ONNX Runtime": 3})
     monkeypatch.setattr(runtime_speed, "exported", lambda *_: ({"float32": REFERENCE}, {"int8": "no labels"}))
-    words = [LENET, "--rounds", "2", "--seconds", "0.02", "--images", "64", "--out", str(tmp_path / "page.md")]
+    words = [LENET, "--rounds", "2", "--seconds", "0.02", "--images", "640", "--out", str(tmp_path / "page.md")]
     monkeypatch.setattr("sys.argv", ["runtime_speed", *words])
     assert main() in (0, 1)
     page = (tmp_path / "page.md").read_text()
     assert page.count("| float32, TorchScript |") == page.count("| float32, ONNX Runtime |") == 1
     assert "- Not measured: int8: no labels" in page
     assert (
-        "| throughput, tuned over the best peer's default | onnxruntime-cpu, 2 sessions x 1 thread, batch 4: " in page
+        "| throughput, tuned over the best peer's default | onnxruntime-cpu, 2 sessions x 1 thread, batch 4, packed pools: "
+        in page
     )
     assert "benchmark_app -hint throughput, batch 4: 100" in page
     assert "bare loop of 2 sessions x 1 thread, batch 4" in page
-    assert bundles[0].name == "1"
+    assert "| throughput, tuned, of the plain file, over the best peer's default | " in page
+    assert [bundle.parent.name for bundle in bundles] == ["plain", "packed"]
