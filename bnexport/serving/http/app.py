@@ -36,7 +36,7 @@ from bnexport.serving.http.prometheus import render
 from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.messages import InferRequest, InferResponse, encode_response
 from bnexport.serving.served_model import ServedModel
-from bnexport.serving.serving_limits import BoundedCache, above_limit
+from bnexport.serving.serving_limits import above_limit
 from bnexport.serving.state import SERVER_METADATA, ServerState
 from bnexport.validation.limits import shown
 
@@ -137,20 +137,19 @@ async def repository_index(state: ServerState, exchange: Exchange) -> Reply:
 async def load(state: ServerState, exchange: Exchange, name: str) -> Reply:
     """Load a model's versions from disk."""
     parameters = (await _optional_object(state, exchange)).get("parameters", {})
-    _permit(state, exchange)
+    _refuse_other_origin(exchange)
     return json_reply(await state.load(name, parameters=parameters != {}))
 
 
 async def unload(state: ServerState, exchange: Exchange, name: str) -> Reply:
     """Close a model's versions."""
     await _optional_object(state, exchange)
-    _permit(state, exchange)
+    _refuse_other_origin(exchange)
     return json_reply(state.unload(name))
 
 
-def _permit(state: ServerState, exchange: Exchange) -> None:
-    """Refuse to load and unload models unless that is allowed, and refuse pages of another origin."""
-    state.permit_loading()
+def _refuse_other_origin(exchange: Exchange) -> None:
+    """Refuse a request of a web page of another origin."""
     origin = exchange.headers.get(b"origin")
     if origin is not None and origin.partition(b"://")[2] != exchange.headers.get(b"host"):
         raise RequestError(
@@ -229,19 +228,11 @@ def _paths(pattern: str) -> re.Pattern[str]:
 
 
 _PATHS = [(_paths(route.pattern), route) for route in ROUTES]
-_known: BoundedCache[tuple[str, str], FoundRoute] = BoundedCache(1024)
 
 
+@functools.lru_cache(1024)
 def find_route(method: str, path: str) -> FoundRoute:
     """Return the handler of a path."""
-    if (found := _known.get((method, path))) is not None:
-        return found
-    found = _search(method, path)
-    _known[method, path] = found
-    return found
-
-
-def _search(method: str, path: str) -> FoundRoute:
     wanted = "GET" if method == "HEAD" else method
     methods = []
     for paths, route in _PATHS:

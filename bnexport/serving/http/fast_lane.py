@@ -7,6 +7,7 @@ answers are the same.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.http.app import App, FoundRoute, find_route, infer, infer_reply, infer_request, infer_target
 from bnexport.serving.http.exchange import STATUS_LINES, Exchange, Reply, error_reply, reply_headers
-from bnexport.serving.serving_limits import BoundedCache
 from bnexport.tensors import Array
 
 #: Bytes of a short body: uvicorn buffers no more until the application reads.
@@ -54,7 +54,6 @@ class FastLane:
     def __init__(self, app: App) -> None:
         self.app = app
         self._longest = min(SHORT_BODY, app.state.settings.limits.body_bytes)
-        self._known: BoundedCache[bytes, FoundRoute | None] = BoundedCache(1024)
         self._previous: Line | None = None
 
     def alone(self, connection: Line) -> bool:
@@ -77,7 +76,7 @@ class FastLane:
     def _understood(self, connection: Line) -> Head | None:
         """Return the head of a request that qualifies for the fast lane; None for others."""
         url, pairs = connection.url, connection.headers
-        found, headers = self._found(url), dict(pairs)
+        found, headers = _infer_route(url), dict(pairs)
         length = headers.get(b"content-length", b"")
         fits = (
             found is not None
@@ -90,14 +89,10 @@ class FastLane:
         )
         return Head(url, url.decode(), pairs, found, headers) if found is not None and fits else None
 
-    def _found(self, url: bytes) -> FoundRoute | None:
-        """Return the inference route of a URL that needs no decoding; None for other URLs."""
-        if url not in self._known:
-            self._known[url] = _infer_route(url)
-        return self._known[url]
 
-
+@functools.lru_cache(1024)
 def _infer_route(url: bytes) -> FoundRoute | None:
+    """Return the inference route of a URL that needs no decoding; None for other URLs."""
     if not url.startswith(b"/") or not url.isascii() or any(char in url for char in b"%?#"):
         return None
     try:
