@@ -91,6 +91,11 @@ def export_request(**options: Any) -> ExportRequest:
     """Return the request of fold-and-export."""
     if options["formats"] and "onnx" not in options["formats"]:
         raise UsageError("a bundle without model.onnx can't be verified", remedy="Add --format onnx")
+    alone = "--precision int8" if options["precision"] == "int8" else "--pack-pools" if options["pack_pools"] else None
+    if alone and (others := [name for name in options["formats"] or () if name != "onnx"]):
+        raise UsageError(
+            f"{alone} writes model.onnx alone, and --format {others[0]} is given", remedy="Leave --format out"
+        )
     images = preprocessing(options["inputs"], options["mean"], options["std"])
     return ExportRequest(**values_of(ExportRequest, options), preprocessing=images)
 

@@ -48,6 +48,15 @@ def test_where_it_does_not_apply(
     assert not (tmp_path / "packed").exists()
 
 
+@pytest.mark.parametrize("option", [("--pack-pools",), ("--precision", "int8")])
+def test_formats_that_would_not_be_written_are_refused(
+    option: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fold-and-export", str(REFERENCE / "weights.safetensors"), "--out", str(tmp_path / "a" / "1"), *option]
+    assert run([*words, "--format", "onnx", "--format", "torchscript"]) == 2
+    assert f"{' '.join(option)} writes model.onnx alone, and --format torchscript is given" in capsys.readouterr().err
+
+
 def test_a_single_file_is_not_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(written(tmp_path), tmp_path / "packed.onnx") == 2
     assert "--pack-pools applies to a bundle only" in capsys.readouterr().err
