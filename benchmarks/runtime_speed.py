@@ -468,7 +468,7 @@ def bulk(best: Tuned, rounds: int, images: int) -> Target:
 
 
 def _rate(files: Mapping[int, Path], run: Callable[[Path, int], object]) -> float:
-    """Return images per second between the end of the smaller run and that of the larger one."""
+    """Return the additional images of the larger run per additional second; the start cancels out."""
     (small, few), (large, many) = files.items()
     times = []
     for file, count in ((few, small), (many, large)):

@@ -23,9 +23,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from bnexport.onnx_files.models import Names, attributes, mentions, put_initializers, refill
 
-#: Numbers in a register of AVX-512 in float32.
+#: Number of float32 values in an AVX-512 register.
 _LANES = 16
-#: Operators that treat every number alike.
+#: Elementwise operators without weights per channel.
 _ACTIVATIONS = (
     "Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Relu", "Selu", "Sigmoid", "Softplus",
     "Softsign", "Tanh", "ThresholdedRelu",
@@ -43,8 +43,8 @@ class _Place(NamedTuple):
 def pack_pools(model: ModelProto) -> int:
     """Rewrite every average pooling of the main graph for which that costs no more multiplications; return their number.
 
-    The model is valid and changed in place; inputs and outputs stay. Where a channel overflows to infinity, all channels at
-    that place of the pooled output become NaN.
+    The model is valid and changed in place; inputs and outputs stay. An infinite input, or a channel that overflows to
+    infinity, makes all channels NaN at its place of the pooled output.
     """
     listed = {value.name for value in model.graph.input} if model.ir_version >= 4 else set()  # they can be replaced
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name not in listed}
@@ -125,7 +125,8 @@ def _rewrite(model: ModelProto, place: _Place, weights: Mapping[str, TensorProto
 
 
 def _become_conv(node: NodeProto, inputs: Sequence[str], kernel: Sequence[int], strides: Sequence[int]) -> None:
-    pads = attributes(node).get("pads", (0, 0, 0, 0))
+    given = attributes(node)
+    pads = (0, 0, 0, 0) if given.get("auto_pad") == b"VALID" else given.get("pads", (0, 0, 0, 0))
     node.op_type = "Conv"
     del node.input[:], node.attribute[:]
     node.input.extend(inputs)

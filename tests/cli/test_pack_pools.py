@@ -37,7 +37,7 @@ def test_a_bundle_is_packed_and_passes(file: str, options: tuple[str, ...], tmp_
     ("options", "sentence"),
     [
         (("--precision", "int8"), "--pack-pools is for float files, and --precision int8 is given."),
-        (("--pack-pools",), "--pack-pools finds no average pooling after a convolution of so few channels"),
+        ((), "--pack-pools finds no average pooling after a convolution of so few channels"),
     ],
 )
 def test_where_it_does_not_apply(

@@ -236,7 +236,7 @@ class ShardWorker:
         return np.concatenate([run_images(self._runner, self._preprocessing.apply(tile)) for tile in tiles])
 
 
-#: Submitted shards per worker: one that runs, and one that waits.
+#: Unfinished shards per worker: one that is predicted, and one that waits or is being written. It limits the memory.
 _AHEAD = 2
 
 
@@ -250,7 +250,7 @@ class _Process:
 def run_locally(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
     """Predict shards in processes of this machine; yield the rows of each as it is written.
 
-    Threads of this process write, so that no session waits for the disk.
+    Threads of this process write while the sessions predict the next shards.
     """
     workers = min(job.request.resolved_workers(), len(shards))
     if workers == 1:
@@ -280,17 +280,12 @@ def run_locally(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
 
 def _alone(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
     """Predict in this process, and write each shard during the prediction of the next one."""
-    written: list[Future[int]] = []
     with contextlib.closing(ShardWorker(job)) as worker, ThreadPoolExecutor(1) as writer:
-        for shard in shards:
-            content = worker.predict(shard)
-            yield from (future.result() for future in written)
-            written = [writer.submit(job.write, shard, content)]
-        yield from (future.result() for future in written)
+        yield from _in_turn(lambda shard: writer.submit(job.write, shard, worker.predict(shard)), shards, _AHEAD)
 
 
 def _in_turn(start: Callable[[Shard], Future[int]], shards: Sequence[Shard], most: int) -> Iterator[int]:
-    """Start shards, at most so many at once, and yield the rows of each as it ends."""
+    """Start shards, at most ``most`` at once, and yield the rows of each as it ends."""
     left = iter(shards)
     running: set[Future[int]] = set()
     while True:
@@ -482,4 +477,5 @@ def predict_in_bulk(
         start = time.perf_counter()
         for rows in ENGINES[engine](job, missing) if missing else ():
             listener.on_shard(rows)
+            interrupts.check()  # threads and other processes write, and there it raises nothing
     return BulkResult(str(out), job.rows, len(job.shards), resumed, time.perf_counter() - start)

@@ -153,6 +153,16 @@ def test_weights_of_two_convolutions_stay_for_the_other() -> None:
     assert all(np.allclose(one, other, rtol=0, atol=1e-12) for one, other in zip(before, after, strict=True))
 
 
+def test_pads_that_auto_pad_overrides_stay_without_effect() -> None:
+    model = network(np.random.default_rng(0), conv={"auto_pad": "VALID", "pads": [1, 1, 1, 1]})
+    x = np.random.default_rng(1).standard_normal((2, 2, 9, 9))
+    before = run(model, x)
+    assert pack_pools(model) == 1
+    after = run(model, x)
+    assert after.shape == before.shape
+    assert np.abs(after - before).max() <= 1e-12
+
+
 def test_stated_shapes_of_inner_values_do_not_stay() -> None:
     model = onnx.shape_inference.infer_shapes(network(np.random.default_rng(0)))
     assert pack_pools(model) == 1

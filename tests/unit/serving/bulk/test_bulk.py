@@ -1,6 +1,9 @@
+import contextlib
 import json
+import os
 import pickle
 import re
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -17,6 +20,7 @@ from support.pictures import png
 from unit.deploying.conftest import foreign_bundle
 from unit.serving.bulk.conftest import IMAGES, predict, rows
 
+from bnexport import interrupts
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
 from bnexport.files import write_atomically
@@ -94,6 +98,24 @@ def test_a_full_disk_ends_the_run(
     done = predict(bundle, sources["a.npy"], tmp_path / "out", workers=workers)
     assert done.resumed_rows >= 40
     assert rows(tmp_path / "out")["id"] == [f"{sources['a.npy']}[{index}]" for index in range(90)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_lost_interrupt_ends_the_run(bundle: Bundle, sources: dict[str, Path], tmp_path: Path, workers: int) -> None:
+    done: list[int] = []
+
+    class Loses(BulkProgress):
+        def on_shard(self, rows: int) -> None:
+            done.append(rows)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    request = BulkRequest(workers=workers, shard_rows=20)
+    with interrupts.noted(), pytest.raises(KeyboardInterrupt):
+        predict_in_bulk(bundle, [sources["a.npy"]], tmp_path / "out", request=request, progress=Loses())
+    assert done == [20]
+    assert not list((tmp_path / "out").glob(".part-*"))
 
 
 def test_bulk_and_single_predictions_agree(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
