@@ -65,7 +65,7 @@ _INNER_KEYS: dict[str, tuple[str, ...]] = {
     "signature": ("inputs", "outputs"),
     "network": ("source", "options"),
     "preprocessing": ("channels", "height", "width", "scale", "mean", "std"),
-    "onnx": ("opset", "ir_version", "precision", "quantization", "input_type"),
+    "onnx": ("opset", "ir_version", "precision", "quantization", "input_type", "packed_pools"),
 }
 
 
@@ -81,7 +81,8 @@ class Manifest:
     preprocessing: Mapping[str, Any] | None = None  # ``data.preprocessing.Preprocessing.to_json``
     labels: tuple[str, ...] | None = None  # Class names in the order of the logits
     # Of an int8 file also "quantization": its ranges and their sources (``quantization.quantize.Int8Result.record``).
-    # "input_type": "uint8" if the files take pixels and hold the preprocessing inside
+    # "input_type": "uint8" if the files take pixels and hold the preprocessing inside. "packed_pools": number of average pools
+    # that model.onnx computes by convolutions (``onnx_files.packed_pools``)
     onnx: Mapping[str, Any] = field(default_factory=dict)  # ``{"opset": 18, "ir_version": 8, "precision": "float32"}``
     environment: Mapping[str, Any] = field(default_factory=dict)  # Hardware and versions at export
     fold: Mapping[str, Any] = field(default_factory=dict)  # The fold report (``folding.FoldReport.to_json``)
@@ -106,6 +107,12 @@ class Manifest:
     def takes_pixels(self) -> bool:
         """True if the input of the files is uint8 pixels, channels first, and the files convert them."""
         return self.onnx.get("input_type") == "uint8"
+
+    @property
+    def packed(self) -> str:
+        """Words for the average pools that ``--pack-pools`` packed: "1 average pool packed"; "" for none."""
+        count = self.onnx.get("packed_pools")
+        return f"{count} average pool{'' if count == 1 else 's'} packed" if type(count) is int else ""
 
     @property
     def classes(self) -> tuple[str, ...] | None:

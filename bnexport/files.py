@@ -134,6 +134,16 @@ def input_errors(what: object, kind: type[BadInput], *, remedy: str) -> Iterator
         raise kind(f"{what} can't be read: {one_line(error)}", remedy=remedy) from error
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a file that can't be written, before the work whose result it gets: OutputError."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", remedy="Give the name of a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "this user may not write in" if folder.is_dir() else "there is a file, not a folder, at"
+        raise OutputError(f"{path} can't be written: {why} {folder}", remedy="Choose another folder")
+
+
 def _swap_in(stage: Path, path: Path) -> None:
     """Rename ``stage`` to ``path``; an old folder is moved aside first and moved back if that fails."""
     if not path.exists():

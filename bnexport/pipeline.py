@@ -211,8 +211,9 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
             example = {spec.name: tensor.numpy() for spec, tensor in zip(signature.inputs, given, strict=True)}
             written = with_int8(stage, manifest, example, partial(seen_in_module, loaded.module), request)
         if request.pack_pools:
-            packed = packed_model(read_model(stage / MODEL_ONNX))
-            write_atomically(stage / MODEL_ONNX, packed.SerializeToString(deterministic=True))
+            model = read_model(stage / MODEL_ONNX)
+            written = replace(manifest, onnx={**manifest.onnx, **packed_pools(model)})
+            write_atomically(stage / MODEL_ONNX, model.SerializeToString(deterministic=True))
         if (stage / MODEL_ONNX).is_file():
             stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
         save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
@@ -330,14 +331,15 @@ def _write_models(stage: Path, job: ExportJob, request: ExportRequest, progress:
         row.write(job, stage / row.file)
 
 
-def packed_model(model: ModelProto) -> ModelProto:
-    """Pack the average pools of a model in place, and return it; UsageError if there are none to pack."""
-    if not pack_pools(model):
+def packed_pools(model: ModelProto) -> dict[str, int]:
+    """Pack the average pools of a model in place, and return the fact for the manifest; UsageError if there are none."""
+    if not (count := pack_pools(model)):
         raise UsageError(
-            "--pack-pools finds no average pooling after a convolution of so few channels that packing saves time",
+            "--pack-pools finds no average pooling that it can pack: without padding, with a window of 2, 4, 8, ... places,"
+            " after a convolution of few channels and an activation of one operator",
             remedy="Leave it out",
         )
-    return model
+    return {"packed_pools": count}
 
 
 def with_int8(

@@ -29,7 +29,8 @@ _FORMAT, _FORMAT_VERSION = "bnexport-tuning", 1
 #: Engine, the start of a runtime's name -> distributions that contain it. The other runtimes are torch's.
 _ENGINES = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime"), "openvino": ("openvino",), "reference": ("onnx",)}
 #: Largest whole numbers in a choice: the options of ``serve`` and ``predict`` take no larger ones.
-_MOST = {"batch": 65_536, "threads": 1024, "sessions": 256}
+LARGEST_BATCH = 65_536
+_MOST = {"batch": LARGEST_BATCH, "threads": 1024, "sessions": 256}
 _TEXT, _RUNTIME = 200, re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -183,6 +184,9 @@ def _parsed(content: bytes) -> Tuning:
     choices: dict[Goal, Choice] = {
         goal: _choice(value["choices"][goal], goal) for goal in GOALS if goal in value["choices"]
     }
+    for goal, choice in choices.items():
+        if choice.threads * choice.sessions > machine.cores:
+            raise Refusal(f"has {choice.settings} for {goal}, but its machine has {machine.cores} cores")
     return Tuning(machine, found, value["model_sha256"], choices)
 
 

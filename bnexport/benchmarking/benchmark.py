@@ -137,8 +137,8 @@ def _load(
 ) -> dict[tuple[str, str, int, int], Worker]:
     """Start one process per runtime, threads and sessions; ``left`` gets those that can't open their file.
 
-    UsageError if the memory does not allow a process or the file of ``--against`` can't be run; RuntimeUnavailable if no
-    process of a bundle could be started.
+    BundleError if no process could be started and a bundle was changed; UsageError if the memory does not allow a process or
+    the file of ``--against`` can't be run; RuntimeUnavailable if no process of a bundle could be started.
     """
     workers: dict[tuple[str, str, int, int], Worker] = {}
     keys = dict.fromkeys(variant.process for variant in variants)
@@ -162,6 +162,8 @@ def _load(
             continue
         largest = max(largest, *worker.loaded["memory"].values())
     if not any(runtime != BARE for _, runtime, _, _ in workers):
+        for subject in dict.fromkeys(variant.subject for variant in variants):
+            subject.bundle.check()  # a changed file is the user's to mend, not the machine's
         reason = next(reversed(left.values()), "")
         raise RuntimeUnavailable(
             f"no runtime could load its file: {reason}", remedy="Run bnexport verify to see the causes"

@@ -12,6 +12,7 @@ from bnexport.bundle import Bundle, Manifest
 from bnexport.environment import available_cores
 from bnexport.errors import BundleError, UsageError
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
+from bnexport.tuned import LARGEST_BATCH
 
 #: The word for every core that this process may use.
 ALL = "all"
@@ -60,6 +61,8 @@ class BenchmarkRequest:
             for count in counts:
                 if isinstance(count, int) and count < 1:
                     raise UsageError(f"--{flag} is {count}", remedy="Give at least 1")
+        if max(self.batches, default=0) > LARGEST_BATCH:
+            raise UsageError(f"--batch is {max(self.batches)}", remedy=f"Give at most {LARGEST_BATCH}")
         for name in self.runtimes:
             runner_spec(name)
 
@@ -214,6 +217,10 @@ def variants_of(
             ]
     if not any(variant.subject.file is None for variant in found):
         why = next(iter(left.values()), "no runtime works here")
-        raise BundleError(f"nothing can be measured: {why}", remedy="Run bnexport doctor to list the runtimes")
+        files = {name for subject in subjects for name in subject.manifest.files}
+        fitting = ", ".join(
+            spec.name for spec in RUNNERS if spec.file in files and spec.device == "cpu" and spec.default
+        )
+        raise BundleError(f"nothing can be measured: {why}", remedy=f"CPU runtimes for this bundle: {fitting}")
     # One batch size after the other: their rows are compared.
     return sorted(found, key=lambda variant: variant.batch), left

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bnexport import interrupts
 from bnexport.benchmarking.benchmark_request import (
     ALL,
     BATCHES,
@@ -18,9 +19,11 @@ from bnexport.benchmarking.benchmark_request import (
     BenchmarkRequest,
 )
 from bnexport.benchmarking.spread import LEAST_ROUNDS, ROUNDS
+from bnexport.bundle import TUNED
 from bnexport.cli.options import PATH, RUNTIME
 from bnexport.cli.output import STDOUT, prints_aside, stages, write_json, write_result
 from bnexport.errors import OutputError, UsageError
+from bnexport.files import refuse_unwritable
 from bnexport.optional import need_packages
 
 if TYPE_CHECKING:
@@ -91,6 +94,8 @@ def command(ctx: click.Context, /, bundles: tuple[Path, ...], **options: Any) ->
     Exit codes: 0 done, 1 no row is right, 2 bad input, 3 a requested runtime can't run here.
     """
     outputs = _outputs(options)
+    for bundle in bundles if options["save"] else ():
+        refuse_unwritable(bundle / TUNED)
     request = BenchmarkRequest(
         bundles,
         options["against"],
@@ -105,14 +110,15 @@ def command(ctx: click.Context, /, bundles: tuple[Path, ...], **options: Any) ->
         need_packages("bnexport benchmark --html and --plot", "jinja2", "markupsafe")
     from bnexport.benchmarking.benchmark import benchmark
 
-    with prints_aside(), stages() as progress:
+    with prints_aside(), stages() as progress, interrupts.terminable():
         report = benchmark(request, progress=progress)
-    if outputs["json_file"] != STDOUT or report.interrupted:
+    if outputs["json_file"] != STDOUT:
         from bnexport.reporting.benchmark_tables import print_benchmark
         from bnexport.reporting.tables import make_console
 
         print_benchmark(report, make_console())
     if report.interrupted:
+        _write_files(report, {"json_file": outputs["json_file"]})
         raise KeyboardInterrupt
     _write_files(report, outputs)
     if options["save"]:
@@ -124,13 +130,15 @@ def command(ctx: click.Context, /, bundles: tuple[Path, ...], **options: Any) ->
 
 
 def _outputs(options: dict[str, Any]) -> dict[str, str | None]:
-    """Return the files to write; refuse two results in one file, and a picture that is not an SVG."""
+    """Return the files to write; refuse two results in one file, a picture that is not an SVG, and unwritable files."""
     files = {name: options[name] for name in ("json_file", "html_file", "plot_file")}
     seen: set[Path] = set()
     for file in filter(None, reversed(files.values())):  # the first of two is named
         if (place := Path(file).resolve()) in seen:
             raise UsageError(f"two results would be written to {file}", remedy="Give each a separate file")
         seen.add(place)
+        if file != STDOUT:
+            refuse_unwritable(Path(file))
     if files["plot_file"] is not None and not files["plot_file"].lower().endswith(".svg"):
         raise OutputError(f"--plot {files['plot_file']} is not a .svg file", remedy="Choose this suffix")
     return files
@@ -152,13 +160,13 @@ def _counts(text: str | None, flag: str, *, every: bool = False) -> tuple[int | 
 
 
 def _write_files(report: BenchmarkReport, outputs: dict[str, str | None]) -> None:
-    if (target := outputs["json_file"]) is not None:
+    if (target := outputs.get("json_file")) is not None:
         write_json(target, report.to_json())
-    if (target := outputs["html_file"]) is not None:
+    if (target := outputs.get("html_file")) is not None:
         from bnexport.reporting.benchmark_tables import benchmark_page
 
         write_result(target, benchmark_page(report, command=shlex.join(["bnexport", *sys.argv[1:]])))
-    if (target := outputs["plot_file"]) is not None:
+    if (target := outputs.get("plot_file")) is not None:
         from bnexport.reporting.benchmark_tables import plot
 
         write_result(target, plot(report))

@@ -13,7 +13,7 @@ from bnexport.files import Refusal
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_arrays
 from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, eps_of, layer_statistics
 from bnexport.optional import installed
-from bnexport.validation.file_kinds import kind_of
+from bnexport.validation.file_kinds import refuse_other_kinds
 from bnexport.validation.json_text import parse_json
 from bnexport.validation.limits import limit
 
@@ -42,8 +42,7 @@ def inspect_path(path: Path) -> Inspection:
         notes += ["the bundle's files take pixels as uint8"] if bundle.manifest.takes_pixels else []
     else:
         file, order = checkpoint_file(path), []
-    kind = kind_of(file)
-    if kind is not None and kind.name == "torch":
+    if refuse_other_kinds(file, "torch", "safetensors") == "torch":
         raise ModelError(
             f"{file} is a file of torch.save, which is inspected only with the code of its network",
             remedy="Run bnexport inspect --source file.py:factory, or inspect the bundle of the network",

@@ -120,7 +120,8 @@ def remarks(report: BenchmarkReport) -> list[str]:
 def described(subject: Subject, report: BenchmarkReport) -> str:
     """Return a bundle's precision and its inputs."""
     inputs = report.inputs.get(subject.label)
-    return f"{subject.precision}, {inputs}" if inputs else "onnxruntime's own session, the inputs of A"
+    words = ", ".join(filter(None, (subject.precision, subject.manifest.packed, inputs)))
+    return words if inputs else "onnxruntime's own session, the inputs of A"
 
 
 def machine_sentence(report: BenchmarkReport) -> str:

@@ -82,6 +82,8 @@ def print_export(
         return
     size = sum(entry["size"] for entry in bundle.manifest.files.values())
     lines = [f"Bundle: {bundle.path} ({size / 1000:.0f} kB)", f"Report: {bundle.path / REPORT}"]
+    if bundle.manifest.packed:
+        lines.append(f"model.onnx: {bundle.manifest.packed}: convolutions compute it on more channels.")
     if bundle.manifest.takes_pixels:
         lines.append(
             "Input: pixels as uint8, channels first. Every model file scales them and subtracts the mean itself."

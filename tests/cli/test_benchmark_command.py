@@ -13,7 +13,7 @@ from support.bundles import copy_bundle, reseal
 
 from bnexport.benchmarking import benchmark as module
 from bnexport.benchmarking.benchmark_report import BenchmarkReport
-from bnexport.bundle import MODEL_ONNX, TUNED, Bundle
+from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, TUNED, Bundle
 from bnexport.cli.main import run
 from bnexport.verification import budget as verifying
 
@@ -156,6 +156,44 @@ def test_an_interrupt_prints_what_was_measured(
     assert "No winner is named: the measurement was interrupted." in shown.out
     assert shown.out.count("1x1") == 2
     assert shown.err.endswith("Interrupted. Files already complete are kept; nothing is half-written.\n")
+    calls.clear()
+    assert run(["benchmark", str(bundle.path), *ONE, "--json", "-"]) == 130
+    report = json.loads(capsys.readouterr().out)
+    assert report["interrupted"] is True
+    assert len(report["results"]) == 2
+
+
+def test_a_result_that_can_not_be_written_is_refused_before_the_measurement(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "benchmark", None)  # calling it would be an error of another kind
+    (tmp_path / "file").touch()
+    for place, words in (
+        (tmp_path, f"{tmp_path} is a folder"),
+        (tmp_path / "file" / "x.json", f"there is a file, not a folder, at {tmp_path / 'file'}"),
+    ):
+        assert run(["benchmark", str(bundle.path), *ONE, "--json", str(place)]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_cut_off_model_is_bad_input(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    (folder / MODEL_ONNX).write_bytes((folder / MODEL_ONNX).read_bytes()[:1000])
+    assert run(["benchmark", str(folder), *ONE]) == 2
+    assert "model.onnx" in capsys.readouterr().err
+
+
+def test_runtimes_that_the_bundle_has_no_file_for_name_the_others(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    (folder / MODEL_TORCHSCRIPT).unlink(missing_ok=True)
+    reseal(folder)
+    assert run(["benchmark", str(folder), "--runtime", "torchscript-cpu", "--quick"]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "the bundle was written without model.pt" in shown
+    assert "CPU runtimes for this bundle: " in shown
+    assert "onnxruntime-cpu" in shown
 
 
 def test_a_busy_machine_saves_nothing(

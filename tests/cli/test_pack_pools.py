@@ -20,7 +20,9 @@ def export(source: Path, out: Path, *more: str) -> int:
     ("file", "options"),
     [("weights.safetensors", ()), (MODEL_ONNX, ()), ("weights.safetensors", ("--input-type", "uint8"))],
 )
-def test_a_bundle_is_packed_and_passes(file: str, options: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_bundle_is_packed_and_passes(
+    file: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "packed" / "1"
     assert export(REFERENCE / file, out, *options) == 0
     bundle = Bundle.open(out)
@@ -31,13 +33,15 @@ def test_a_bundle_is_packed_and_passes(file: str, options: tuple[str, ...], tmp_
         "Conv", "Conv", "Conv", "AveragePool",
     ]  # fmt: skip
     assert bundle.manifest.verification["passed"] is True
+    assert bundle.manifest.onnx["packed_pools"] == 1
+    assert "model.onnx: 1 average pool packed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (("--precision", "int8"), "--pack-pools is for float files, and --precision int8 is given."),
-        ((), "--pack-pools finds no average pooling after a convolution of so few channels"),
+        ((), "--pack-pools finds no average pooling that it can pack"),
     ],
 )
 def test_where_it_does_not_apply(

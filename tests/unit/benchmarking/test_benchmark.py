@@ -319,6 +319,7 @@ def test_variants_are_files_runtimes_batches_threads_and_sessions(monkeypatch: p
     [
         ({"runtimes": ("tensorflow",)}, "the runtime 'tensorflow' is unknown"),
         ({"batches": (0,)}, "--batch is 0"),
+        ({"batches": (1, 100_000)}, "--batch is 100000"),
         ({"threads": (0,)}, "--threads is 0"),
         ({"sessions": (0,)}, "--sessions is 0"),
         ({"sessions": (9,)}, "--sessions is 9, but this process has 2 cores"),

@@ -116,6 +116,9 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "batch 0": within(*_OF, "batch", value=0),
     "negative threads": within(*_OF, "threads", value=-1),
     "a million sessions": within(*_OF, "sessions", value=10**6),
+    "more threads than cores": lambda document: document["choices"]["throughput"].update(
+        threads=document["machine"]["cores"] + 1, sessions=1
+    ),
     "true sessions": within(*_OF, "sessions", value=True),
     "fractional batch": within(*_OF, "batch", value=1.5),
     "text batch": within(*_OF, "batch", value="32"),
