@@ -34,6 +34,8 @@ from bnexport.tensors import size_axes
 
 #: Sizes at which a guard is tried, as steps above the smallest: odd and even, around powers of two, and large.
 _STEPS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 31, 32, 33, 63, 64, 127, 128, 256, 1000, 4096, 65537)
+#: Largest number in a guard whose neighbours and multiples are tried.
+_LARGEST = 100_000
 
 
 def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
@@ -64,18 +66,25 @@ def _place(guard: Any) -> str:
 
 
 def _holds(environment: Any, condition: Any) -> bool:
-    """Return True if a condition holds for every tried size from the smallest on."""
+    """Return True if a condition holds for every tried size from the smallest on.
+
+    The numbers in the condition are tried, too, with their neighbours and multiples: a size of 40, or a multiple of 32.
+    """
     condition = environment.replace(condition)
     symbols = sorted(condition.free_symbols, key=str)
     lowest = [environment.bound_sympy(symbol).lower for symbol in symbols]
     if not all(getattr(low, "is_Integer", False) for low in lowest):  # a size that depends on a tensor's values
         return True
-    tried: Iterable[tuple[int, ...]] = itertools.product(_STEPS, repeat=len(symbols))
-    if len(symbols) > 2:  # all combinations would be too many: each list of steps has another start
-        most = len(_STEPS)
-        tried = [tuple(_STEPS[(index + 5 * turn) % most] for turn in range(len(symbols))) for index in range(most)]
-    sizes = ([int(low) + step for low, step in zip(lowest, steps, strict=True)] for steps in tried)
-    return all(bool(condition.xreplace(dict(zip(symbols, numbers, strict=True)))) for numbers in sizes)
+    numbers = {abs(int(atom)) for atom in condition.atoms() if atom.is_Integer}
+    near = {size for n in numbers if n <= _LARGEST for size in (n - 1, n, n + 1, 2 * n, 3 * n)}
+    sides = [sorted({int(low) + step for step in _STEPS} | {size for size in near if size >= low}) for low in lowest]
+    sizes: Iterable[tuple[int, ...]] = itertools.product(*sides)
+    if len(symbols) > 2:  # all combinations would be too many: each list of sizes has another start
+        most = max(map(len, sides))
+        sizes = [
+            tuple(side[(index + 5 * turn) % len(side)] for turn, side in enumerate(sides)) for index in range(most)
+        ]
+    return all(bool(condition.xreplace(dict(zip(symbols, chosen, strict=True)))) for chosen in sizes)
 
 
 #: Part of torch.export's message if forward takes another branch for other batch sizes, or fails with them.

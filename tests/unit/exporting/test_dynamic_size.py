@@ -192,6 +192,10 @@ FORKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "odd": lambda x, y: y * 2 if x.shape[2] % 2 else y,
     "area": lambda x, y: y * 2 if x.shape[2] * x.shape[3] > 10000 else y,
     "oblong": lambda x, y: y * 2 if x.shape[2] < x.shape[3] else y,
+    "multiples of 32": lambda x, y: nn.functional.pad(y, (0, 32 - x.shape[3] % 32)) if x.shape[3] % 32 else y,
+    "multiples of 14": lambda x, y: y * 2 if x.shape[2] % 14 else y,
+    "one size": lambda x, y: y * 2 if x.shape[3] != 40 else y,
+    "one shape": lambda x, y: y if tuple(x.shape[2:]) == (640, 480) else y * 2,
 }
 
 
