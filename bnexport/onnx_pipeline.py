@@ -25,7 +25,7 @@ from bnexport.folding.pixel_input import pixel_model
 from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_files.models import work_of
 from bnexport.onnx_files.normalisation import upgraded
-from bnexport.pipeline import Source, onnx_facts, packed_pools, publish, with_int8
+from bnexport.pipeline import Source, onnx_facts, pack_or_refuse, publish, with_int8
 from bnexport.progress import Progress, silent
 from bnexport.quantization.int8_plan import OLDEST_OPSET
 from bnexport.quantization.moments import seen_in_file
@@ -100,7 +100,7 @@ def _file_source(file: Path, request: ExportRequest, progress: Progress, name: s
     if request.input_type == "uint8" and image is not None:
         model = pixel_model(model, Preprocessing.from_json(image), _requested(request.inputs))
         signature = of_dtype(signature, "uint8")
-    packed = packed_pools(model) if request.pack_pools else {}
+    packed = pack_or_refuse(model) if request.pack_pools else {}
     manifest = Manifest(
         name, version, signature, {"source": file.name, "options": {}}, request.dataset, image,
         request.labels, onnx_facts(request, model) | packed, environment(), result.report.to_json(),

@@ -212,7 +212,7 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
             written = with_int8(stage, manifest, example, partial(seen_in_module, loaded.module), request)
         if request.pack_pools:
             model = read_model(stage / MODEL_ONNX)
-            written = replace(manifest, onnx={**manifest.onnx, **packed_pools(model)})
+            written = replace(manifest, onnx={**manifest.onnx, **pack_or_refuse(model)})
             write_atomically(stage / MODEL_ONNX, model.SerializeToString(deterministic=True))
         if (stage / MODEL_ONNX).is_file():
             stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
@@ -331,7 +331,7 @@ def _write_models(stage: Path, job: ExportJob, request: ExportRequest, progress:
         row.write(job, stage / row.file)
 
 
-def packed_pools(model: ModelProto) -> dict[str, int]:
+def pack_or_refuse(model: ModelProto) -> dict[str, int]:
     """Pack the average pools of a model in place, and return the fact for the manifest; UsageError if there are none."""
     if not (count := pack_pools(model)):
         raise UsageError(

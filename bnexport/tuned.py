@@ -28,8 +28,9 @@ GOALS: tuple[Goal, ...] = get_args(Goal)
 _FORMAT, _FORMAT_VERSION = "bnexport-tuning", 1
 #: Engine, the start of a runtime's name -> distributions that contain it. The other runtimes are torch's.
 _ENGINES = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime"), "openvino": ("openvino",), "reference": ("onnx",)}
-#: Largest whole numbers in a choice: the options of ``serve`` and ``predict`` take no larger ones.
+#: Largest batch of a choice.
 LARGEST_BATCH = 65_536
+#: Largest whole numbers in a choice: the options of ``serve`` and ``predict`` take no larger ones.
 _MOST = {"batch": LARGEST_BATCH, "threads": 1024, "sessions": 256}
 _TEXT, _RUNTIME = 200, re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 

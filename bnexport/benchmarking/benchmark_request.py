@@ -221,6 +221,9 @@ def variants_of(
         fitting = ", ".join(
             spec.name for spec in RUNNERS if spec.file in files and spec.device == "cpu" and spec.default
         )
-        raise BundleError(f"nothing can be measured: {why}", remedy=f"CPU runtimes for this bundle: {fitting}")
+        raise BundleError(
+            f"nothing can be measured: {why}",
+            remedy=f"CPU runtimes for the files: {fitting or 'none'}. bnexport doctor lists those that work here",
+        )
     # One batch size after the other: their rows are compared.
     return sorted(found, key=lambda variant: variant.batch), left

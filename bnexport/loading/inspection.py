@@ -19,6 +19,8 @@ from bnexport.validation.limits import limit
 
 _BY_NAME = "the layers are sorted by name, because this file does not state their order"
 _ASSUMED = f"eps is not in this file: {DEFAULT_EPS:g} is assumed"
+#: Kind of a file that is read by its network's code alone -> its name in words.
+_WITH_CODE = {"torch": "a file of torch.save", "index": "the index of weights in several files"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ def inspect_path(path: Path) -> Inspection:
         notes += ["the bundle's files take pixels as uint8"] if bundle.manifest.takes_pixels else []
     else:
         file, order = checkpoint_file(path), []
-    if refuse_other_kinds(file, "torch", "safetensors") == "torch":
+    if (kind := refuse_other_kinds(file, "safetensors", *_WITH_CODE)) in _WITH_CODE:
         raise ModelError(
-            f"{file} is a file of torch.save, which is inspected only with the code of its network",
+            f"{file} is {_WITH_CODE[kind]}, which is inspected only with the code of its network",
             remedy="Run bnexport inspect --source file.py:factory, or inspect the bundle of the network",
         )
     state, metadata = read_arrays(file)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,12 @@ def test_two_names_of_one_bundle_and_folders_without_a_bundle(
 def test_an_interrupt_prints_what_was_measured(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, calls = module.Worker.measure, []
+    real, calls, number = module.Worker.measure, [], signal.SIGINT
 
     def interrupted(self: Any, batch: int, seconds: float) -> Any:
         calls.append(batch)
         if len(calls) > 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return real(self, batch, seconds)
 
     monkeypatch.setattr(module.Worker, "measure", interrupted)
@@ -157,6 +158,7 @@ def test_an_interrupt_prints_what_was_measured(
     assert shown.out.count("1x1") == 2
     assert shown.err.endswith("Interrupted. Files already complete are kept; nothing is half-written.\n")
     calls.clear()
+    number = signal.SIGTERM
     assert run(["benchmark", str(bundle.path), *ONE, "--json", "-"]) == 130
     report = json.loads(capsys.readouterr().out)
     assert report["interrupted"] is True
@@ -192,7 +194,7 @@ def test_runtimes_that_the_bundle_has_no_file_for_name_the_others(
     assert run(["benchmark", str(folder), "--runtime", "torchscript-cpu", "--quick"]) == 2
     shown = " ".join(capsys.readouterr().err.split())
     assert "the bundle was written without model.pt" in shown
-    assert "CPU runtimes for this bundle: " in shown
+    assert "CPU runtimes for the files: " in shown
     assert "onnxruntime-cpu" in shown
 
 

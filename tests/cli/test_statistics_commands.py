@@ -186,6 +186,27 @@ def test_files_that_are_not_checkpoints(command: str, tmp_path: Path, capfd: pyt
     assert "holds no model.safetensors" in refused(capfd, 2, command, tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ((REFERENCE / "model.onnx").read_bytes(), "is an ONNX model"),
+        (
+            b'{"weight_map": {"bn.weight": "a.safetensors"}}',
+            "is the index of weights in several files, which is inspected",
+        ),
+    ],
+    ids=["onnx", "index"],
+)
+def test_inspect_names_the_kind_of_other_files(
+    content: bytes, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(content)
+    message = " ".join(refused(capfd, 2, "inspect", tmp_path / "file").split())
+    assert words in message
+    assert "not a complete safetensors file" not in message
+    assert "--weights" not in message, "inspect has no such option"
+
+
 @pytest.mark.parametrize("words", [("evaluate",), ("recalibrate",), ("inspect", "--statistics")])
 def test_weights_without_a_network(words: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_file(randomise(bn_lenet()).state_dict(), tmp_path / "plain.safetensors")
