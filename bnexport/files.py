@@ -33,12 +33,18 @@ def sha256(path: Path) -> str:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader gets the old content or the new content, never a part.
 
+    A link stays and the file behind it is replaced. A device or a pipe (/dev/null, /dev/stdout) is written as it is.
+
     Raises:
         OutputError: The folder can't be written, or the disk is full. The old file is unchanged.
         KeyboardInterrupt: An earlier interrupt was swallowed (see ``interrupts``).
     """
     interrupts.check()
     with output_errors(path):
+        if _is_special(path):
+            path.write_bytes(content)
+            return
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
@@ -109,7 +115,7 @@ def refuse_existing_file(
         raise OutputError(f"{path} is the {role}", remedy="Choose another file")
     if path.is_dir():
         raise OutputError(f"{path} is a folder", remedy="Choose another file")
-    if path.exists() and not force:
+    if path.exists() and not force and not _is_special(path):
         raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace it")
 
 
@@ -138,6 +144,8 @@ def refuse_unwritable(path: Path) -> None:
     """Refuse a file that can't be written, before the work whose result it gets: OutputError."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder", remedy="Give the name of a file")
+    if _is_special(path):
+        return
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "this user may not write in" if folder.is_dir() else "there is a file, not a folder, at"
@@ -157,6 +165,11 @@ def _swap_in(stage: Path, path: Path) -> None:
         if not path.exists():
             (aside / "old").rename(path)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether this is a device, a pipe or a socket, which a rename would replace by a plain file."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _sync_file(path: Path) -> None:

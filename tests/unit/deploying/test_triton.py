@@ -310,8 +310,10 @@ def test_the_table_of_messages_is_tritons(bundle: Bundle, tmp_path: Path) -> Non
         assert text_format.Parse(text, model_config_pb2.ModelConfig()).name == "bn_lenet"
 
 
-def test_a_tuning_sets_instances_threads_and_the_preferred_batch(bundle: Bundle, tmp_path: Path) -> None:
-    mine = tuned_copy(bundle, tmp_path / "tuned")
+def test_a_tuning_sets_instances_threads_and_the_preferred_batch(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tuned_copy(bundle, tmp_path / "tuned", monkeypatch)
     done = deploy_triton(mine, tmp_path / "out", DeployRequest())
     text = (tmp_path / "out" / "bn_lenet" / CONFIG).read_text()
     assert done.tuning == "tuned: 3 sessions x 2 threads, batch 32"
@@ -336,16 +338,23 @@ def test_a_tuning_sets_instances_threads_and_the_preferred_batch(bundle: Bundle,
     ],
 )
 def test_options_win_over_a_tuning(
-    bundle: Bundle, tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], expected: tuple[Any, ...]
+    bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    expected: tuple[Any, ...],
 ) -> None:
-    done = deploy_triton(tuned_copy(bundle, tmp_path / "tuned", **changes), tmp_path / "out", DeployRequest(**options))
+    mine = tuned_copy(bundle, tmp_path / "tuned", monkeypatch, **changes)
+    done = deploy_triton(mine, tmp_path / "out", DeployRequest(**options))
     config = read_config((tmp_path / "out" / "bn_lenet" / CONFIG).read_text())
     found = config.instance_group[0].count, config.parameters["intra_op_thread_count"].string_value
     batches = config.max_batch_size, list(config.dynamic_batching.preferred_batch_size)
     assert (done.tuning, *found, *batches) == expected
 
 
-def test_a_tuning_is_copied_into_an_image(bundle: Bundle, tmp_path: Path) -> None:
-    done = deploy_docker(tuned_copy(bundle, tmp_path / "tuned"), tmp_path / "out", DeployRequest(name="lenet"))
+def test_a_tuning_is_copied_into_an_image(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tuned_copy(bundle, tmp_path / "tuned", monkeypatch)
+    done = deploy_docker(mine, tmp_path / "out", DeployRequest(name="lenet"))
     assert "models/bn_lenet/1/tuned.json" in done.files
     Bundle.open(tmp_path / "out" / "models" / "bn_lenet" / "1").check()

@@ -2,12 +2,20 @@ import errno
 import hashlib
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
 from bnexport.errors import DataError, OutputError
-from bnexport.files import refuse_existing, sha256, staged_directory, write_atomically
+from bnexport.files import (
+    refuse_existing,
+    refuse_existing_file,
+    refuse_unwritable,
+    sha256,
+    staged_directory,
+    write_atomically,
+)
 
 
 def full(*_args, **_options):
@@ -93,6 +101,43 @@ def test_a_file_that_can_not_be_there(tmp_path):
     with pytest.raises(OutputError, match="can't be written"), staged_directory(tmp_path / "file" / "a"):
         pytest.fail("the block must not run")
     assert content_of(tmp_path) == {"file": "old", "folder": "<empty>"}
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(Path("real", "a"))
+    for content in (b"old", b"new"):
+        write_atomically(tmp_path / "link", content)
+        assert (tmp_path / "real" / "a").read_bytes() == content
+    assert (tmp_path / "link").is_symlink()
+    assert [entry.name for entry in (tmp_path / "real").iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in folders")
+def test_a_pipe_is_written_and_not_replaced(tmp_path):
+    """A rename would replace it by a file; as root even /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    refuse_unwritable(pipe)
+    refuse_existing_file(pipe, force=False)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, b"content")
+        assert os.read(reader, 100) == b"content"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_full_device_is_an_error_and_stays(tmp_path):
+    (tmp_path / "link").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"link can't be written: .*No space left"):
+        write_atomically(tmp_path / "link", b"content")
+    assert Path("/dev/full").is_char_device()
+    write_atomically(Path(os.devnull), b"content")
+    assert not Path(os.devnull).is_file()
 
 
 def test_a_staged_folder_appears_at_the_end(tmp_path):

@@ -28,7 +28,8 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def tuning(bundle: Bundle) -> Tuning:
+def tuning(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Tuning:
+    monkeypatch.setattr(tuned, "available_cores", lambda: CHOICE.threads * CHOICE.sessions)
     return Tuning.here(bundle, CHOICES)
 
 
@@ -63,6 +64,16 @@ def test_a_tuned_json_that_is_not_a_plain_file_is_a_foreign_file(bundle: Bundle,
     os.link(tmp_path / "secret", bundle.path / TUNED)
     assert bundle.unlisted() == [TUNED]
     assert "hard links" in str(read_tuning(bundle))
+
+
+@pytest.mark.parametrize("name", ["secret", "nowhere"])
+def test_a_link_is_replaced_and_not_followed(bundle: Bundle, tuning: Tuning, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (bundle.path / TUNED).symlink_to(tmp_path / name)
+    write_tuning(bundle.path, tuning)
+    assert read_tuning(bundle) == tuning
+    assert (tmp_path / "secret").read_text() == "{}"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def elsewhere(**changes: Any) -> Callable[[Tuning], Tuning]:

@@ -218,7 +218,7 @@ async def test_a_tuning_sets_sessions_threads_and_batch_of_a_server(
 ) -> None:
     monkeypatch.setattr(served_model, "INLINE_SECONDS", 0.0)  # as for a model that is too slow for the event loop
     monkeypatch.setattr(served_model, "available_cores", lambda: 1)
-    mine = tuned_copy(bundle, tmp_path / "tuned", **changes)
+    mine = tuned_copy(bundle, tmp_path / "tuned", monkeypatch, **changes)
     events: list[tuple[str, Any]] = []
     repository = Repository(mine.path, ServingSettings(**options), lambda what, **found: events.append((what, found)))
     repository.load()
@@ -236,7 +236,7 @@ async def test_a_model_on_the_event_loop_keeps_one_session(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuned: bool, line: str | None
 ) -> None:
     """The cost is compared once at the start, and no further session is opened and measured."""
-    mine = tuned_copy(bundle, tmp_path / "tuned") if tuned else bundle
+    mine = tuned_copy(bundle, tmp_path / "tuned", monkeypatch) if tuned else bundle
     monkeypatch.setattr(served_model, "add_workers", lambda *_, **__: pytest.fail("not needed"))
     for seconds, settings in ((1e9, ServingSettings()), (0.0, ServingSettings(workers=1))):
         monkeypatch.setattr(served_model, "INLINE_SECONDS", seconds)

@@ -379,7 +379,7 @@ def test_a_tuning_sets_what_no_option_sets(
     options: dict[str, int],
     lines: list[str],
 ) -> None:
-    mine = tuned_copy(bundle, tmp_path / "tuned", **changes)
+    mine = tuned_copy(bundle, tmp_path / "tuned", monkeypatch, **changes)
     calls: list[int] = []
     threads: list[int | None] = []
     run, opened = OnnxRuntimeRunner.run, OnnxRuntimeRunner.__init__
