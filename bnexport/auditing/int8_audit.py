@@ -18,6 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from bnexport.data.images import folder_entries
 from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing
 from bnexport.data.samples import load_samples
+from bnexport.environment import cpu_state
 from bnexport.errors import BnexportError, DataError, ExportError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.exporting.export_request import InputSpec, image_preprocessing
 from bnexport.exporting.signature import signature_of_file
@@ -25,7 +26,15 @@ from bnexport.files import refuse_existing_file, write_atomically
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import LINEAR, multiplications, read_model, read_validated
 from bnexport.optional import installed, one_line
-from bnexport.quantization.integer_emulation import EXACT, LAST_BIT, SATURATING, Int8Layer, IntegerEmulator, int8_layers
+from bnexport.quantization.integer_emulation import (
+    EXACT,
+    LAST_BIT,
+    SATURATING,
+    Int8Layer,
+    IntegerEmulator,
+    int8_layers,
+    rounded_float_layers,
+)
 from bnexport.quantization.writer import DYNAMIC, LayerRisk, as_qdq, dynamic_risks, is_int8_model, node_name, repaired
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.onnxruntime_session import load_engine, open_session
@@ -48,6 +57,9 @@ _OPENVINO = "OpenVINO here"
 #: Share of the values of a tensor from which clipping is reported.
 _CLIPPED = 0.01
 _SHOWN = 4
+_ROUNDED = (
+    "codes are in front of and behind them, so ONNX Runtime rounds their weights to int8, and --repair prevents it"
+)
 _SATURATE = "on CPUs with AVX2, or AVX-512 without VNNI; not with VNNI, AMX or ARM's dot product"
 
 
@@ -285,6 +297,8 @@ def audit_int8(
     kind = f"samples of {described or 'the caller'}" if real else "synthetic samples"
     samples = f"{len(next(iter(feeds.values())))} {kind}"
     checks = [_risk_check(risks, layers, plain, unread), AuditCheck("note", "this machine", instructions())]
+    if rounded := [node_name(node) for node in rounded_float_layers(plain)]:
+        checks.append(AuditCheck("note", "float layers", f"{_ROUNDED}: {_listed(rounded)}"))
     # The emulation does not cover saturation in layers whose scales are computed at run time.
     saturates = any(layer.saturates for layer in layers) and not dynamic
     found, problem = _emulated(plain, feeds, (EXACT, *[SATURATING] * saturates, LAST_BIT))
@@ -393,29 +407,28 @@ def _risk_check(risks: Sequence[LayerRisk], layers: Sequence[Int8Layer], model: 
     if not unsafe:
         text = "; ".join([f"no channel of {len(risks)} int8 layers can saturate, on any instruction set", *notes])
         return AuditCheck("note" if unread else "right", "16-bit saturation", text)
-    listed = ", ".join(f"{risk.name} ({risk.saturating} of {risk.channels})" for risk in unsafe[:_SHOWN])
-    listed += ", ..." if len(unsafe) > _SHOWN else ""
+    listed = _listed([f"{risk.name} ({risk.saturating} of {risk.channels})" for risk in unsafe])
     total, count = sum(risk.saturating for risk in unsafe), sum(risk.channels for risk in risks)
     where = f"in {len(unsafe)} of {len(risks)} int8 layers"
     text = f"{total} of {count} channels can saturate, {where}, {_SATURATE}: {listed}"
     return AuditCheck("note", "16-bit saturation", "; ".join([text, *notes]))
 
 
-def instructions(file: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the int8 instructions of this machine as a phrase, read from Linux's list of flags."""
-    try:
-        lines = [line for line in file.read_text().splitlines() if line.startswith(("flags", "Features"))]
-    except OSError:
-        return "its instructions are not listed here"
-    flags = set(lines[0].split()) if lines else set()
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:_SHOWN], *["..."] * (len(names) > _SHOWN)])
+
+
+def instructions() -> str:
+    """Return the int8 instructions of this machine as a phrase, as far as the system lists them."""
+    known = set(cpu_state()["instructions"])
     for names, text in (
         (("amx_int8",), "AMX, which adds in 32 bits"),
         (("avx512_vnni", "avx_vnni"), "VNNI, which adds in 32 bits"),
         (("asimddp", "i8mm"), "ARM's dot product, which adds in 32 bits"),
-        (("avx512bw",), "AVX-512 without VNNI, which saturates at 16 bits"),
+        (("avx512f",), "AVX-512 without VNNI, which saturates at 16 bits"),
         (("avx2",), "AVX2 without VNNI, which saturates at 16 bits"),
     ):
-        if flags & set(names):
+        if known & set(names):
             return text
     return "no int8 instruction that is known"
 
@@ -460,10 +473,8 @@ def _batches(feeds: Mapping[str, Array], model: ModelProto) -> Iterator[dict[str
     dims = _inputs(model)[0].type.tensor_type.shape.dim
     n, fixed = len(next(iter(feeds.values()))), dims[0].dim_value if dims else 0
     if fixed and n % fixed:
-        raise DataError(
-            f"the file takes batches of {fixed}, but there are {n} samples",
-            remedy=f"Give a multiple of {fixed} samples",
-        )
+        remedy = f"Give a multiple of {fixed} samples"
+        raise DataError(f"the file takes batches of {fixed}, but there are {n} samples", remedy=remedy)
     for at in range(0, n, fixed or _CHUNK):
         yield {name: array[at : at + (fixed or _CHUNK)] for name, array in feeds.items()}
 
@@ -539,11 +550,8 @@ def _inside(
 ) -> tuple[AuditCheck, dict[str, Array]]:
     """Return the ranges that clip on the samples, and the means of each layer's input channels."""
     stored = _stored(model)
-    coded = [
-        (node, limits)
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and (limits := _limits(node, stored))
-    ]
+    encoders = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    coded = [(node, limits) for node in encoders if (limits := _limits(node, stored))]
     outside: dict[str, float] = {}
     sums: dict[str, Array] = {}
     evaluator = IntegerEmulator(model)
@@ -561,9 +569,8 @@ def _inside(
             means = array.mean(axis=tuple(place for place in range(array.ndim) if place != axis))
             sums[layer.output] = sums.get(layer.output, 0.0) + means * len(array) / n
     clipped = sorted(((share, name) for name, share in outside.items() if share > _CLIPPED), reverse=True)
-    listed = ", ".join(f"{name} ({share:.2g})" for share, name in clipped[:_SHOWN])
-    text = f"{len(clipped)} of {len(coded)} ranges cut more than {_CLIPPED:.0%} of the values"
-    text += f": {listed}" if listed else ""
+    listed = ": " * bool(clipped) + _listed([f"{name} ({share:.2g})" for share, name in clipped])
+    text = f"{len(clipped)} of {len(coded)} ranges cut more than {_CLIPPED:.0%} of the values{listed}"
     return AuditCheck("note" if clipped else "right", "ranges on the samples", text), sums
 
 

@@ -14,6 +14,7 @@ from bnexport.errors import BnexportError
 from bnexport.onnx_files.models import mentions
 from bnexport.quantization.codes import LARGEST, Coding, Range, coding_of, saturating_channels
 from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer, casts_of_pixels, constants_stored
+from bnexport.quantization.writer import is_guard
 from bnexport.tensors import Array
 
 #: A float32 scale carries a relative rounding of 6e-8; products of two and the quotient stay below.
@@ -98,8 +99,9 @@ def findings(file: Int8File) -> list[Finding]:
 
 
 def _structure(file: Int8File) -> tuple[int, str]:
-    """Compare the graphs node by node, with QuantizeLinear and DequantizeLinear removed."""
+    """Compare the graphs node by node, with QuantizeLinear, DequantizeLinear and guards removed."""
     before = file.float_model.graph
+    original = {name for node in before.node for name in node.output}
     renamed = {}
     for name, decoder in file.decoders.items():
         encoder = file.encoders.get(decoder.input[0])
@@ -108,7 +110,12 @@ def _structure(file: Int8File) -> tuple[int, str]:
     replaced = {name for name, _ in file.pixel_decoders()}
     renamed |= {decoder.output[0]: name for name, decoder in file.pixel_decoders()}
     nodes = [node for node in before.node if node.output[0] not in replaced]
-    after = [node for node in file.int8_model.graph.node if node.output[0] not in {*file.decoders, *file.encoders}]
+    added = {*file.decoders, *file.encoders}
+    for node in file.int8_model.graph.node:
+        if is_guard(node, file.stored) and node.output[0] not in original:
+            renamed[node.output[0]] = renamed.get(node.input[0], node.input[0])
+            added.add(node.output[0])
+    after = [node for node in file.int8_model.graph.node if node.output[0] not in added]
     if len(after) != len(nodes):
         raise _NotProved(f"without Q and DQ the file has {len(after)} nodes, the float32 file {len(nodes)}")
     weights = {tensor.name for tensor in before.initializer}

@@ -206,6 +206,15 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
     return found
 
 
+def rounded_float_layers(model: ModelProto) -> list[NodeProto]:
+    """Return the layers of a QDQ file whose float weight ONNX Runtime rounds to int8, with one scale for all channels.
+
+    It does so where codes are in front of a layer and behind it.
+    """
+    fusion = _Fusion(model)
+    return [node for node in model.graph.node if fusion.rounds(node)]
+
+
 def window_axes(node: NodeProto, size: Sequence[int], kernel: Sequence[int]) -> tuple[kernels.WindowAxis, ...]:
     """Return the windows of a Conv along each axis of an input of this size."""
     found = attributes(node)
@@ -293,6 +302,22 @@ class _Fusion:
         if node.op_type == "Gemm" and len(self.decoders[node.input[1]].input) < 3:
             return False
         return not bias or bias in self.decoders or (coder is not None and bias in self._stored)
+
+    def rounds(self, node: NodeProto) -> bool:
+        """Return whether ONNX Runtime rounds the stored float32 weight of a layer to int8."""
+        from onnx import TensorProto
+
+        weight = self._stored.get(node.input[1]) if node.op_type in ("Conv", "ConvTranspose", "Gemm") else None
+        if weight is None or weight.data_type != TensorProto.FLOAT:
+            return False
+        given, bias = self.decoder(node), node.input[2] if len(node.input) > 2 else ""
+        if given is None or self._size(given.input[1]) > 1 or (bias and bias not in self._stored):
+            return False
+        after, seen = self._only_reader(node.output[0]), set[str]()
+        while after is not None and after.op_type in (*ABSORBED, *_CROSSED) and after.output[0] not in seen:
+            seen.add(after.output[0])
+            after = self._only_reader(after.output[0])
+        return after is not None and after.op_type == "QuantizeLinear"
 
     def _joins_sum(self, node: NodeProto, after: NodeProto | None) -> bool:
         """Return whether a MatMul becomes a Gemm in float: an Add of a stored vector follows, and no QuantizeLinear."""

@@ -3,6 +3,9 @@
 Every reader has a separate DequantizeLinear, since engines fuse a layer only with one that nothing else reads. Nodes stay in
 the order of the graph, names and bytes are the same for the same input, and onnx.checker accepts the file. ``repaired`` rounds
 the weights of an existing int8 file again.
+
+ONNX Runtime rounds the weight of a float layer between codes to int8, with one scale for all channels. A Max with the lowest
+number in front of the layer, which changes no value, prevents that; ONNX Runtime removes a Mul with 1 or an Identity.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ from bnexport.quantization.codes import (
     saturating_channels,
 )
 from bnexport.quantization.int8_plan import OLDEST_OPSET, QuantizationPlan, QuantizedLayer, constants_stored
-from bnexport.quantization.integer_emulation import Int8Layer, int8_layers
+from bnexport.quantization.integer_emulation import Int8Layer, int8_layers, rounded_float_layers
 from bnexport.tensors import Array
+
+_LOWEST = np.finfo(np.float32).min
 
 
 class _Additions:
@@ -74,6 +79,13 @@ class _Additions:
         inputs = [self.store(name, "codes", encode_bias(bias, scales)), self.store(name, "scale", scales)]
         return self.decoded(name, inputs, 0)
 
+    def guarded(self, name: str) -> str:
+        """Add a guard of a tensor, and return the name of its output."""
+        free = self._names.free(name, "guarded")
+        lowest = self.store(name, "lowest", np.array(_LOWEST))
+        self.nodes.append(helper.make_node("Max", [name, lowest], [free], name=free))
+        return free
+
     def _scale(self, name: str, scale: Array, zero: Array) -> tuple[str, str]:
         return self.store(name, "scale", scale), self.store(name, "zero", zero)
 
@@ -91,7 +103,7 @@ def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target:
         ExportError: The written model is not valid ONNX.
     """
     codings = {name: coding_of(name, ranges[name], target) for name in plan.tensors}
-    model = _Writer(plan, codings, ranges).write()
+    model = guarded_model(_Writer(plan, codings, ranges).write())
     check_written(model, "the int8 file", remedy="Report it with the model")
     return model
 
@@ -168,6 +180,30 @@ class _Writer(_Additions):
             (shape,) = (self._stored[name] for name in layer.shift.input if name in self._stored)
             self._shifts[layer.output] = self.store(layer.output, "bias", corrected.astype(np.float32).reshape(shape))
         return [weight]
+
+
+def guarded_model(model: ModelProto) -> ModelProto:
+    """Return a QDQ model with a guard in front of each float layer that ONNX Runtime would round; itself without one."""
+    found = {node.output[0] for node in rounded_float_layers(model)}
+    if not found:
+        return model
+    result = ModelProto()
+    result.CopyFrom(model)
+    added = _Additions(result)
+    for node in result.graph.node:
+        if node.output[0] in found:
+            node.input[0] = added.guarded(node.input[0])
+        added.nodes.append(node)
+    _put(added, result)
+    return result
+
+
+def is_guard(node: NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """Return whether a node is a Max with the lowest float32 number, which changes no value."""
+    if node.op_type != "Max" or len(node.input) != 2 or node.input[1] not in stored:
+        return False
+    lowest = numpy_helper.to_array(stored[node.input[1]])
+    return lowest.dtype == np.float32 and lowest.shape == () and bool(lowest == _LOWEST)
 
 
 def _put(added: _Additions, model: ModelProto) -> None:
@@ -318,7 +354,7 @@ def node_name(node: NodeProto) -> str:
 
 
 def repaired(model: ModelProto, means: Mapping[str, Array] | None = None) -> ModelProto:
-    """Return the model in the QDQ form with weights of which no channel can saturate.
+    """Return the model in the QDQ form with weights of which no channel can saturate, and guards of its float layers.
 
     Each layer with a saturating channel is rounded again, from its decoded weights, with one scale per output channel.
 
@@ -333,7 +369,7 @@ def repaired(model: ModelProto, means: Mapping[str, Array] | None = None) -> Mod
     if any(risk.saturating for risk in dynamic_risks(result)):
         raise ModelError("layers with scales of run time can't be repaired", remedy="Quantise the network statically")
     layers = {layer.output: layer for layer in int8_layers(result) if layer.can_saturate}
-    if not layers:
+    if not layers and not rounded_float_layers(result):
         raise ModelError("no channel can saturate, so there is nothing to repair", remedy="Leave --repair out")
     repair = _Repair(result)
     for node in result.graph.node:
@@ -342,6 +378,7 @@ def repaired(model: ModelProto, means: Mapping[str, Array] | None = None) -> Mod
             repair.layer(layer, node, (means or {}).get(layer.output))
         repair.nodes.append(node)
     _put(repair, result)
+    result = guarded_model(result)
     check_written(result, "the repaired file", remedy="Report it with the file")
     return result
 

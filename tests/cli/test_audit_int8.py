@@ -137,6 +137,30 @@ def test_the_repaired_file_can_not_saturate_and_is_as_near_to_the_reference(
     assert noise[1] < 1.5 * noise[0]  # one bit less for the largest weights, where the other file saturates
 
 
+def test_a_float_layer_that_the_engine_rounds_is_named_and_repaired(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The user of another tool has kept conv2, whose weight has an outlier, in float."""
+    source, out = tmp_path / "kept.onnx", tmp_path / "repaired.onnx"
+    wild = network()
+    (weight,) = (tensor for tensor in wild.graph.initializer if tensor.name == "w2")
+    array = numpy_helper.to_array(weight).copy()
+    array[0] *= 50
+    weight.CopyFrom(numpy_helper.from_array(array, "w2"))
+    onnx.save(wild, tmp_path / "wild.onnx")
+    quantize_static(
+        tmp_path / "wild.onnx", source, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=["conv2"],
+    )  # fmt: skip
+    code, found = audit(capsys, source, "--samples", files / "x.npy", "--repair", out)
+    text = next(check["text"] for check in found["checks"] if check["name"] == "float layers")
+    assert (code, found["saturating_channels"], text.endswith(": conv2")) == (1, 0, True)
+    assert [check["name"] for check in found["checks"] if check["verdict"] == "wrong"] == ["default kernels here"]
+    code, found = audit(capsys, out, "--samples", files / "x.npy")
+    assert (code, found["summary"]) == (0, "right: no channel can saturate")
+    assert "float layers" not in {check["name"] for check in found["checks"]}
+
+
 def test_our_own_file_is_right(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = audit(capsys, files / "ours.onnx", "--samples", files / "x.npy", "--reference", files / "net.onnx")
     assert (code, found["saturating_channels"], found["summary"]) == (0, 0, "right: no channel can saturate")
