@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import re
 import sys
 import threading
 import warnings
@@ -16,6 +17,7 @@ from types import ModuleType
 
 from bnexport.errors import MissingDependency
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 #: Top-level import name -> requirement for pip, if it is not the name itself.
 INSTALL: dict[str, str] = {
     "torch": "torch",
@@ -93,8 +95,8 @@ def require(name: str, *, purpose: str) -> ModuleType:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return the text of an error as one line of at most ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return the text of an error as one line of at most ``limit`` characters, without colours of a terminal."""
+    text = " ".join(_COLOUR.sub("", str(error)).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

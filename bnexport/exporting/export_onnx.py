@@ -25,6 +25,12 @@ from bnexport.tensors import Signature
 _NATIVE_OPSET = 18
 _MAX_BYTES = 2**31 - 1
 _PRODUCER = "bnexport"
+_ATEN = torch.ops.aten
+_AVERAGES = (_ATEN.avg_pool2d.default, _ATEN.avg_pool3d.default)
+_ADAPTIVE = (
+    _ATEN.adaptive_avg_pool1d.default, _ATEN.adaptive_avg_pool2d.default, _ATEN.adaptive_avg_pool3d.default,
+    _ATEN.adaptive_max_pool1d.default, _ATEN.adaptive_max_pool2d.default, _ATEN.adaptive_max_pool3d.default,
+)  # fmt: skip
 
 
 def export_onnx(job: ExportJob, path: Path) -> None:
@@ -34,7 +40,7 @@ def export_onnx(job: ExportJob, path: Path) -> None:
     a graph that the exporter can't write, and a written file that is not as requested.
     """
     signature, opset, ir_version = job.signature, job.onnx.opset, job.onnx.resolved_ir_version()
-    _refuse_dropped(job.folded)
+    _refuse_wrong(job.folded)
     model = _convert(job)
     model.ir_version = ir_version
     simplify_reshapes(model)
@@ -79,19 +85,26 @@ def check_model(
     check_written(model, "the exported file", remedy="Try another --opset")
 
 
-def _refuse_dropped(folded: GraphModule) -> None:
-    """Refuse a divisor that the exporter drops silently: ONNX's AveragePool does not have one."""
-    aten = torch.ops.aten
+def _refuse_wrong(folded: GraphModule) -> None:
+    """Refuse what the exporter writes wrongly: a divisor, which it drops, and adaptive pooling of a size that varies.
+
+    ONNX has no divisor in AveragePool, and no adaptive pooling; the exporter writes the kernel of the example's size.
+    """
     for node in folded.graph.nodes:
-        if (
-            node.target in (aten.avg_pool2d.default, aten.avg_pool3d.default)
-            and node.args[6:]
-            and node.args[6] is not None
-        ):
+        if node.target in _AVERAGES and node.args[6:] and node.args[6] is not None:
             raise ExportError(
                 f"an average pooling has divisor_override={node.args[6]}, which ONNX does not support",
                 remedy="Leave it out, and multiply by kernel size / divisor_override instead",
             )
+        if node.target in _ADAPTIVE:
+            sizes = node.args[1]
+            given = node.args[0].meta["val"].shape[-len(sizes) :]
+            pairs = zip(sizes, given, strict=True)  # a size that is a node is that of the input: no pooling
+            if any(isinstance(size, int) and size != 1 and isinstance(dim, torch.SymInt) for size, dim in pairs):
+                raise ExportError(
+                    f"ONNX has no adaptive pooling to {'x'.join(map(str, sizes))} of a size that varies",
+                    remedy="Leave --dynamic-size out, or pool to 1x1",
+                )
 
 
 def _convert(job: ExportJob) -> onnx.ModelProto:
@@ -112,8 +125,11 @@ def _convert(job: ExportJob) -> onnx.ModelProto:
             _simplify(exported.model)
             model = exported.model_proto
         except Exception as error:  # the exporter raises many unrelated classes
+            first: BaseException = error
+            while first.__cause__ is not None:  # it names the operator; the others explain the exporter
+                first = first.__cause__
             raise ExportError(
-                f"torch.onnx can't export the folded graph: {one_line(error)}",
+                f"torch.onnx can't export the folded graph: {one_line(first)}",
                 remedy="Replace the operator it names, or leave it out of the exported part of the model",
             ) from error
         written = {entry.domain: entry.version for entry in model.opset_import}.get("")
@@ -159,11 +175,10 @@ def _simplify(model: onnx_ir.Model) -> None:
 
 def expected_normalisations(folded: GraphModule) -> int:
     """Count the BatchNormalization nodes of the file: remaining batch norms, and instance norms by moving statistics."""
-    aten = torch.ops.aten
     graphs = [module.graph for module in folded.modules() if isinstance(module, GraphModule)]  # branches too
     calls = [node for graph in graphs for node in graph.nodes]
-    batch = sum(node.target is aten.batch_norm.default for node in calls)
-    return batch + sum(node.target is aten.instance_norm.default and not node.args[5] for node in calls)
+    batch = sum(node.target is _ATEN.batch_norm.default for node in calls)
+    return batch + sum(node.target is _ATEN.instance_norm.default and not node.args[5] for node in calls)
 
 
 def _clean(model: onnx.ModelProto, signature: Signature) -> None:

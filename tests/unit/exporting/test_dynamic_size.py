@@ -1,6 +1,7 @@
 """Height and width that vary: names in the signature, and a sentence where they can't."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 import bnexport
 from bnexport.errors import BnexportError, ExportError, UntracedError, UsageError
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
+from bnexport.exporting.export_onnx import export_onnx
 from bnexport.exporting.export_request import InputSpec, example_inputs, fitted_preprocessing
-from bnexport.exporting.signature import signature_of
+from bnexport.exporting.signature import ExportJob, signature_of
 from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.tensors import Signature, other_sizes, size_axes
 
@@ -109,6 +111,24 @@ def test_the_pinned_size_is_named() -> None:
     baked = refusal(model(lambda m, y: y * float(y.shape[2])), kind=UntracedError)
     assert "the height of the input of Graph" in baked
     assert "is pinned" in baked
+
+
+@pytest.mark.parametrize(("pool", "words"), [
+    (nn.AdaptiveAvgPool2d(2), "to 2x2"), (nn.AdaptiveMaxPool2d((1, 3)), "to 1x3"),
+    (nn.AdaptiveAvgPool2d(1), None), (nn.AdaptiveAvgPool2d((None, 1)), None),
+])  # fmt: skip
+def test_adaptive_pooling_that_the_exporter_would_write_wrongly_is_refused(
+    pool: nn.Module, words: str | None, tmp_path: Path
+) -> None:
+    network = model(lambda m, y: m.pool(y), pool=pool)
+    folded, signature = exported(network, IMAGE)
+    job = ExportJob(folded, example_inputs(larger_example(IMAGE)), signature)
+    if words is None:
+        export_onnx(job, tmp_path / "model.onnx")
+    else:
+        with pytest.raises(ExportError, match=f"no adaptive pooling {words} of a size that varies"):
+            export_onnx(job, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").exists() == (words is None)
 
 
 def test_a_network_without_images_has_no_size() -> None:

@@ -42,6 +42,7 @@ def test_a_package_that_fails_inside_is_named_too(tmp_path, monkeypatch):
 
 def test_one_line():
     assert one_line(ValueError("a\n  b\tc ")) == "a b c"
+    assert one_line(ValueError("a \x1b[96mb\x1b[0m c")) == "a b c"
     assert one_line(ValueError("")) == "ValueError"
     assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert one_line(ValueError("x" * 300)) == "x" * 300
