@@ -103,8 +103,10 @@ def detect(
     coarse = [name for name in errors if name != "float32"]
     cosines = {name: _cosine(error, errors[name]) for name in coarse} if same_weights else {}
     alike = [name for name in cosines if cosines[name] >= ALIKE and size <= _SAME_SIZE * sizes[name]]
-    # A coarser kernel has the direction of its emulation, so the noise of functions does not hide it.
-    if functions and not alike and size <= _limit_of_float32(sizes, functions):
+    # A coarser kernel has the direction and the size of its emulation, so the noise of functions does not hide it. Where all
+    # outputs follow one direction, as behind a global mean, a direction alone is chance.
+    coarser = [name for name in alike if sizes[name] <= _SAME_SIZE * size]
+    if functions and not coarser and size <= _limit_of_float32(sizes, functions):
         return float32
     if not same_weights:
         return _by_size(size, sizes, coarse)
