@@ -1,6 +1,7 @@
 """``bnexport benchmark`` on a small bundle: real processes, bad input, files, and the exit codes."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -176,6 +177,15 @@ def test_a_result_that_can_not_be_written_is_refused_before_the_measurement(
     ):
         assert run(["benchmark", str(bundle.path), *ONE, "--json", str(place)]) == 2
         assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_bundle_that_can_not_be_written_is_refused_before_the_measurement(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "benchmark", None)
+    monkeypatch.setattr("bnexport.files.os.access", lambda _, mode: mode == os.R_OK)  # root may write in every folder
+    assert run(["benchmark", str(bundle.path), *ONE, "--save"]) == 2
+    assert f"{TUNED} can't be written: this user may not write in" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_cut_off_model_is_bad_input(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
