@@ -34,8 +34,9 @@ WAYS = (EXACT, SATURATING, LAST_BIT)
 _LARGEST, _SMALLEST = 32767.0, -32768.0
 #: Two codes of inputs with at most this sum can't saturate: 255 * 128 < 32,767.
 _HARMLESS = 255
-#: Operators across which ONNX Runtime moves a QuantizeLinear to their input.
-_CROSSED = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice")
+#: Operators that ONNX Runtime removes, and operators across which it moves a QuantizeLinear to their input.
+_REMOVED = ("Identity", "Dropout")
+_CROSSED = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", *_REMOVED)
 #: Largest change of a value before it is requantised, in steps.
 _DITHER = 1 / 16
 
@@ -313,11 +314,19 @@ class _Fusion:
         given, bias = self.decoder(node), node.input[2] if len(node.input) > 2 else ""
         if given is None or self._size(given.input[1]) > 1 or (bias and bias not in self._stored):
             return False
-        after, seen = self._only_reader(node.output[0]), set[str]()
-        while after is not None and after.op_type in (*ABSORBED, *_CROSSED) and after.output[0] not in seen:
-            seen.add(after.output[0])
-            after = self._only_reader(after.output[0])
-        return after is not None and after.op_type == "QuantizeLinear"
+        behind = self._behind(self._behind(str(node.output[0]), (*ABSORBED, *_REMOVED)), _CROSSED)
+        readers = self._readers.get(behind, [])
+        return len(readers) == 1 and readers[0].op_type == "QuantizeLinear"
+
+    def _behind(self, name: str, operators: tuple[str, ...]) -> str:
+        """Return the tensor behind a chain of operators, each of which is the only reader of the one before."""
+        seen = set[str]()
+        while name not in seen and len(readers := self._readers.get(name, [])) == 1 and readers[0].op_type in operators:
+            seen.add(name)
+            name = str(readers[0].output[0])
+            if name in self._outputs and operators is _CROSSED:  # a QuantizeLinear crosses no output of the graph
+                return ""
+        return name
 
     def _joins_sum(self, node: NodeProto, after: NodeProto | None) -> bool:
         """Return whether a MatMul becomes a Gemm in float: an Add of a stored vector follows, and no QuantizeLinear."""

@@ -43,6 +43,8 @@ FORMS: dict[str, tuple[list[NodeProto], bool]] = {
     "no bias": ([made("Conv", "x w", "c"), *coded("c", "y")], True),
     "pooled before": ([made("MaxPool", "x", "p", **POOL), made("Conv", "p w b", "c"), *coded("c", "y")], True),
     "pooled after": ([CONV, RELU, made("MaxPool", "r", "p", **POOL), *coded("p", "y")], True),
+    "Identity": ([CONV, made("Identity", "c", "i"), made("Relu", "i", "r"), *coded("r", "y")], True),
+    "ReLU after pooling": ([CONV, made("MaxPool", "c", "p", **POOL), made("Relu", "p", "r"), *coded("r", "y")], False),
     "float output": ([made("Conv", "x w b", "y")], False),
     "averaged before": ([made("AveragePool", "x", "p", **POOL), made("Conv", "p w b", "c"), *coded("c", "y")], False),
     "averaged after": ([CONV, made("AveragePool", "c", "p", **POOL), *coded("p", "y")], False),
@@ -54,7 +56,7 @@ FORMS: dict[str, tuple[list[NodeProto], bool]] = {
 }  # fmt: skip
 
 
-def model(nodes: list[NodeProto]) -> ModelProto:
+def model(nodes: list[NodeProto], *outputs: str) -> ModelProto:
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {
         "step": np.float32(0.02), "zero": np.uint8(100), "low": np.float32(0), "high": np.float32(6),
@@ -75,7 +77,8 @@ def model(nodes: list[NodeProto]) -> ModelProto:
     used = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
         [*coded("input", "x"), *nodes], "g", given[: 2 if "one" in used else 1],
-        [value("y", TensorProto.FLOAT, None)], [tensor for tensor in stored if tensor.name in {*used, "step", "zero"}],
+        [value(name, TensorProto.FLOAT, None) for name in ("y", *outputs)],
+        [tensor for tensor in stored if tensor.name in {*used, "step", "zero"}],
     )  # fmt: skip
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
@@ -97,6 +100,13 @@ def test_the_rounded_layers_are_those_of_onnx_runtime(form: str) -> None:
         node.op_type for node in nodes if node.op_type in ("Conv", "ConvTranspose", "Gemm") and rounded
     ]
     assert (error(file) > 0.01) == rounded
+
+
+def test_an_output_of_the_graph_counts_as_no_reader() -> None:
+    for nodes, output, rounded in ((FORMS["convolution"][0], "c", True), (FORMS["pooled after"][0], "p", False)):
+        file = model(nodes, output)
+        assert [node.op_type for node in rounded_float_layers(file)] == ["Conv"] * rounded
+        assert (error(file) > 0.01) == rounded
 
 
 @pytest.mark.parametrize("form", [form for form, (_, rounded) in FORMS.items() if rounded])
