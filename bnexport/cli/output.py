@@ -48,7 +48,7 @@ def write_result(target: str, content: bytes) -> None:
     """Write bytes to a file, or print them where the target is STDOUT."""
     from bnexport.files import forget_reader, write_atomically
 
-    if target == STDOUT:
+    if target in (STDOUT, "/dev/stdout"):  # a file behind the device would lose what is printed
         try:
             click.echo(content.decode(), nl=False)
         except BrokenPipeError:  # the exit code still reports the verdict

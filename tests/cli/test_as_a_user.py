@@ -204,6 +204,15 @@ def _without_reader(command: list[str]) -> int:
         return process.wait(timeout=120)
 
 
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="needs /dev/stdout")
+def test_a_result_for_the_standard_output_follows_the_table(tmp_path: Path) -> None:
+    """A new file in place of the one behind the device would lose the table."""
+    command = "from bnexport.cli.output import write_json; print('table'); write_json('/dev/stdout', {'a': 1})"
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run([sys.executable, "-c", command], stdout=out, check=True)
+    assert (tmp_path / "out").read_text().splitlines() == ["table", "{", ' "a": 1', "}"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_standard_output_on_a_full_disk(here: Path) -> None:
     assert export("net", "--format", "onnx") == 0
