@@ -105,7 +105,7 @@ class Forecast:
         self._evaluator: Float64Evaluator | None = None
         self._engines: dict[str, Float64Evaluator | None] = {}
         self._exact: dict[str, Outputs | BnexportError] = {}
-        self._rounding: dict[str, float] = {}
+        self._rounding: dict[tuple[str, bool], float] = {}
         self._found: dict[tuple[str, str], Emulated | None] = {}
         self._functions: dict[tuple[str, str], FunctionNoise | None] = {}
         self._last_bits: dict[str, float] = {}
@@ -142,19 +142,22 @@ class Forecast:
             raise outputs
         return outputs
 
-    def rounding(self, case: Case, *, always: bool = False) -> float | None:
+    def rounding(self, case: Case, *, always: bool = False, on_all: bool = False) -> float | None:
         """Return the change of the outputs, of scale, by rounding the weights to the file's type; None for float32.
 
         In float32 the fixed bound of the proof covers this change. A few networks turn the last digit of a weight into much of
         their output; for these the change is measured (``always``). In half precision it is most of the error of every network.
+        In networks with tiny variances one sample of hundreds may have ten times the error of the others, so a batch that would
+        fail is measured on all its samples (``on_all``).
         """
         if self._model is None or (self._stored == "float32" and not always):
             return None
-        if case.batch.name not in self._rounding:
+        key = case.batch.name, on_all
+        if key not in self._rounding:
             front = self.front(case).batch
-            feeds = (front.head(_ROUNDED) if self._varies else front).feeds
-            self._rounding[case.batch.name] = rounding_noise(self._model, feeds)
-        return self._rounding[case.batch.name]
+            feeds = (front.head(_ROUNDED) if self._varies and not on_all else front).feeds
+            self._rounding[key] = rounding_noise(self._model, feeds)
+        return self._rounding[key]
 
     def noise(self, precision: str, case: Case, *, on_all: bool = False) -> float | None:
         """Return the predicted max |candidate - reference| / scale of a batch; None when nothing is known.

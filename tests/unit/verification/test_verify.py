@@ -2,6 +2,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from bnexport.errors import BundleError, DataError, ModelError, RuntimeUnavailab
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.torch_runners import TorchEagerRunner
 from bnexport.verification import budget as module_under_test
+from bnexport.verification.inputs import Batch
 from bnexport.verification.reference import Reference
+from bnexport.verification.runs import _RuntimeRun
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
@@ -337,6 +340,17 @@ def test_faults_of_repeats_and_batch_sizes_are_seen(
     monkeypatch.setattr("bnexport.verification.verify.runner_spec", lambda _name: spec)
     failures = verify(bundle, runtimes=["torch-cpu"]).failures
     assert (stage in {row.stage for row in failures}) if stage else failures == ()
+
+
+@pytest.mark.parametrize(("off", "passed"), [(5e-6, True), (5e-5, False)])
+def test_the_scale_of_a_batch_size_is_that_of_the_whole_batch(off: float, *, passed: bool) -> None:
+    """Else the rounding of one sample with small outputs is a fault."""
+    whole = {"logits": np.array([[0.01, 0.005], [3.0, 2.0]])}
+    run = object.__new__(_RuntimeRun)
+    run.lead, run.stage = None, "strict"
+    run.runner = SimpleNamespace(name="torch-cpu", run=lambda _feeds: {"logits": whole["logits"][:1] + 3 * off})
+    row = run._size(Batch("noise", {"input": np.zeros((2, 1))}), whole, 1)
+    assert (row.error, row.passed) == (pytest.approx(off), passed)
 
 
 def test_a_reference_that_is_not_float64_is_refused(bundle: Bundle) -> None:
