@@ -31,7 +31,7 @@ FUNCTIONS = 0.5
 #: Samples on which the rounding of weights is measured: each needs several evaluations of the model.
 _ROUNDED = 64
 #: Number of samples of a batch on which the noise is predicted before the batch fails.
-_ALL = 16
+DECISIVE = 16
 #: A batch with fewer samples is also bounded by the noise of the first batch.
 _FEW = 8
 #: An optional evaluation is cheap if the budget allows at least this number of samples.
@@ -159,11 +159,11 @@ class Forecast:
             self._rounding[key] = rounding_noise(self._model, feeds)
         return self._rounding[key]
 
-    def noise(self, precision: str, case: Case, *, on_all: bool = False) -> float | None:
+    def noise(self, precision: str, case: Case, *, on: Case | None = None) -> float | None:
         """Return the predicted max |candidate - reference| / scale of a batch; None when nothing is known.
 
-        The largest error of two samples does not bound that of five. So a batch that would fail is judged by the noise of all
-        its samples (``on_all``), at most 16.
+        The largest error of two samples does not bound that of five, and one sample of hundreds may have ten times the error of
+        the others. So a batch that would fail is judged by the noise of the samples with the largest errors, too (``on``).
         """
         found = self.emulated(precision, case)
         if found is None:
@@ -172,29 +172,28 @@ class Forecast:
         if found.n < _FEW and self._cases and self._cases[0] is not case:
             lead = self.emulated(precision, self._cases[0])
             error = max(error, 0.0 if lead is None else lead.error)
-        if on_all:
-            error = max(error, self._noise_on_all(precision, case, found))
+        if on is not None:
+            error = max(error, self._noise_on(precision, on))
         if not np.isfinite(error):  # the rounding of infinite values can't be measured
             return error
         return error + (self.rounding(case) or 0.0)
 
-    def _noise_on_all(self, precision: str, case: Case, front: Emulated) -> float:
-        """Return the largest noise of several draws, each on a whole batch of few samples; ``front`` is the first draw.
+    def _noise_on(self, precision: str, part: Case) -> float:
+        """Return the largest noise of several draws on few samples.
 
         Each draw scales the inputs by another factor close to 1, which changes every rounding. In a network where the errors of
         all outputs follow one direction, a draw is one random number, and can be near 0 by chance.
         """
-        whole = case.head(_ALL) if self._varies else case
-        engine, worst = self._engine(precision), front.error
+        engine, worst = self._engine(precision), 0.0
         if engine is None or self._evaluator is None:
             return worst
-        for draw in range(0 if whole.batch.n > front.n else 1, _DRAWS + 1):
-            feeds = {name: self._nudged(x, draw) for name, x in whole.batch.feeds.items()}
+        for draw in range(_DRAWS + 1):
+            feeds = {name: self._nudged(x, draw) for name, x in part.batch.feeds.items()}
             try:
                 outputs, exact = engine.evaluate(feeds), self._evaluator.evaluate(feeds)
             except BnexportError:
                 break
-            worst = max(worst, _emulated(outputs, exact, whole).error)
+            worst = max(worst, _emulated(outputs, exact, part).error)
         return worst
 
     def _nudged(self, x: Array, draw: int) -> Array:
@@ -212,7 +211,7 @@ class Forecast:
         if key in self._functions or self._model is None:
             return self._functions.get(key)
         self._functions[key] = None
-        whole = case.head(_ALL) if self._varies else case
+        whole = case.head(DECISIVE) if self._varies else case
         with contextlib.suppress(BnexportError):
             if operators := approximated_operators(self._model, runtime):
                 self._evaluator = self._evaluator or Float64Evaluator(self._model)
@@ -281,7 +280,7 @@ class Forecast:
             return None
         if (name := case.batch.name) not in self._last_bits:
             draws, few = [other.outputs], self.front(case).batch
-            if exact.n <= _ALL:
+            if exact.n <= DECISIVE:
                 draws += [IntegerEmulator(self._int8, LAST_BIT, seed=n).evaluate(few.feeds) for n in range(1, _DRAWS)]
             errors = (measure(draw, exact.outputs, bound=0.0, scales=case.scales).error for draw in draws)
             self._last_bits[name] = max(errors)

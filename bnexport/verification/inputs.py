@@ -21,6 +21,7 @@ from bnexport.data.images import prepared
 from bnexport.data.preprocessing import preprocessing_of
 from bnexport.data.samples import Samples
 from bnexport.errors import BnexportError, DataError, UsageError
+from bnexport.runtimes.replay import scale
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
 from bnexport.verification.budget import Budget
 from bnexport.verification.verdict import REAL
@@ -238,6 +239,19 @@ class Case:
     def head(self, n: int) -> Case:
         """Return the first n samples."""
         return Case(self.batch.head(n), heads(self.expected, n), self.scales)
+
+    def worst(self, candidate: Outputs, n: int) -> Case:
+        """Return the n samples of which an output is furthest from the right answer; the scales are those of all samples."""
+        scales = {name: (self.scales or {}).get(name) or scale(array) for name, array in self.expected.items()}
+        errors = np.zeros(self.batch.n)
+        for name, array in self.expected.items():
+            off = np.abs(candidate[name].astype(np.float64) - array).reshape(len(array), -1)
+            errors = np.maximum(errors, off.max(axis=1, initial=0.0) / scales[name])
+        at = np.sort(np.argsort(-errors, kind="stable")[:n])
+        feeds = {name: array[at] for name, array in self.batch.feeds.items()}
+        return Case(
+            replace(self.batch, feeds=feeds), {name: array[at] for name, array in self.expected.items()}, scales
+        )
 
 
 def heads(outputs: Outputs, n: int) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.replay import incomparable, scale
 from bnexport.tensors import Array
 from bnexport.verification.evidence import Evidence
-from bnexport.verification.forecast import FUNCTIONS
+from bnexport.verification.forecast import DECISIVE, FUNCTIONS
 from bnexport.verification.inputs import Batch, Case, Outputs, each_once, heads
 from bnexport.verification.int8 import labels_row, record_of
 from bnexport.verification.metrics import SIGNIFICANT, accuracy_change, flipped_samples, labelled, per_sample
@@ -106,11 +106,11 @@ class _RuntimeRun:
                     return seen
         return self.precision
 
-    def predicted(self, case: Case | None, *, exact: bool = False, on_all: bool = False) -> float | None:
+    def predicted(self, case: Case | None, *, exact: bool = False, on: Case | None = None) -> float | None:
         """Return the predicted noise of a batch; in strict float32 only where the fixed bound is too narrow (``exact``)."""
         if case is None or not (exact or self.stage == "shipping"):
             return None
-        return self.evidence.forecast.noise(self.rounding, case, on_all=on_all)
+        return self.evidence.forecast.noise(self.rounding, case, on=on)
 
     def judged(self, stage: str, case: Case, found: Outputs | BnexportError) -> Row:
         """Return the check of one batch."""
@@ -124,7 +124,8 @@ class _RuntimeRun:
             # The network's float32 noise may exceed the fixed bound.
             row = self._row(stage, case, found, self.predicted(case, exact=True))
         if not row.passed and row.predicted is not None and row.error is not None:
-            row = self._row(stage, case, found, self.predicted(case, exact=True, on_all=True))
+            part = case.worst(found, DECISIVE) if self.varies else case
+            row = self._row(stage, case, found, self.predicted(case, exact=True, on=part))
         if not row.passed and row.predicted is not None and row.error is not None:
             functions = self.evidence.forecast.function_noise(self.runner.name, case)
             if functions is not None:
@@ -208,7 +209,7 @@ class _RuntimeRun:
         judged = partial(compare, stage, self.runner.name, case, one, other, scales=scales)
         row = judged(predicted=self.predicted(self.lead))
         if not row.passed and row.error is not None:
-            row = judged(predicted=self.predicted(self.lead, exact=True, on_all=True))
+            row = judged(predicted=self.predicted(self.lead, exact=True))
         return row
 
     def accuracy(self, case: Case, outputs: Outputs) -> list[Row]:

@@ -357,6 +357,22 @@ def test_a_batch_that_would_fail_is_predicted_by_the_largest_noise_of_four_draws
             errors.append(np.abs(rounded.evaluate(feeds)["logits"] - expected).max() / np.abs(expected).max())
         forecast = Forecast(model, cases=[case], budget=budget, varies=True)
         assert forecast.noise("tf32", case) == pytest.approx(errors[0])
-        assert forecast.noise("tf32", case, on_all=True) == pytest.approx(max(errors))
+        assert forecast.noise("tf32", case, on=case) == pytest.approx(max(errors))
         last += max(errors) == errors[-1]
     assert last, "no largest noise is that of the last draw"
+
+
+def test_the_worst_samples_keep_the_scale_of_all() -> None:
+    expected = {
+        "a": np.array([[8.0], [1.0], [1.0], [2.0]]),
+        "b": np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 2.0]]),
+    }
+    candidate = {
+        "a": expected["a"] + [[0.0], [0.8], [0.08], [0.0]],
+        "b": expected["b"] + [[0.0, 0.0], [0, 0], [0, 0], [-0.1, 0]],
+    }
+    case = Case(Batch("noise", {"input": np.arange(4.0)[:, None]}), expected)
+    part = case.worst(candidate, 2)
+    assert part.batch.feeds["input"].tolist() == [[1.0], [3.0]]
+    assert part.expected["a"].tolist() == [[1.0], [2.0]]
+    assert (part.scales, case.worst(candidate, 9).batch.n) == ({"a": 8.0, "b": 2.0}, 4)
