@@ -145,7 +145,7 @@ def test_twice_the_allowed_noise_of_truncation_fails(bundle: Bundle, monkeypatch
     install(monkeypatch, off("tf32-cut", 6))
     images = rows_of(run(bundle, precisions=("tf32",)), "shipping")[0]
     assert not images.passed
-    assert images.ratio == pytest.approx(6, rel=1e-2)  # of truncation's noise
+    assert images.ratio == pytest.approx(6, rel=0.05)  # of truncation's noise, the largest of four draws
 
 
 @pytest.mark.parametrize("left_on", ["tf32", "tf32-convolutions", "tf32-cut"])
