@@ -26,9 +26,8 @@ from benchmarks.clock import Spread
 from benchmarks.command import finish, known, options, progress
 from benchmarks.pages import ranged, render, write_page
 from benchmarks.real_networks import NETWORKS, Network, _module, unpacked
-from bnexport.auditing.int8_audit import instructions
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.environment import describe, environment
+from bnexport.environment import describe, environment, int8_instructions
 from bnexport.files import write_atomically
 from bnexport.onnx_files.models import read_model
 from bnexport.onnx_files.normalisation import upgraded
@@ -210,7 +209,7 @@ def compared(subject: Subject) -> Section:
                 rows.append(_Row(name, f"{kernels} can't load it", exact, exact, None))
                 continue
             row = _Row(name, kernels, run(subject.images), exact, subject.labels, unsafe, channels)
-            way = SATURATING if kernels == "default" and unsafe and "saturates" in instructions() else EXACT
+            way = SATURATING if kernels == "default" and unsafe and "saturates" in int8_instructions() else EXACT
             images = subject.images[: subject.saturated if way == SATURATING else subject.emulated]
             if kernels != "OpenVINO":
                 if way not in emulated:

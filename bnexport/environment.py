@@ -156,6 +156,21 @@ def cpu_state() -> dict[str, Any]:
     }
 
 
+def int8_instructions() -> str:
+    """Return the int8 instructions of this machine as a phrase, as far as the system lists them."""
+    known = set(cpu_state()["instructions"])
+    for names, text in (
+        (("amx_int8",), "AMX, which adds in 32 bits"),
+        (("avx512_vnni", "avx_vnni"), "VNNI, which adds in 32 bits"),
+        (("asimddp", "i8mm"), "ARM's dot product, which adds in 32 bits"),
+        (("avx512f",), "AVX-512 without VNNI, which saturates at 16 bits"),
+        (("avx2",), "AVX2 without VNNI, which saturates at 16 bits"),
+    ):
+        if known & set(names):
+            return text
+    return "no int8 instruction that is known"
+
+
 def _lines(file: Path) -> list[str]:
     """Return a file's lines; none if it is missing or can't be read."""
     try:

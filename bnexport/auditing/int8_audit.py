@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from bnexport.data.images import folder_entries
 from bnexport.data.preprocessing import PixelPreprocessing, Preprocessing
 from bnexport.data.samples import load_samples
-from bnexport.environment import cpu_state
+from bnexport.environment import int8_instructions
 from bnexport.errors import BnexportError, DataError, ExportError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.exporting.export_request import InputSpec, image_preprocessing
 from bnexport.exporting.signature import signature_of_file
@@ -183,8 +183,22 @@ def audit_int8_file(
         runs, unavailable = _engines(source, model, stack)
         found = audit_int8(model, runs, feeds, described=described, reference=exact, unavailable=unavailable)
     if repair is not None:
-        write_atomically(repair, repaired(model, found.means).SerializeToString(deterministic=True))
+        content = repaired(model, found.means).SerializeToString(deterministic=True)
+        if next(iter(_KERNELS)) not in unavailable:
+            _check_opens(content)
+        write_atomically(repair, content)
     return found
+
+
+def _check_opens(content: bytes) -> None:
+    """Open a repaired file in ONNX Runtime, which opened the original; ModelError if it can't."""
+    try:
+        open_session(load_engine(), content, "cpu", RunSettings())
+    except Exception as error:  # onnxruntime's classes derive from Exception alone
+        raise ModelError(
+            f"ONNX Runtime can't load the repaired file: {one_line(error, 120)}",
+            remedy="Repair the file as it was before ONNX Runtime optimised it",
+        ) from error
 
 
 def _samples(
@@ -296,11 +310,12 @@ def audit_int8(
     feeds = _front(feeds, size) if feeds is not None else _synthetic(plain, min(size, _SYNTHETIC))
     kind = f"samples of {described or 'the caller'}" if real else "synthetic samples"
     samples = f"{len(next(iter(feeds.values())))} {kind}"
-    checks = [_risk_check(risks, layers, plain, unread), AuditCheck("note", "this machine", instructions())]
+    checks = [_risk_check(risks, layers, plain, unread), AuditCheck("note", "this machine", int8_instructions())]
     if rounded := [node_name(node) for node in rounded_float_layers(plain)]:
         checks.append(AuditCheck("note", "float layers", f"{_ROUNDED}: {_listed(rounded)}"))
     # The emulation does not cover saturation in layers whose scales are computed at run time.
-    saturates = any(layer.saturates for layer in layers) and not dynamic
+    computed = any(node.op_type in (*DYNAMIC, "DynamicQuantizeLinear") for node in plain.graph.node)
+    saturates = any(layer.saturates for layer in layers) and not computed
     found, problem = _emulated(plain, feeds, (EXACT, *[SATURATING] * saturates, LAST_BIT))
     if problem:
         text = f"the file can't be emulated, so the effect is measured on this machine only ({problem})"
@@ -312,7 +327,7 @@ def audit_int8(
     if not found:
         reason = "; ".join(missing.values())
         raise ModelError(f"the file can neither be emulated nor run: {reason}", remedy="Check it with onnx.checker")
-    bounds, differences, more = _judged(found, tuple(measured), predicted=EXACT in found and not dynamic)
+    bounds, differences, more = _judged(found, tuple(measured), predicted=EXACT in found and not computed)
     checks += [*more, *_edges(plain)]
     means: dict[str, Array] = {}
     if real and EXACT in found:
@@ -351,8 +366,7 @@ def _stored(model: ModelProto) -> dict[str, TensorProto]:
 
 def _inputs(model: ModelProto) -> list[ValueInfoProto]:
     """Return the inputs that are not stored in the file."""
-    stored = _stored(model)
-    return [value for value in model.graph.input if value.name not in stored]
+    return [value for value in model.graph.input if value.name not in _stored(model)]
 
 
 def _decoders(model: ModelProto) -> dict[str, NodeProto]:
@@ -418,21 +432,6 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join([*names[:_SHOWN], *["..."] * (len(names) > _SHOWN)])
 
 
-def instructions() -> str:
-    """Return the int8 instructions of this machine as a phrase, as far as the system lists them."""
-    known = set(cpu_state()["instructions"])
-    for names, text in (
-        (("amx_int8",), "AMX, which adds in 32 bits"),
-        (("avx512_vnni", "avx_vnni"), "VNNI, which adds in 32 bits"),
-        (("asimddp", "i8mm"), "ARM's dot product, which adds in 32 bits"),
-        (("avx512f",), "AVX-512 without VNNI, which saturates at 16 bits"),
-        (("avx2",), "AVX2 without VNNI, which saturates at 16 bits"),
-    ):
-        if known & set(names):
-            return text
-    return "no int8 instruction that is known"
-
-
 def _front(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
     n = len(next(iter(feeds.values())))
     chosen = np.linspace(0, n - 1, min(size, n)).round().astype(int)
@@ -486,16 +485,17 @@ def _in_batches(run: Run, feeds: Mapping[str, Array], model: ModelProto) -> dict
 
 
 def compared(candidate: Outputs, expected: Outputs) -> Difference:
-    """Return the distance of the worst output, and the changed labels of the first output with one score per class."""
-    worst, labels, signal, noise, n = (0.0, 0.0), None, 0.0, 0.0, 0
+    """Return the distance of the worst output, and the samples with a changed label in an output with one score per class."""
+    worst, changed, signal, noise, n = (0.0, 0.0), list[Array](), 0.0, 0.0, 0
     for one, other in zip(candidate.values(), expected.values(), strict=True):
         wide, off = other.astype(np.float64), one.astype(np.float64) - other
         off = np.where(np.isfinite(off), off, np.inf)
         scale, n = float(np.abs(wide).max()) or 1.0, len(other)
         worst = max(worst, (float(np.sqrt((off**2).mean())) / scale, float(np.abs(off).max()) / scale))
         signal, noise = signal + float((wide**2).sum()), noise + float((off**2).sum())
-        if labels is None and other.ndim == 2 and other.shape[1] > 1:
-            labels = int((one.argmax(axis=1) != other.argmax(axis=1)).sum())
+        if other.ndim == 2 and other.shape[1] > 1:
+            changed.append(one.argmax(axis=1) != other.argmax(axis=1))
+    labels = int(np.any(changed, axis=0).sum()) if changed else None
     snr = 10 * float(np.log10(signal / noise)) if signal and noise else None
     return Difference(worst[0], worst[1], labels, n, snr)
 
@@ -525,7 +525,7 @@ def _judged(
             continue
         off = differences[name] = compared(found[name], found[base])
         right = off.error <= bound and off.rms <= rms_bound
-        verdict = "right" if right else "note" if place else "wrong"
+        verdict = "right" if right else "note" if place or name == _OPENVINO else "wrong"
         against = "the file states" if base == EXACT else f"the {base} compute"
         checks.append(AuditCheck(verdict, name, f"off from what {against}: {off}"))
     return (rms_bound, bound if predicted else None), differences, checks

@@ -200,9 +200,11 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
         code = int(zero) + (128 if zero.dtype == np.int8 else 0)  # kernels shift signed inputs by 128
         transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB", 0))
         codes = codes.T if transposed else codes
-        layer = Int8Layer(
-            node, codes, scales, step, code, in_integers=fusion.takes(node), unsigned=fusion.unsigned(node)
-        )
+        wide = zero.dtype.itemsize > 1
+        takes, unsigned = not wide and fusion.takes(node), fusion.unsigned(node)
+        layer = Int8Layer(node, codes, scales, step, code, in_integers=takes, unsigned=unsigned)
+        if wide:  # no instruction for bytes multiplies codes of 16 bits
+            layer.unsafe = np.zeros_like(layer.unsafe)
         found.append(layer)
     return found
 

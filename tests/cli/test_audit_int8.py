@@ -13,8 +13,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from PIL import Image
 
-from bnexport.auditing.int8_audit import _samples, audit_int8, instructions
+from bnexport.auditing.int8_audit import _samples, audit_int8
 from bnexport.cli.main import run
+from bnexport.environment import int8_instructions
 from bnexport.errors import ModelError
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.quantization.integer_emulation import IntegerEmulator, int8_layers
@@ -107,7 +108,7 @@ def test_a_saturating_file_is_wrong_by_the_emulation_on_every_machine(
     assert effect["rms"] > 3 * found["bound"]
     wrong = [check["name"] for check in found["checks"] if check["verdict"] == "wrong"]
     assert "saturation (emulated)" in wrong
-    if "which saturates" in instructions():
+    if "which saturates" in int8_instructions():
         assert "default kernels here" in wrong
     assert found["differences"]["precise kernels here"]["rms"] <= found["bound"]
     snr = {name: entry["snr"] for name, entry in found["differences"].items() if name.startswith("reference: ")}
@@ -159,6 +160,68 @@ def test_a_float_layer_that_the_engine_rounds_is_named_and_repaired(
     code, found = audit(capsys, out, "--samples", files / "x.npy")
     assert (code, found["summary"]) == (0, "right: no channel can saturate")
     assert "float layers" not in {check["name"] for check in found["checks"]}
+
+
+def test_labels_of_every_output_count(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An output that saturation does not reach, in front of the others, does not hide them."""
+    file = onnx.load(files / "QDQ.onnx")
+    file.graph.node.extend([
+        helper.make_node("ReduceMax", ["x"], ["m"], axes=[2, 3], keepdims=0),
+    ])  # fmt: skip
+    outputs = [helper.make_tensor_value_info("m", TensorProto.FLOAT, ["n", 4]), *file.graph.output]
+    del file.graph.output[:]
+    file.graph.output.extend(outputs)
+    onnx.save(file, tmp_path / "two.onnx")
+    code, found = audit(capsys, tmp_path / "two.onnx", "--samples", files / "x.npy")
+    assert (code, found["differences"]["int8-saturating"]["labels"] > 0) == (1, True)
+
+
+def test_codes_of_16_bits_do_not_saturate(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantize_static(
+        files / "net.onnx", tmp_path / "wide.onnx", Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt16, weight_type=QuantType.QInt8, extra_options={"UseQDQContribOps": False},
+    )  # fmt: skip
+    file = onnx.load(tmp_path / "wide.onnx")
+    for node in file.graph.node:
+        node.domain = ""
+    file.opset_import[0].version = 21
+    onnx.save(file, tmp_path / "wide.onnx")
+    code, found = audit(capsys, tmp_path / "wide.onnx", "--samples", files / "x.npy")
+    assert (code, found["saturating_channels"], len(found["layers"])) == (0, 0, 3)
+
+
+def test_dynamic_scales_with_uint8_weights_have_the_fixed_bound(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize_dynamic(files / "net.onnx", tmp_path / "d.onnx", weight_type=QuantType.QUInt8)
+    code, found = audit(capsys, tmp_path / "d.onnx", "--samples", files / "x.npy")
+    assert (code, found["bound"], found["largest"]) == (0, 0.0075, None)
+
+
+def test_openvino_alone_does_not_decide(files: Path) -> None:
+    model = onnx.load(files / "ours.onnx")
+    feeds = {"x": images(16, seed=2)}
+
+    def wrong(given: Any) -> dict[str, Array]:
+        return {"y": IntegerEmulator(model).evaluate(given)["y"] * 2}
+
+    found = audit_int8(model, {"OpenVINO here": wrong}, feeds, unavailable={"default kernels here": "no kernel"})
+    assert (found.wrong, found.differences["OpenVINO here"].error > 0.5) == ((), True)
+    assert audit_int8(model, {"default kernels here": wrong}, feeds).wrong
+
+
+def test_a_repaired_file_that_the_engine_can_not_open_is_not_written(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: Any) -> ModelProto:
+        result = repaired(*arguments)
+        result.graph.node[0].op_type = "Unknown"
+        return result
+
+    monkeypatch.setattr("bnexport.auditing.int8_audit.repaired", broken)
+    assert run(["audit", str(files / "QDQ.onnx"), "--repair", str(tmp_path / "r.onnx")]) == 2
+    assert "ONNX Runtime can't load the repaired file" in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_our_own_file_is_right(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

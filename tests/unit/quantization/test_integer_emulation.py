@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from support.int8 import optimised
 
-from bnexport.auditing.int8_audit import instructions
+from bnexport.environment import int8_instructions
 from bnexport.quantization.int8_plan import QuantizationPlan
 from bnexport.quantization.integer_emulation import EXACT, SATURATING, Int8Layer, IntegerEmulator, int8_layers
 from bnexport.quantization.writer import as_qdq
@@ -269,7 +269,7 @@ def test_the_kernels_of_this_machine_are_emulated(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     feeds = {"x": rng.uniform(-1, 1.55, (2, channels, 7, 8)).astype(np.float32)}
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    way = SATURATING if "which saturates" in instructions() else EXACT
+    way = SATURATING if "which saturates" in int8_instructions() else EXACT
     expected = IntegerEmulator(as_qdq(model), way).evaluate(feeds)["y"]
     off = np.abs(session.run(None, feeds)[0] - expected) / float(values[5])
     assert off.max() < 1.01  # one last bit
