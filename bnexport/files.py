@@ -30,21 +30,29 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, follow: bool = False) -> None:
     """Write a file so that a reader gets the old content or the new content, never a part.
 
-    A link stays and the file behind it is replaced. A device or a pipe (/dev/null, /dev/stdout) is written as it is.
+    A link is replaced. With ``follow``, for a file that the user names, a link stays and the file behind it is replaced, and a
+    device or a pipe (/dev/null, /dev/stderr) is written as it is.
 
     Raises:
-        OutputError: The folder can't be written, or the disk is full. The old file is unchanged.
+        OutputError: The folder can't be written, the disk is full, or without ``follow`` a device or pipe is there. The old
+            file is unchanged.
         KeyboardInterrupt: An earlier interrupt was swallowed (see ``interrupts``).
     """
     interrupts.check()
     with output_errors(path):
-        if _is_special(path):
+        if _is_special(path) and (follow or not path.is_symlink()):
+            if not follow:
+                raise OutputError(f"{path} is a device or a pipe", remedy="Choose another file")
             path.write_bytes(content)
             return
-        path = Path(os.path.realpath(path))
+        if follow and path.is_symlink() and path.parts[:2] in (("/", "dev"), ("/", "proc")):
+            with path.open("ab") as file:  # the file of a redirection, which other writers have open
+                file.write(content)
+            return
+        path = Path(os.path.realpath(path)) if follow else path
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:

@@ -64,7 +64,7 @@ def fold_onnx_file(
     path = Path(out)
     refuse_existing_file(path, force=force)
     result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(inputs))
-    write_atomically(path, result.model.SerializeToString(deterministic=True))
+    write_atomically(path, result.model.SerializeToString(deterministic=True), follow=True)
     return result
 
 

@@ -105,8 +105,6 @@ def write_tuning(bundle_folder: str | Path, tuning: Tuning) -> Path:
     path = Path(bundle_folder, TUNED)
     with refusing(f"{path} is not written, because it", BundleError, remedy="Run bnexport benchmark again"):
         _parsed(content)
-    if path.is_symlink():
-        path.unlink()  # the files of a bundle are plain files, and what the link names is another's
     write_atomically(path, content)
     return path
 

@@ -186,7 +186,7 @@ def audit_int8_file(
         content = repaired(model, found.means).SerializeToString(deterministic=True)
         if next(iter(_KERNELS)) not in unavailable:
             _check_opens(content)
-        write_atomically(repair, content)
+        write_atomically(repair, content, follow=True)
     return found
 
 

@@ -54,7 +54,7 @@ def write_result(target: str, content: bytes) -> None:
         except BrokenPipeError:  # the exit code still reports the verdict
             forget_reader()
     else:
-        write_atomically(Path(target), content)
+        write_atomically(Path(target), content, follow=True)
 
 
 def make_bar(console: Console, *, timed: bool = True, counted: bool = True) -> Progress:

@@ -96,9 +96,9 @@ def _refuse_wrong(folded: GraphModule) -> None:
                 f"an average pooling has divisor_override={node.args[6]}, which ONNX does not support",
                 remedy="Leave it out, and multiply by kernel size / divisor_override instead",
             )
-        if node.target in _ADAPTIVE:
+        if node.target in _ADAPTIVE and (value := node.args[0].meta.get("val")) is not None:
             sizes = node.args[1]
-            given = node.args[0].meta["val"].shape[-len(sizes) :]
+            given = value.shape[-len(sizes) :]
             pairs = zip(sizes, given, strict=True)  # a size that is a node is that of the input: no pooling
             if any(isinstance(size, int) and size != 1 and isinstance(dim, torch.SymInt) for size, dim in pairs):
                 raise ExportError(

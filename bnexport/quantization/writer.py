@@ -200,7 +200,8 @@ def guarded_model(model: ModelProto) -> ModelProto:
 
 def is_guard(node: NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
     """Return whether a node is a Max with the lowest float32 number, which changes no value."""
-    if node.op_type != "Max" or len(node.input) != 2 or node.input[1] not in stored:
+    plain = node.op_type == "Max" and node.domain in ("", "ai.onnx") and not node.attribute
+    if not plain or len(node.input) != 2 or node.input[1] not in stored:
         return False
     lowest = numpy_helper.to_array(stored[node.input[1]])
     return lowest.dtype == np.float32 and lowest.shape == () and bool(lowest == _LOWEST)

@@ -63,7 +63,7 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: 
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
     axes.legend(frameon=False, fontsize=9)
-    write_atomically(path, render(figure, path))
+    write_atomically(path, render(figure, path), follow=True)
 
 
 def new_panels(
@@ -140,7 +140,7 @@ def confusion_picture(counts: Array, labels: Sequence[str], path: Path, *, title
     bar.set_label("share of the true class", fontsize=8, color=INK)
     bar.ax.tick_params(labelsize=7, colors=INK)
     axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
-    write_atomically(path, render(figure, path))
+    write_atomically(path, render(figure, path), follow=True)
 
 
 def _name_classes(axes: Axes, labels: Sequence[str]) -> None:

@@ -217,3 +217,11 @@ def test_unknown_operator_gives_one_sentence(tmp_path: Path) -> None:
         export_onnx(ExportJob(folded, inputs, signature), tmp_path / "model.onnx")
     assert str(caught.value).isprintable()
     assert not list(tmp_path.iterdir())
+
+
+def test_adaptive_pooling_of_the_input_in_half_precision(tmp_path: Path) -> None:
+    """The cast of the input has no recorded shape."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten()).eval()
+    request = bnexport.ExportRequest(inputs=("3x8x8",), precision="float16", formats=("onnx",), allow_untrained=True)
+    result = bnexport.fold_and_export(network, tmp_path / "network" / "1", request=request)
+    assert result.verification.passed, result.verification.summary()

@@ -170,6 +170,16 @@ def test_layers_that_the_user_keeps_in_float_stay_there(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
 
 
+def test_an_operator_of_another_domain_is_not_a_guard(tmp_path: Path) -> None:
+    """A function of the file's own may be called Max."""
+    torch.manual_seed(5)
+    float_model, made = in_int8(Between(), tmp_path)
+    changed = ModelProto.FromString(made.model.SerializeToString())
+    (guard,) = (node for node in changed.graph.node if node.op_type == "Max")
+    guard.domain = "evil"
+    assert list(reasons(float_model, changed, made)) == ["structure"]
+
+
 def test_a_max_with_another_number_is_not_a_guard(tmp_path: Path) -> None:
     """The file proof must not overlook an operator that changes values."""
     torch.manual_seed(5)
